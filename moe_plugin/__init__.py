@@ -1,0 +1,1 @@
+"""Auxiliary-loss-free load balancing for mixture-of-experts training."""

@@ -1,0 +1,41 @@
+"""Records passed between the layers.
+
+Shape legend: T tokens, K experts selected per token, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+
+class Routing(NamedTuple):
+    """What a router decided for each token.
+
+    Attributes:
+        weights_TK: Gate weights, computed from the unbiased scores; fp32.
+        expert_ids_TK: Selected experts; int64.
+        scores_TE: Unbiased scores of all experts; fp32.
+    """
+
+    weights_TK: Tensor
+    expert_ids_TK: Tensor
+    scores_TE: Tensor
+
+
+@dataclass(frozen=True)
+class LoadRecord:
+    """The load of one optimizer step, by routing site.
+
+    Attributes:
+        step: Number of updates so far, this one included.
+        counts: Tokens per expert over all ranks and micro-batches of the step; int64 (E,).
+        bias: The selection bias after the update; fp32 (E,). The live tensor, not a copy.
+    """
+
+    step: int
+    counts: Mapping[str, Tensor]
+    bias: Mapping[str, Tensor]
