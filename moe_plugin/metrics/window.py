@@ -1,0 +1,94 @@
+"""The load over a window of batches, kept on the device until it is read.
+
+Shape legend: N batches, L MoE layers, E experts (of the layer that has most).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_plugin.metrics.accumulated import MaxViolationBatch, MaxViolationGlobal
+from moe_plugin.metrics.dead import dead_experts
+from moe_plugin.metrics.entropy import load_entropy
+from moe_plugin.metrics.layers import stack_layers
+
+PENDING_BATCHES = 64
+"""Batches held on the device before they are moved to the host in one copy."""
+
+
+@dataclass(frozen=True)
+class LayerLoad:
+    """The load of one MoE layer over a window of batches.
+
+    Attributes:
+        max_violation_batch: MaxVio of each batch, averaged over the batches.
+        max_violation_global: MaxVio of the counts summed over the batches.
+        entropy: Entropy of the summed counts in nats over `ln E`: 1 is even.
+        dead_experts: Experts without a token in the whole window.
+        tokens_per_expert: The summed counts.
+    """
+
+    max_violation_batch: float
+    max_violation_global: float
+    entropy: float
+    dead_experts: int
+    tokens_per_expert: tuple[int, ...]
+
+
+class LoadWindow:
+    """Collects the counts of batches, and gives the load of each layer over all of them.
+
+    Adding a batch makes one small copy on the device; the host waits for the device once in
+    `PENDING_BATCHES` batches and when the load is read. The arithmetic is done on the host in int64 and
+    float64, so the numbers are the same on every kind of device.
+
+    Args:
+        num_experts: The number of experts of each layer, by name, in the order of the layers.
+    """
+
+    def __init__(self, num_experts: Mapping[str, int]) -> None:
+        """Start without any batch."""
+        self.num_experts = dict(num_experts)
+        sizes = list(num_experts.values())
+        self._batch = MaxViolationBatch(sizes, sync_on_compute=False)
+        self._total = MaxViolationGlobal(sizes, sync_on_compute=False)
+        self._pending: list[Tensor] = []
+        self.batches = 0
+
+    def add_(self, counts: Mapping[str, Tensor]) -> None:
+        """Add the tokens per expert of one batch; int64 (E,) for each layer."""
+        self._pending.append(stack_layers(counts[name] for name in self.num_experts))
+        self.batches += 1
+        if len(self._pending) == PENDING_BATCHES:
+            self._settle_()
+
+    def reset_(self) -> None:
+        """Start a new window."""
+        self._pending.clear()
+        self._batch.reset()
+        self._total.reset()
+        self.batches = 0
+
+    def layer_loads(self) -> dict[str, LayerLoad]:
+        """The load of each layer over the window."""
+        self._settle_()
+        total_LE, sizes_L = self._total.tokens_per_expert_LE, self._total.num_experts_L
+        violations = zip(self._batch.per_layer().tolist(), self._total.per_layer().tolist(), strict=True)
+        entropies, dead = load_entropy(total_LE, sizes_L).tolist(), dead_experts(total_LE, sizes_L).tolist()
+        return {
+            name: LayerLoad(*violation, entropy, zeros, tuple(tokens[:experts]))
+            for (name, experts), violation, entropy, zeros, tokens in zip(
+                self.num_experts.items(), violations, entropies, dead, total_LE.tolist(), strict=True
+            )
+        }
+
+    def _settle_(self) -> None:
+        if self._pending:
+            tokens_NLE = torch.stack(self._pending).cpu()
+            self._batch.update(tokens_NLE)
+            self._total.update(tokens_NLE)
+            self._pending.clear()
