@@ -1,0 +1,11 @@
+"""The mixture-of-experts layer: routed experts, shared experts, and the block that composes them."""
+
+from __future__ import annotations
+
+from moe_plugin.experts.block import MoEBlock
+from moe_plugin.experts.grouped import GroupedExperts
+from moe_plugin.experts.linear import Linear
+from moe_plugin.experts.shape import ExpertShape
+from moe_plugin.experts.swiglu import SwiGLU
+
+__all__ = ["ExpertShape", "GroupedExperts", "Linear", "MoEBlock", "SwiGLU"]

@@ -1,0 +1,82 @@
+"""Routed SwiGLU experts with stacked weights: dropless, one grouped matrix product per projection.
+
+Shape legend: T tokens, D model width, H hidden width, E experts, K experts selected per token,
+P = T * K token-expert pairs.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_plugin.errors import ConfigError
+from moe_plugin.experts.dispatch import combine, plan_dispatch
+from moe_plugin.experts.matmul import expert_matmul
+from moe_plugin.types import Routing
+
+
+class GroupedExperts(nn.Module):
+    """`num_experts` SwiGLU networks; each token is the gate-weighted sum of the experts it is routed to.
+
+    Attributes:
+        gate_up: Gate and up projections, gate first, (E, D, 2H).
+        down: Down projections, (E, H, D).
+    """
+
+    def __init__(self, num_experts: int, dim: int, hidden_dim: int, *, residual_gain: float = 1.0) -> None:
+        """Creates the experts.
+
+        Args:
+            num_experts: Experts.
+            dim: Width of input and output.
+            hidden_dim: Hidden width of each expert.
+            residual_gain: Initial gain of the down projections, which write to the residual stream.
+
+        Raises:
+            ConfigError: A size is not positive.
+        """
+        super().__init__()
+        for name, value in (("num_experts", num_experts), ("dim", dim), ("hidden_dim", hidden_dim)):
+            if value < 1:
+                raise ConfigError(f"'{name}' must be a positive integer, got {value}.")
+        self.num_experts = num_experts
+        self.residual_gain = residual_gain
+        self.gate_up = nn.Parameter(torch.empty(num_experts, dim, 2 * hidden_dim))
+        self.down = nn.Parameter(torch.empty(num_experts, hidden_dim, dim))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draws new weights of variance gain**2 / input width."""
+        nn.init.normal_(self.gate_up, std=self.gate_up.shape[1] ** -0.5)
+        nn.init.normal_(self.down, std=self.residual_gain * self.down.shape[1] ** -0.5)
+
+    def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
+        """Applies the selected experts to each token.
+
+        Args:
+            x_TD: Hidden states.
+            routing: Gate weights (T, K) and expert ids (T, K).
+
+        Returns:
+            (T, D) in the dtype of `x_TD`, or of the autocast where one is active.
+        """
+        dtype = _compute_dtype(x_TD)
+        dispatch = plan_dispatch(routing.expert_ids_TK, self.num_experts)
+        x_PD = x_TD.to(dtype).index_select(0, dispatch.token_ids_P)
+        gate_PH, up_PH = expert_matmul(x_PD, self.gate_up.to(dtype), dispatch.offsets_E).chunk(2, dim=-1)
+        weights_P1 = routing.weights_TK.flatten().index_select(0, dispatch.pair_ids_P).unsqueeze(-1).to(dtype)
+        hidden_PH = functional.silu(gate_PH) * up_PH * weights_P1
+        return combine(expert_matmul(hidden_PH, self.down.to(dtype), dispatch.offsets_E), dispatch)
+
+    def extra_repr(self) -> str:
+        """Sizes, for `print(model)`."""
+        num_experts, hidden_dim, dim = self.down.shape
+        return f"num_experts={num_experts}, dim={dim}, hidden_dim={hidden_dim}"
+
+
+def _compute_dtype(x: Tensor) -> torch.dtype:
+    # grouped_mm does not know autocast, so it is asked for here. Like autocast itself, leave fp64 alone.
+    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+        return torch.get_autocast_dtype(x.device.type)
+    return x.dtype

@@ -1,0 +1,38 @@
+"""The sizes of a layer of experts, as they stand in `conf/experts/`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from moe_plugin.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class ExpertShape:
+    """How many experts a layer has, and how large they are.
+
+    Attributes:
+        num_experts: Routed experts.
+        top_k: Routed experts per token.
+        hidden_dim: Hidden width of each expert, routed or shared.
+        num_shared: Experts that every token passes through; built as one of `num_shared` times the width.
+    """
+
+    num_experts: int
+    top_k: int
+    hidden_dim: int
+    num_shared: int = 0
+
+    def __post_init__(self) -> None:
+        """Checks the numbers.
+
+        Raises:
+            ConfigError: A number is out of range.
+        """
+        for name in ("num_experts", "top_k", "hidden_dim"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"'{name}' must be a positive integer, got {getattr(self, name)}.")
+        if self.num_shared < 0:
+            raise ConfigError(f"'num_shared' must be >= 0, got {self.num_shared}.")
+        if self.top_k > self.num_experts:
+            raise ConfigError(f"'top_k' must be <= num_experts ({self.num_experts}), got {self.top_k}.")

@@ -1,0 +1,18 @@
+"""From hidden states to the experts each token is sent to, and with which weight."""
+
+from __future__ import annotations
+
+from moe_plugin.routing.router import Router
+from moe_plugin.routing.scores import Score, Sigmoid, SoftmaxAfterTopK, SoftmaxBeforeTopK, SqrtSoftplus
+from moe_plugin.routing.selection import limit_to_groups, select_top_k
+
+__all__ = [
+    "Router",
+    "Score",
+    "Sigmoid",
+    "SoftmaxAfterTopK",
+    "SoftmaxBeforeTopK",
+    "SqrtSoftplus",
+    "limit_to_groups",
+    "select_top_k",
+]
