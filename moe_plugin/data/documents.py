@@ -1,0 +1,48 @@
+"""What a source of text gives the corpus: documents, each with a file and a domain."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple, Protocol
+
+
+class Document(NamedTuple):
+    """A piece of text of one domain.
+
+    One file may give several documents (a module's code and its docstrings' prose); the split is made by
+    `file`, so they always end on the same side of it.
+    """
+
+    file: str
+    domain: str
+    text: str
+
+
+class Source(Protocol):
+    """Where documents come from. Bad settings raise `ConfigError` in the constructor."""
+
+    def fingerprint(self) -> str:
+        """A text that changes whenever `documents` would give something else; cheap to make."""
+        ...
+
+    def documents(self) -> Iterable[Document]:
+        """Every document, in an order that is the same on every machine."""
+        ...
+
+
+def read_text(content: bytes) -> str | None:
+    """Decodes a file's content, with newlines as LF.
+
+    Args:
+        content: The file's bytes.
+
+    Returns:
+        The text, or None when it is not UTF-8 or holds a NUL (a binary file).
+    """
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError:
+        return None
+    if "\0" in text:
+        return None
+    return text.replace("\r\n", "\n").replace("\r", "\n")

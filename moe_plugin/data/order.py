@@ -1,0 +1,118 @@
+"""In which order sequences are trained on: a function of seed and epoch alone, whatever the world size.
+
+Legend: N sequences, B sequences of a micro-batch.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_plugin.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Share:
+    """One rank's part of each global batch.
+
+    Attributes:
+        rank: This rank among the data-parallel ones.
+        world_size: Number of data-parallel ranks.
+        accumulation: Micro-batches per optimizer step.
+    """
+
+    rank: int = 0
+    world_size: int = 1
+    accumulation: int = 1
+
+    def micro_batch(self, key: str, batch_size: int) -> int:
+        """Sequences per forward on this rank.
+
+        Raises:
+            ConfigError: If ranks and accumulation do not divide `batch_size`.
+        """
+        parts = self.world_size * self.accumulation
+        if batch_size % parts:
+            raise ConfigError(
+                f"'{key}' counts sequences over all ranks and must be a multiple of ranks x accumulation = "
+                f"{self.world_size} x {self.accumulation} = {parts}, got {batch_size}; "
+                f"use {batch_size // parts * parts or parts} or {(batch_size // parts + 1) * parts}."
+            )
+        return batch_size // parts
+
+
+def shuffled(num_sequences: int, seed: int, epoch: int) -> Tensor:
+    """The order of one epoch: int64 (N,), the same on every machine for the same arguments."""
+    digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
+    return torch.randperm(num_sequences, generator=generator)
+
+
+class StepOrder:
+    """Yields the ids of this rank's micro-batches, and remembers where it is.
+
+    Optimizer step i takes the i-th `batch_size` ids of the epoch's order; its micro-batches over ranks and
+    accumulation are that step's consecutive slices. The last incomplete step of an epoch is dropped. Iterating goes
+    on from the current position, so a restored order continues with the next unseen batch; after an epoch's last
+    batch, iterating anew starts the next epoch.
+    """
+
+    def __init__(self, num_sequences: int, batch_size: int, seed: int, share: Share) -> None:
+        """Starts at epoch 0.
+
+        Args:
+            num_sequences: N.
+            batch_size: Sequences per optimizer step over all ranks and accumulation.
+            seed: Seed of every epoch's order.
+            share: This rank's part.
+
+        Raises:
+            ConfigError: If `batch_size` is not divided by ranks x accumulation.
+        """
+        self.micro_batch = share.micro_batch("batch_size", batch_size)
+        self.num_sequences, self.batch_size, self.seed, self.share = num_sequences, batch_size, seed, share
+        self.epoch, self.position = 0, 0
+        self._shuffled = (-1, torch.empty(0, dtype=torch.int64))
+
+    @property
+    def sampler(self) -> StepOrder:
+        """Where Lightning looks for `set_epoch` of a loader's `batch_sampler`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Goes to the start of `epoch`; stays in place when already in it (a resume in mid-epoch)."""
+        if epoch != self.epoch:
+            self.epoch, self.position = epoch, 0
+
+    @property
+    def sequences_seen(self) -> int:
+        """Sequences of this epoch already given out, over all ranks."""
+        return self.position * self.micro_batch * self.share.world_size
+
+    def seek(self, epoch: int, sequences_seen: int) -> None:
+        """Continues after `sequences_seen` sequences of `epoch` (over all ranks)."""
+        self.epoch = epoch
+        self.position = sequences_seen // (self.micro_batch * self.share.world_size)
+
+    def __len__(self) -> int:
+        """Micro-batches of an epoch on this rank, the same on every rank."""
+        return self.num_sequences // self.batch_size * self.share.accumulation
+
+    def __iter__(self) -> Iterator[Tensor]:
+        """Yields int64 (B,) from the current position to the end of the epoch."""
+        if self.position >= len(self):
+            self.set_epoch(self.epoch + 1)
+        while self.position < len(self):
+            ids_B = self._ids(self.position)
+            self.position += 1
+            yield ids_B
+
+    def _ids(self, position: int) -> Tensor:
+        if self._shuffled[0] != self.epoch:
+            self._shuffled = (self.epoch, shuffled(self.num_sequences, self.seed, self.epoch))
+        start = (position * self.share.world_size + self.share.rank) * self.micro_batch
+        return self._shuffled[1][start : start + self.micro_batch]

@@ -1,0 +1,103 @@
+"""Text to token streams: bytes by default, a locally trained byte-pair encoding as an extra."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from importlib.util import find_spec
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moe_plugin.errors import ConfigError
+
+SEPARATOR = 0
+"""Token after each document, in every vocabulary: a text never holds a NUL."""
+
+Encode = Callable[[Sequence[str]], Tensor]
+"""Texts -> one flat stream of token ids, each text followed by `SEPARATOR`."""
+
+
+class Tokenizer(Protocol):
+    """Learns a vocabulary (or has one)."""
+
+    vocab_size: int
+
+    def fingerprint(self) -> str:
+        """A text that changes whenever the encoding would."""
+        ...
+
+    def fit(self, texts: Iterable[str]) -> Encode:
+        """Learns from the training texts how to encode."""
+        ...
+
+
+class Bytes:
+    """The 256 bytes of UTF-8 are the vocabulary; there is nothing to learn. Streams are uint8."""
+
+    vocab_size = 256
+
+    def fingerprint(self) -> str:
+        """The name is all there is."""
+        return "bytes"
+
+    def fit(self, texts: Iterable[str]) -> Encode:
+        """Returns the encoding, the same for any `texts`."""
+        return _encode_bytes
+
+
+def _encode_bytes(texts: Sequence[str]) -> Tensor:
+    return torch.frombuffer(bytearray(b"".join(text.encode() + b"\0" for text in texts)), dtype=torch.uint8)
+
+
+class BytePairs:
+    """Byte-pair encoding over bytes, trained on the training split only. Streams are int32.
+
+    Needs the extra `moe_plugin[hf]` (the `tokenizers` package).
+    """
+
+    def __init__(self, vocab_size: int = 4096) -> None:
+        """Creates the tokenizer, not yet trained.
+
+        Args:
+            vocab_size: The 256 bytes, the separator, and the merges.
+
+        Raises:
+            ConfigError: If `vocab_size` is below 257 or `tokenizers` is missing.
+        """
+        if vocab_size < 257:
+            raise ConfigError(
+                f"'tokenizer.vocab_size' must be >= 257 (256 bytes and a separator), got {vocab_size}."
+            )
+        if find_spec("tokenizers") is None:
+            raise ConfigError(
+                "'tokenizer' BytePairs needs the package 'tokenizers': pip install 'moe_plugin[hf]'."
+            )
+        self.vocab_size = vocab_size
+
+    def fingerprint(self) -> str:
+        """The settings and the trainer's version."""
+        import tokenizers
+
+        return f"byte pairs {self.vocab_size} by tokenizers {tokenizers.__version__}"
+
+    def fit(self, texts: Iterable[str]) -> Encode:
+        """Trains on `texts` and returns the encoding."""
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+        tokenizer = Tokenizer(models.BPE())
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        trainer = trainers.BpeTrainer(
+            vocab_size=self.vocab_size,
+            special_tokens=["\0"],  # takes id 0, the separator
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            show_progress=False,
+        )
+        tokenizer.train_from_iterator(texts, trainer)
+
+        def encode(texts: Sequence[str]) -> Tensor:
+            encodings = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+            return torch.tensor([i for e in encodings for i in (*e.ids, SEPARATOR)], dtype=torch.int32)
+
+        return encode
