@@ -66,6 +66,11 @@ class LoadWindow:
         if len(self._pending) == PENDING_BATCHES:
             self._settle_()
 
+    def add_batches_(self, tokens_NLE: Tensor) -> None:
+        """Add several batches that were stacked before; int64 (N, L, E), on the host."""
+        self._update_(tokens_NLE)
+        self.batches += len(tokens_NLE)
+
     def reset_(self) -> None:
         """Start a new window."""
         self._pending.clear()
@@ -88,7 +93,9 @@ class LoadWindow:
 
     def _settle_(self) -> None:
         if self._pending:
-            tokens_NLE = torch.stack(self._pending).cpu()
-            self._batch.update(tokens_NLE)
-            self._total.update(tokens_NLE)
-            self._pending.clear()
+            pending, self._pending = self._pending, []
+            self._update_(torch.stack(pending).cpu())
+
+    def _update_(self, tokens_NLE: Tensor) -> None:
+        self._batch.update(tokens_NLE)
+        self._total.update(tokens_NLE)
