@@ -1,1 +1,7 @@
 """Auxiliary-loss-free load balancing for mixture-of-experts training."""
+
+from moe_plugin.balance import balance_
+from moe_plugin.callbacks.loss_free import LossFreeBalancing
+
+__all__ = ["LossFreeBalancing", "balance_"]
+__version__ = "0.1.0"

@@ -1,0 +1,1 @@
+"""Attaching to the routers of any model without editing it."""

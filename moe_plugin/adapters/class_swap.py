@@ -1,0 +1,55 @@
+"""Give one module instance extra behaviour by changing its class, and take it back exactly.
+
+A swapped class keeps its name, its ``isinstance`` relations and its attributes, is traced by ``torch.compile``
+like any class, and survives deepcopy and pickle, which bound methods set on an instance do not.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+from torch import nn
+
+
+class Mixin:
+    """Base of what can be mixed in; knows how to pickle a class that no module defines."""
+
+    def __reduce_ex__(self, protocol: Any) -> tuple:
+        """Pickle as the mixins, the host's class and the instance's state."""
+        mixins, base = _unmix(type(self))
+        getstate = getattr(self, "__getstate__", None)
+        return _rebuild, (mixins, base), getstate() if getstate else self.__dict__
+
+
+def swap_(module: nn.Module, mixin: type[Mixin]) -> None:
+    """Put ``mixin`` in front of the module's class."""
+    module.__class__ = _mixed(mixin, type(module))
+
+
+def unswap_(module: nn.Module, mixin: type[Mixin]) -> None:
+    """Undo `swap_`; the mixin must be the last one put in."""
+    kind = type(module)
+    assert kind.__bases__[0] is mixin, f"{kind} does not start with {mixin}"
+    module.__class__ = kind.__bases__[1]
+
+
+@cache
+def _mixed(mixin: type[Mixin], base: type[nn.Module]) -> type[nn.Module]:
+    same = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return type(base.__name__, (mixin, base), same)
+
+
+def _unmix(kind: type) -> tuple[tuple[type[Mixin], ...], type]:
+    """The mixins of a swapped class, the first put in first, and the host's class."""
+    if not issubclass(kind, Mixin):
+        return (), kind
+    mixins, base = _unmix(kind.__bases__[1])
+    return (*mixins, kind.__bases__[0]), base
+
+
+def _rebuild(mixins: tuple[type[Mixin], ...], base: type[nn.Module]) -> nn.Module:
+    kind = base
+    for mixin in mixins:
+        kind = _mixed(mixin, kind)
+    return kind.__new__(kind)

@@ -1,0 +1,331 @@
+"""Balance the experts of any model: one call for a plain training loop, and what the callback drives.
+
+Shape legend: E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe_plugin.adapters.bias import OWN_NAME, add_own_bias_, keep_fp32_, release_fp32_, remove_own_bias_
+from moe_plugin.adapters.discover import Found, find_routers
+from moe_plugin.adapters.router import attach_, detach_
+from moe_plugin.adapters.site import Site
+from moe_plugin.adapters.token_mask import TokenMask
+from moe_plugin.balancing.counts import SPREAD_UNIT
+from moe_plugin.balancing.rate import resolve_rate
+from moe_plugin.balancing.reduce import all_reduce_
+from moe_plugin.balancing.rules import Rule, Sign
+from moe_plugin.balancing.schedule import RateSchedule
+from moe_plugin.errors import AttachError, CheckpointError, EffectError
+from moe_plugin.types import LoadRecord
+
+_ATTRIBUTE = "_moe_balanced"
+
+Rules = Rule | Mapping[str, Rule] | None
+Sites = str | Sequence[str] | Callable[[str], bool] | None
+DEFAULT_RULE = Sign()
+
+
+def balance_(
+    model: nn.Module,
+    rule: Rules = DEFAULT_RULE,
+    sites: Sites = None,
+    *,
+    schedule: RateSchedule = RateSchedule(),  # noqa: B008 (frozen)
+    mask: str | None = "attention_mask",
+    process_group: dist.ProcessGroup | None = None,
+) -> Balanced:
+    """Balance the experts of ``model`` in place, without an auxiliary loss (arXiv 2408.15664).
+
+    Finds every routing site, checks all of them, and only then attaches. Calling it again returns the same object.
+    Call ``update()`` on it after each optimizer step; the Lightning callback does so by itself.
+
+    Args:
+        model: Any module that holds MoE blocks.
+        rule: How biases follow the load; a mapping from glob on the site's name to rule gives each site the first
+            that matches; None only observes the load.
+        sites: Which routers to balance: a glob, several, or a predicate on the module name; None takes all.
+        schedule: Factor on the rate by update number.
+        mask: Forward argument that marks real tokens (B, S); None counts every token.
+        process_group: The data-parallel ranks; None is all ranks of the default group.
+
+    Raises:
+        AttachError: If no router is found or matches, or the model is balanced with other settings already.
+    """
+    existing = find_balanced(model)
+    if existing is not None:
+        if existing.settings != (rule, sites, schedule, mask):
+            raise AttachError(
+                "The model is balanced already, with other settings. Call remove() on it first."
+            )
+        return existing
+    _refuse_balanced_parts(model)
+    found = _chosen(find_routers(model), sites)
+    rules = [_rule_for(router.name, rule) for router in found]
+    token_mask = TokenMask(mask) if mask is not None else TokenMask("")
+    attached = [_attach_(router, token_mask) for router in found]
+    token_mask.watch_(model)
+    return Balanced(model, attached, rules, schedule, process_group, (rule, sites, schedule, mask))
+
+
+def find_balanced(model: nn.Module) -> Balanced | None:
+    """What `balance_` returned for this model, if it did."""
+    return model.__dict__.get(_ATTRIBUTE)
+
+
+class Balanced(Mapping[str, Site]):
+    """The routing sites of a balanced model by module name, in forward order.
+
+    Attributes:
+        step: Updates so far.
+        record: The load of the last update; None before the first.
+        process_group: The data-parallel ranks over which counts are summed.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        rules: Sequence[Rule | None],
+        schedule: RateSchedule,
+        process_group: dist.ProcessGroup | None,
+        settings: tuple,
+    ) -> None:
+        """Hold attached sites; use `balance_`."""
+        self.step = 0
+        self.record: LoadRecord | None = None
+        self.process_group = process_group
+        self.settings = settings
+        self._model = model
+        self._sites = {site.name: site for site in sites}
+        self._rules = {site.name: rule for site, rule in zip(sites, rules, strict=True)}
+        self._states: dict[str, dict[str, Tensor]] = {site.name: {} for site in sites}
+        self._schedule = schedule
+        for site, rule in zip(sites, rules, strict=True):
+            site.measures_spread = rule is not None and rule.rate == "auto"
+        model.__dict__[_ATTRIBUTE] = self
+
+    def __getitem__(self, name: str) -> Site:
+        """The site of this router."""
+        return self._sites[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of the routers, in forward order."""
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        """Number of sites."""
+        return len(self._sites)
+
+    def __hash__(self) -> int:
+        """By identity."""
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        """By identity."""
+        return self is other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the process group, which exists in one process only."""
+        return self.__dict__ | {"process_group": None}
+
+    @torch.no_grad()
+    def update(self) -> LoadRecord:
+        """Sum the counts over ranks, move every bias, and start counting anew.
+
+        To be called by every rank after each optimizer step that took place. Nothing waits for the device, except
+        in the first update, which checks that balancing has an effect.
+
+        Returns:
+            The load of this step.
+
+        Raises:
+            EffectError: In the first update, if a site saw no tokens.
+        """
+        tallies = [site.take_tally() for site in self.values()]
+        all_reduce_(tallies, self.process_group)
+        self.step += 1
+        if self.step == 1:
+            self._check_effect(tallies)
+        healthy = self._healthy(tallies)
+        counts = {}
+        for site, tally in zip(self.values(), tallies, strict=True):
+            counts[site.name] = torch.where(healthy, tally[: site.num_experts], 0)
+            self._move_bias_(site, counts[site.name], tally)
+        self.record = LoadRecord(self.step, counts, {site.name: site.bias for site in self.values()})
+        return self.record
+
+    def reject_if_(self, condition: Tensor) -> None:
+        """Let the next update leave every bias untouched if ``condition`` holds, without waiting for the device.
+
+        Args:
+            condition: bool scalar, such as a loss not being finite. It is enough that it holds on one rank.
+        """
+        site = next(iter(self.values()))
+        site.tally[site.num_experts] += condition.to(site.tally.device)
+
+    def discard_counts_(self) -> None:
+        """Forget the tokens counted since the last update."""
+        for site in self.values():
+            site.tally.zero_()
+
+    def remove(self) -> None:
+        """Take balancing off the model again. A bias that the model owns keeps the values it has learnt."""
+        for site in self.values():
+            detach_(site.router)
+            if site.host_owns_bias:
+                release_fp32_(site.bias_owner)
+            else:
+                remove_own_bias_(site.bias_owner)
+            site.token_mask.unwatch_()
+        del self._model.__dict__[_ATTRIBUTE]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Biases, rule states and the update counter. Counts of a step that is not complete are left out."""
+        sites = {
+            name: {"bias": site.bias.clone(), "state": dict(self._states[name])}
+            for name, site in self.items()
+        }
+        return {"step": self.step, "sites": sites}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`.
+
+        Raises:
+            CheckpointError: If it is of other sites or other numbers of experts.
+        """
+        self._check_fits(state)
+        self.step = state["step"]
+        for name, saved in state["sites"].items():
+            site = self[name]
+            site.bias.copy_(saved["bias"])
+            self._states[name] = {key: value.to(site.bias.device) for key, value in saved["state"].items()}
+        self.discard_counts_()
+
+    def save(self, path: str | Path) -> None:
+        """Write biases, rule states and the counter as a safetensors file beside the model's own checkpoint."""
+        from safetensors.torch import save_file
+
+        tensors = {f"{name}|bias": site.bias.cpu().clone() for name, site in self.items()}
+        for name, state in self._states.items():
+            tensors |= {f"{name}|state|{key}": value.cpu().clone() for key, value in state.items()}
+        save_file(tensors, path, metadata={"step": str(self.step)})
+
+    def load(self, path: str | Path) -> None:
+        """Continue from a file of `save`.
+
+        Raises:
+            CheckpointError: If it is of other sites or other numbers of experts.
+        """
+        from safetensors import safe_open
+
+        sites: dict[str, dict[str, Any]] = {}
+        with safe_open(path, framework="pt") as file:
+            step = int(file.metadata()["step"])
+            for key in file.keys():  # noqa: SIM118 (not a mapping)
+                name, kind, *rest = key.split("|")
+                saved = sites.setdefault(name, {"bias": None, "state": {}})
+                if kind == "bias":
+                    saved["bias"] = file.get_tensor(key)
+                else:
+                    saved["state"][rest[0]] = file.get_tensor(key)
+        self.load_state_dict({"step": step, "sites": sites})
+
+    def _move_bias_(self, site: Site, counts_E: Tensor, tally: Tensor) -> None:
+        rule = self._rules[site.name]
+        factor = self._schedule(self.step)
+        if rule is None or factor == 0:
+            return
+        tokens = (tally[: site.num_experts].sum() // site.top_k).clamp(min=1)
+        rate = resolve_rate(rule.rate, (tally[-1] / tokens / SPREAD_UNIT).float())
+        site.bias.add_(rule.direction(counts_E, self._states[site.name]) * (rate * factor))
+
+    def _healthy(self, tallies: Sequence[Tensor]) -> Tensor:
+        """Whether no selection and no loss of the step was NaN or infinite; bool scalar on the device."""
+        return (
+            torch.stack(
+                [tally[site.num_experts] for site, tally in zip(self.values(), tallies, strict=True)]
+            ).sum()
+            == 0
+        )
+
+    def _check_effect(self, tallies: Sequence[Tensor]) -> None:
+        for site, tally in zip(self.values(), tallies, strict=True):
+            if tally[site.num_experts + 1] == 0:
+                raise EffectError(
+                    f"Router {site.name!r} counted no tokens in the first step. Is the model in eval() mode, run under "
+                    "no_grad, or is this router not used? Leave it out with 'sites'."
+                )
+
+    def _check_fits(self, state: Mapping[str, Any]) -> None:
+        if list(state["sites"]) != list(self) and set(state["sites"]) != set(self):
+            raise CheckpointError(
+                f"The checkpoint balances {sorted(state['sites'])}, this model {sorted(self)}."
+            )
+        wrong = [
+            f"{name}: {saved['bias'].numel()} experts in the checkpoint, {self[name].num_experts} in the model"
+            for name, saved in state["sites"].items()
+            if saved["bias"].numel() != self[name].num_experts
+        ]
+        if wrong:
+            raise CheckpointError("; ".join(wrong) + ".")
+
+
+def _chosen(found: list[Found], sites: Sites) -> list[Found]:
+    if sites is None:
+        return found
+    if callable(sites):
+        chosen = [router for router in found if sites(router.name)]
+    else:
+        globs = [sites] if isinstance(sites, str) else list(sites)
+        chosen = [router for router in found if any(fnmatchcase(router.name, glob) for glob in globs)]
+    if not chosen:
+        raise AttachError(f"'sites' must match a router, got {sites!r}; there are {[r.name for r in found]}.")
+    return chosen
+
+
+def _rule_for(name: str, rule: Rules) -> Rule | None:
+    if not isinstance(rule, Mapping):
+        return rule
+    for glob, candidate in rule.items():
+        if fnmatchcase(name, glob):
+            return candidate
+    raise AttachError(f"'rule' must have a glob that matches router {name!r}, got {list(rule)}.")
+
+
+def _refuse_balanced_parts(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if find_balanced(module) is not None or "_moe_site" in module.__dict__:
+            raise AttachError(f"{name!r} inside the model is balanced already. Call remove() on that first.")
+
+
+def _attach_(router: Found, token_mask: TokenMask) -> Site:
+    weight = next(router.module.parameters())
+    owner, name = router.bias_owner, router.bias_name
+    if owner is None or name is None:
+        owner, name = router.module, OWN_NAME
+        add_own_bias_(owner, router.num_experts, weight.device)
+    else:
+        keep_fp32_(owner, name)
+    site = Site(
+        router.name,
+        router.module,
+        num_experts=router.num_experts,
+        top_k=router.top_k,
+        bias_owner=owner,
+        bias_name=name,
+        host_owns_bias=router.bias_owner is not None,
+        zeros_masked=router.num_groups > 1,
+        token_mask=token_mask,
+    )
+    attach_(router.module, site)
+    return site

@@ -1,0 +1,109 @@
+"""Exact counting of the tokens each expert received.
+
+Shape legend: T tokens, K experts selected per token, E experts.
+
+A tally is one int64 tensor per routing site, so that all a step must share between ranks travels in a single
+exact, order-independent sum:
+
+    [0, E)  tokens per expert
+    E       selections whose score was NaN or infinite
+    E + 1   selections seen, padding included
+    E + 2   sum over tokens of the score spread, in units of 1 / SPREAD_UNIT
+
+Counting is a ``torch.library`` operator that changes the tally, so that it survives ``torch.compile`` with
+``fullgraph`` and decides when it *runs*, not when it is traced, whether this is a real forward.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moe_plugin.balancing.recompute import is_training_forward
+
+EXTRA_SLOTS = 3
+SPREAD_UNIT = 2**24
+
+_LIBRARY = torch.library.Library("moe_plugin", "DEF")
+_LIBRARY.define(
+    "count_(Tensor(a!) tally, Tensor expert_ids_TK, Tensor selected_TK, Tensor? scores_TE, Tensor? valid_T,"
+    " bool training, bool grad_enabled) -> ()"
+)
+
+
+def new_tally(num_experts: int) -> Tensor:
+    """An empty tally: int64 zeros of ``num_experts + EXTRA_SLOTS``."""
+    return torch.zeros(num_experts + EXTRA_SLOTS, dtype=torch.int64)
+
+
+def count_(
+    tally: Tensor,
+    expert_ids_TK: Tensor,
+    selected_TK: Tensor,
+    *,
+    scores_TE: Tensor | None = None,
+    valid_T: Tensor | None = None,
+    training: bool,
+) -> None:
+    """Add one forward pass to ``tally``, in place.
+
+    With ``training`` nothing is added during recomputation, under ``no_grad`` or in backward. Integer scatter
+    addition is exact in any order and needs no host synchronisation.
+
+    Args:
+        tally: From `new_tally`, on the device of the ids; changed in place.
+        expert_ids_TK: Selected experts, int64, any leading shape.
+        selected_TK: The scores of the selected experts; only their being finite is looked at.
+        scores_TE: Unbiased scores of all experts, to measure their spread; None to leave it out.
+        valid_T: bool, True for tokens that count, one entry per token; None when all do.
+        training: Count only a forward that a backward follows.
+    """
+    # The grad mode is read here: inside a compiled graph gradients are always off when the operator runs.
+    torch.ops.moe_plugin.count_(
+        tally, expert_ids_TK, selected_TK, scores_TE, valid_T, training, torch.is_grad_enabled()
+    )
+
+
+def _count(
+    tally: Tensor,
+    expert_ids_TK: Tensor,
+    selected_TK: Tensor,
+    scores_TE: Tensor | None,
+    valid_T: Tensor | None,
+    training: bool,
+    grad_enabled: bool,
+) -> None:
+    if training and not is_training_forward(grad_enabled):
+        return
+    top_k = expert_ids_TK.shape[-1]
+    ids_N = expert_ids_TK.reshape(-1)
+    num_experts = tally.numel() - EXTRA_SLOTS
+    weights_N = _ones(tally, ids_N, valid_T, top_k)
+    tally.scatter_add_(0, ids_N, weights_N)
+    tally[num_experts] += ((~selected_TK.isfinite()).reshape(-1) * weights_N).sum()
+    tally[num_experts + 1] += ids_N.numel()
+    if scores_TE is not None:
+        tally[num_experts + 2] += (_spread(scores_TE) * weights_N[::top_k]).sum()
+
+
+def _ones(tally: Tensor, ids_N: Tensor, valid_T: Tensor | None, top_k: int) -> Tensor:
+    if valid_T is None:
+        return tally.new_ones(1).expand(ids_N.numel())
+    return valid_T.reshape(-1, 1).to(tally.dtype).expand(-1, top_k).reshape(-1)
+
+
+def _spread(scores_TE: Tensor) -> Tensor:
+    """Standard deviation over the experts of each token, int64 in units of 1 / SPREAD_UNIT.
+
+    Experts that a group limit has masked (infinite, or exactly zero in some hosts) are left out.
+    """
+    scores_TE = scores_TE.reshape(-1, scores_TE.shape[-1]).float()
+    open_TE = scores_TE.isfinite() & (scores_TE != 0)
+    open_T = open_TE.sum(-1).clamp(min=1)
+    mean_T = scores_TE.where(open_TE, 0.0).sum(-1) / open_T
+    deviation_TE = (scores_TE - mean_T[:, None]).where(open_TE, 0.0)
+    return ((deviation_TE.square().sum(-1) / open_T).sqrt() * SPREAD_UNIT).round().long()
+
+
+_LIBRARY.impl("count_", _count, "CompositeExplicitAutograd")
+torch.library.register_fake("moe_plugin::count_", lambda *_: None, lib=_LIBRARY)

@@ -1,0 +1,5 @@
+"""Lightning callbacks: balancing, and watching the load."""
+
+from moe_plugin.callbacks.loss_free import LossFreeBalancing
+
+__all__ = ["LossFreeBalancing"]

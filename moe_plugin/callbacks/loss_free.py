@@ -1,0 +1,111 @@
+"""Auxiliary-loss-free balancing as one line in ``callbacks=[...]``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from moe_plugin.balance import DEFAULT_RULE, Rules, Sites, balance_
+from moe_plugin.balancing.schedule import RateSchedule
+from moe_plugin.callbacks.attachment import Attachment
+from moe_plugin.errors import ConfigError
+
+
+class LossFreeBalancing(Callback):
+    """Balances the experts of any LightningModule without an auxiliary loss (arXiv 2408.15664).
+
+    Finds the routers of the module, adds a bias per expert to their selection only, and moves it after each
+    optimizer step that took place: down for overloaded experts, up for idle ones. Gate weights stay unbiased. The
+    biases are saved in Lightning's checkpoints, and in the model's own where it owns the tensor.
+
+    Example:
+        >>> trainer = lightning.Trainer(callbacks=[LossFreeBalancing()])  # doctest: +SKIP
+    """
+
+    def __init__(
+        self,
+        rule: Rules = DEFAULT_RULE,
+        schedule: RateSchedule | None = None,
+        sites: Sites = None,
+        mask: str | None = "attention_mask",
+    ) -> None:
+        """Choose how to balance; the defaults suit most models.
+
+        Args:
+            rule: How biases follow the load, such as ``Sign(rate=0.001)``; a mapping from glob to rule for different
+                rules by layer.
+            schedule: Factor on the rate by optimizer step; None keeps it constant.
+            sites: Which routers to balance: glob, globs or predicate on the module name; None takes all.
+            mask: Forward argument that marks real tokens; padding does not count. None counts every token.
+
+        Raises:
+            ConfigError: If there is no rule.
+        """
+        if rule is None:
+            raise ConfigError(
+                "'rule' must be an update rule, got None. To only watch the load use LoadMonitor()."
+            )
+        settings = {"rule": rule, "schedule": schedule or RateSchedule(), "sites": sites, "mask": mask}
+        self._attachment = Attachment(lambda pl_module: balance_(pl_module, **settings))
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Attach before the strategy wraps or shards the model.
+
+        Raises:
+            AttachError: If no router is found.
+            ConfigError: If the trainer has several of these callbacks.
+        """
+        same = [callback for callback in trainer.callbacks if isinstance(callback, LossFreeBalancing)]  # pyright: ignore
+        if len(same) > 1:
+            raise ConfigError(f"'callbacks' must hold one LossFreeBalancing, got {len(same)}.")
+        self._attachment.setup(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Listen to the optimizer, now that the strategy and the checkpoint are in place."""
+        self._attachment.start(trainer)
+
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Steps count from here on."""
+        self._attachment.batch_starts()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """Look whether the loss is finite, without waiting for it."""
+        self._attachment.backward_starts(loss)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """A step follows, unless the gradient scaler prevents it."""
+        self._attachment.step_is_due(optimizer)
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Steps outside of a batch do not count."""
+        self._attachment.batch_ends()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Let go of the optimizer; the biases stay in the model."""
+        self._attachment.stop()
+
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        """Let go of the optimizer."""
+        self._attachment.stop()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Biases, rule states and the update counter, for Lightning's checkpoint."""
+        return self._attachment.balanced.state_dict() if self._attachment.is_attached else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Continue from a checkpoint.
+
+        Raises:
+            CheckpointError: If it is of other sites or other numbers of experts.
+        """
+        if state_dict:
+            self._attachment.balanced.load_state_dict(state_dict)

@@ -1,0 +1,75 @@
+"""Tells when an optimizer step really took place.
+
+The optimizer's own post-step hook is the one place that fires once per real step: with accumulation, manual
+optimization, clipping and LBFGS, and before checkpoints of the step are written.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.optim import Optimizer
+from torch.utils.hooks import RemovableHandle
+
+
+class StepClock:
+    """Calls ``on_step`` after each optimizer step inside a training batch, and ``on_skip`` after a skipped one."""
+
+    def __init__(self, on_step: Callable[[Tensor | None], object], on_skip: Callable[[], object]) -> None:
+        """Set what is called.
+
+        Args:
+            on_step: Takes the gradient scaler's verdict, a float scalar above zero for a step that the optimizer
+                itself left out because of infinite gradients; None where there is no scaler.
+            on_skip: Called at the end of a batch whose step the scaler kept from the optimizer.
+        """
+        self._on_step = on_step
+        self._on_skip = on_skip
+        self._handle: RemovableHandle | None = None
+        self._in_batch = False
+        self._awaiting = False
+
+    def start_(self, optimizer: Optimizer) -> None:
+        """Listen to one optimizer."""
+        self.stop_()
+        self._handle = optimizer.register_step_post_hook(self._after_step)
+
+    def stop_(self) -> None:
+        """Listen no longer."""
+        if self._handle is not None:
+            self._handle.remove()
+        self._handle = None
+        self._in_batch = self._awaiting = False
+
+    def batch_starts(self) -> None:
+        """A training batch begins; steps outside of one (restoring a checkpoint makes some) do not count."""
+        self._in_batch = True
+
+    def step_is_due(self, optimizer: Optimizer) -> None:
+        """Gradients of ``optimizer`` are ready: a step follows unless the gradient scaler prevents it."""
+        self._awaiting = self._handle is not None
+
+    def batch_ends(self) -> None:
+        """A training batch is over."""
+        if self._awaiting:
+            self._on_skip()
+        self._in_batch = self._awaiting = False
+
+    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
+        if self._in_batch:
+            self._awaiting = False
+            self._on_step(getattr(optimizer, "found_inf", None))
+
+
+def optimizer_of(parameters: Sequence[torch.nn.Parameter], optimizers: Sequence[Optimizer]) -> Optimizer:
+    """The optimizer that trains the most of ``parameters``; the first one if none does."""
+    wanted = {id(parameter) for parameter in parameters}
+
+    def trained(optimizer: Optimizer) -> int:
+        return sum(
+            id(parameter) in wanted for group in optimizer.param_groups for parameter in group["params"]
+        )
+
+    return max(optimizers, key=trained)
