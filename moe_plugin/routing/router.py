@@ -148,9 +148,9 @@ def _validate_groups(num_experts: int, top_k: int, num_groups: int, top_k_groups
     group_size = num_experts // num_groups
     if num_groups > 1 and group_size < 2:
         raise ConfigError(
-            f"'num_groups' must leave at least 2 experts in a group (a group's score is the sum of its two best), "
-            f"got {num_groups} groups of {num_experts} experts. Set num_groups <= {max(1, num_experts // 2)} and "
-            f"top_k_groups <= num_groups, or num_groups=1 and top_k_groups=1 for no group limit."
+            f"'num_groups' must leave at least 2 experts in a group (its score is the sum of its two best), got "
+            f"{num_groups} groups of {num_experts} experts. Set num_groups <= {max(1, num_experts // 2)} with "
+            f"top_k_groups <= num_groups, or num_groups=1 with top_k_groups=1 for no group limit."
         )
     if top_k > top_k_groups * group_size:
         raise ConfigError(

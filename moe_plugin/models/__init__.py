@@ -1,0 +1,10 @@
+"""The reference language model, its sizes, and what any model costs."""
+
+from __future__ import annotations
+
+from moe_plugin.models.deepseek import deepseek_v3
+from moe_plugin.models.language_model import LanguageModel
+from moe_plugin.models.optimizer import AdamWWarmupCosine
+from moe_plugin.models.transformer import Transformer
+
+__all__ = ["AdamWWarmupCosine", "LanguageModel", "Transformer", "deepseek_v3"]

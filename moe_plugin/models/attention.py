@@ -1,0 +1,65 @@
+"""Causal self-attention with rotary position embeddings (arXiv 2104.09864).
+
+Shape legend: B batch, S sequence, D model width, N heads, A head width.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_plugin.errors import ConfigError
+from moe_plugin.experts import Linear
+
+Rotary = tuple[Tensor, Tensor]
+
+
+def rotary_table(length: int, head_dim: int, device: torch.device, base: float = 10000.0) -> Rotary:
+    """Cosines and sines of the rotation angles, each (S, A), fp32.
+
+    Computed once per forward and not kept as a buffer: there is nothing to lose in a cast, a checkpoint or on
+    the meta device.
+    """
+    frequencies = base ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
+    angles_SA = torch.cat((angles, angles), dim=-1)
+    return angles_SA.cos(), angles_SA.sin()
+
+
+def rotate(x_BNSA: Tensor, rotary: Rotary) -> Tensor:
+    """Turns each pair (i, i + A/2) of a head by the angle of its position."""
+    cos_SA, sin_SA = (table.to(x_BNSA.dtype) for table in rotary)
+    first, second = x_BNSA.chunk(2, dim=-1)
+    return x_BNSA * cos_SA + torch.cat((-second, first), dim=-1) * sin_SA
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention over the past, by `scaled_dot_product_attention`."""
+
+    def __init__(self, dim: int, num_heads: int, *, residual_gain: float = 1.0) -> None:
+        """Creates the projections.
+
+        Args:
+            dim: Width of input and output.
+            num_heads: Heads; `dim / num_heads` must be an even integer.
+            residual_gain: Initial gain of the output projection, which writes to the residual stream.
+
+        Raises:
+            ConfigError: The head width is not an even integer.
+        """
+        super().__init__()
+        if num_heads < 1 or dim % (2 * num_heads):
+            raise ConfigError(f"'num_heads' must divide dim ({dim}) into even head widths, got {num_heads}.")
+        self.num_heads = num_heads
+        self.head_dim = dim // num_heads
+        self.qkv = Linear(dim, 3 * dim)
+        self.out = Linear(dim, dim, gain=residual_gain)
+
+    def forward(self, x_BSD: Tensor, rotary: Rotary) -> Tensor:
+        """Maps (B, S, D) to (B, S, D)."""
+        q, k, v = self.qkv(x_BSD).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        y_BNSA = functional.scaled_dot_product_attention(
+            rotate(q, rotary), rotate(k, rotary), v, is_causal=True
+        )
+        return self.out(y_BNSA.transpose(1, 2).flatten(2))

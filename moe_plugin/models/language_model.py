@@ -1,0 +1,193 @@
+"""The reference language model as a LightningModule.
+
+Shape legend: B batch, S sequence, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+from typing import Any
+
+import lightning
+from lightning.pytorch.utilities.types import OptimizerLRScheduler
+from torch import Tensor, nn
+from torch.nn import functional
+
+from moe_plugin.errors import ConfigError
+from moe_plugin.experts import ExpertShape, GroupedExperts, MoEBlock, SwiGLU
+from moe_plugin.models.attention import CausalSelfAttention
+from moe_plugin.models.optimizer import AdamWWarmupCosine
+from moe_plugin.models.sharding import shard_
+from moe_plugin.models.transformer import (
+    ActivationCheckpointing,
+    AuxiliaryLoss,
+    Transformer,
+    TransformerLayer,
+)
+from moe_plugin.routing import Router
+
+Batch = dict[str, Tensor]
+
+
+class LanguageModel(lightning.LightningModule):
+    """A decoder-only mixture-of-experts language model.
+
+    Batches are `{"tokens": int64 (B, S + 1), ...}`: inputs are all tokens but the last, targets all but the first.
+    `train/loss` and `val/loss` are cross-entropies in nats, exact means over tokens.
+    """
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        context_length: int,
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        router: partial[Router],
+        experts: ExpertShape,
+        dense_hidden_dim: int | None = None,
+        num_dense: int = 0,
+        moe_every: int = 1,
+        tie_embeddings: bool = False,
+        activation_checkpointing: ActivationCheckpointing | None = None,
+        optimizer: AdamWWarmupCosine | None = None,
+        auxiliary_loss: AuxiliaryLoss | None = None,
+    ) -> None:
+        """Creates the model.
+
+        Args:
+            vocab_size: Token ids are in [0, vocab_size).
+            context_length: Longest sequence S.
+            dim: Model width.
+            num_layers: Layers.
+            num_heads: Attention heads.
+            router: Router without its sizes; a `top_k` given in it takes the place of that of `experts`.
+            experts: Sizes of the expert layers.
+            dense_hidden_dim: Hidden width of the dense layers; by default that of a token's experts together.
+            num_dense: Dense layers at the start.
+            moe_every: After those, every n-th layer has experts and the others are dense.
+            tie_embeddings: Use the token embedding as output projection too.
+            activation_checkpointing: Recompute the layers in the backward: "reentrant" or "non_reentrant".
+            optimizer: Optimizer and schedule, by default `AdamWWarmupCosine()`.
+            auxiliary_loss: Balancing loss, added over the layers to the cross-entropy.
+
+        Raises:
+            ConfigError: A size is out of range, or sizes do not fit together.
+        """
+        super().__init__()
+        for name, value in (
+            ("vocab_size", vocab_size),
+            ("context_length", context_length),
+            ("dim", dim),
+            ("num_layers", num_layers),
+            ("moe_every", moe_every),
+        ):
+            if value < 1:
+                raise ConfigError(f"'{name}' must be a positive integer, got {value}.")
+        if not 0 <= num_dense <= num_layers:
+            raise ConfigError(
+                f"'num_dense' must be between 0 and num_layers ({num_layers}), got {num_dense}."
+            )
+        if activation_checkpointing not in (None, "reentrant", "non_reentrant"):
+            raise ConfigError(
+                f"'activation_checkpointing' must be null, 'reentrant' or 'non_reentrant', "
+                f"got {activation_checkpointing!r}."
+            )
+        self.context_length = context_length
+        self.auxiliary_loss = auxiliary_loss
+        self.optimizer = optimizer or AdamWWarmupCosine()
+        # Each layer adds to the residual stream twice: keep its variance at 1 over the depth.
+        residual_gain = (2 * num_layers) ** -0.5
+        hidden_dim = dense_hidden_dim or (experts.top_k + experts.num_shared) * experts.hidden_dim
+
+        def feed_forward(layer: int) -> nn.Module:
+            if layer >= num_dense and (layer - num_dense + 1) % moe_every == 0:
+                return moe_block(dim, router, experts, residual_gain)
+            return SwiGLU(dim, hidden_dim, residual_gain=residual_gain)
+
+        layers = [
+            TransformerLayer(
+                dim,
+                CausalSelfAttention(dim, num_heads, residual_gain=residual_gain),
+                feed_forward(layer),
+                activation_checkpointing,
+            )
+            for layer in range(num_layers)
+        ]
+        self.network = Transformer(vocab_size, dim, layers, tie_embeddings=tie_embeddings)
+
+    def configure_model(self) -> None:
+        """Shards the network where the strategy has a device mesh (`ModelParallelStrategy`)."""
+        if self.device_mesh is not None:
+            shard_(self.network, self.device_mesh)
+
+    def forward(self, token_ids_BS: Tensor) -> Tensor:
+        """Predicts the next token: logits (B, S, V)."""
+        return self.network(token_ids_BS)[0]
+
+    def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
+        """Cross-entropy plus auxiliary loss."""
+        cross_entropy, auxiliary = self._losses(batch)
+        self._log_token_mean("train/loss", cross_entropy, batch)
+        if self.auxiliary_loss is None:
+            return cross_entropy
+        self._log_token_mean("train/auxiliary_loss", auxiliary, batch)
+        return cross_entropy + auxiliary
+
+    def validation_step(self, batch: Batch, batch_idx: int) -> None:
+        """Logs `val/loss`."""
+        self._log_token_mean("val/loss", self._losses(batch)[0], batch)
+
+    def test_step(self, batch: Batch, batch_idx: int) -> None:
+        """Logs `test/loss`."""
+        self._log_token_mean("test/loss", self._losses(batch)[0], batch)
+
+    def configure_optimizers(self) -> OptimizerLRScheduler:
+        """AdamW, and its schedule over all steps of the fit.
+
+        Raises:
+            ConfigError: The trainer does not know how many steps it will take.
+        """
+        total_steps = self.trainer.estimated_stepping_batches
+        if math.isinf(total_steps):
+            raise ConfigError(
+                "'trainer.max_steps' must be set, for the learning rate decays over it; got none."
+            )
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        optimizer = self.optimizer.optimizer(self.parameters(), fused=scaler is None)
+        schedule = self.optimizer.schedule(optimizer, int(total_steps))
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        tokens = batch["tokens"]
+        if tokens.shape[1] - 1 > self.context_length:
+            raise ConfigError(
+                f"'tokens' must have at most context_length + 1 ({self.context_length + 1}) columns, "
+                f"got {tokens.shape[1]}."
+            )
+        logits_BSV, auxiliary = self.network(tokens[:, :-1], self.auxiliary_loss)
+        cross_entropy = functional.cross_entropy(logits_BSV.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        return cross_entropy, auxiliary
+
+    def _log_token_mean(self, name: str, value: Tensor, batch: Batch) -> None:
+        # Lightning weighs by batch size, over batches and over ranks: with the number of tokens as batch size the
+        # mean is that over tokens, whatever the sizes of the batches.
+        num_tokens = batch["tokens"][:, 1:].numel()
+        self.log(name, value.detach(), batch_size=num_tokens, sync_dist=True, prog_bar=True)
+
+
+def moe_block(
+    dim: int, router: partial[Router], experts: ExpertShape, residual_gain: float = 1.0
+) -> MoEBlock:
+    """An expert layer of the given sizes, with its router and shared experts."""
+    sizes: dict[str, Any] = {"top_k": experts.top_k, **router.keywords}
+    shared = None
+    if experts.num_shared:
+        shared = SwiGLU(dim, experts.num_shared * experts.hidden_dim, residual_gain=residual_gain)
+    return MoEBlock(
+        router(dim, experts.num_experts, **sizes),
+        GroupedExperts(experts.num_experts, dim, experts.hidden_dim, residual_gain=residual_gain),
+        shared,
+    )
