@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from moe_plugin.data.documents import Document, Source
+from moe_plugin.data.files import Files
+from moe_plugin.data.hugging_face import HuggingFace
 from moe_plugin.data.module import CorpusDataModule
 from moe_plugin.data.standard_library import StandardLibrary
 from moe_plugin.data.tokenization import BytePairs, Bytes, Tokenizer
@@ -12,6 +14,8 @@ __all__ = [
     "Bytes",
     "CorpusDataModule",
     "Document",
+    "Files",
+    "HuggingFace",
     "Source",
     "StandardLibrary",
     "Tokenizer",

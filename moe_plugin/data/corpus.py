@@ -74,7 +74,11 @@ def build_corpus(source: Source, tokenizer: Tokenizer, validation_fraction: floa
 
 def _distinct(documents: Iterable[Document]) -> list[Document]:
     """The first of identical texts, so that no copy of a training text is validated on; blank ones go."""
-    return list({_sha256(d.text): d for d in reversed(list(documents)) if d.text.strip()}.values())[::-1]
+    distinct: dict[str, Document] = {}
+    for document in documents:
+        if document.text.strip():
+            distinct.setdefault(_sha256(document.text), document)
+    return list(distinct.values())
 
 
 def _encoded(documents: list[Document], encode: Encode) -> Iterable[tuple[str, Tensor]]:

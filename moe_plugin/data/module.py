@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import hashlib
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch import LightningDataModule
+from torch import Tensor
 
 from moe_plugin.data.cache import cache_folder, load_or_build
 from moe_plugin.data.corpus import Corpus
 from moe_plugin.data.documents import Source
 from moe_plugin.data.loader import TrainingLoader, ValidationLoader
-from moe_plugin.data.order import Share, StepOrder
+from moe_plugin.data.order import Share, StepOrder, shuffled
 from moe_plugin.data.sequences import Sequences, cut
 from moe_plugin.data.tokenization import Bytes, Tokenizer
 from moe_plugin.errors import ConfigError
@@ -159,9 +160,9 @@ class CorpusDataModule(LightningDataModule):
 
     def train_dataloader(self) -> TrainingLoader:
         """A stateful loader of `batch_size / (ranks x accumulation)` sequences per micro-batch."""
-        sequences = self.train_sequences
-        order = StepOrder(len(sequences.domain), self.batch_size, self.seed, self._share())
-        self._train_loader = TrainingLoader(sequences, order, self._digest())
+        num_sequences = len(self.train_sequences.domain)
+        order = StepOrder(num_sequences, self.batch_size, partial(self._order, num_sequences), self._share())
+        self._train_loader = TrainingLoader(self.train_sequences, order, self._digest())
         if self._restored is not None:
             self._train_loader.load_state_dict(self._restored)
             self._restored = None
@@ -182,6 +183,10 @@ class CorpusDataModule(LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The next training loader goes on at the saved position."""
         self._restored = state_dict or None
+
+    def _order(self, num_sequences: int, epoch: int) -> Tensor:
+        overfits = self.trainer is not None and self.trainer.overfit_batches > 0
+        return shuffled(num_sequences, self.seed, epoch=0 if overfits else epoch)
 
     def _share(self) -> Share:
         """This rank's part; the strategy knows which ranks share their data (tensor parallel ones do)."""

@@ -6,7 +6,7 @@ Legend: N sequences, B sequences of a micro-batch.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -61,22 +61,24 @@ class StepOrder:
     batch, iterating anew starts the next epoch.
     """
 
-    def __init__(self, num_sequences: int, batch_size: int, seed: int, share: Share) -> None:
+    def __init__(
+        self, num_sequences: int, batch_size: int, order: Callable[[int], Tensor], share: Share
+    ) -> None:
         """Starts at epoch 0.
 
         Args:
             num_sequences: N.
             batch_size: Sequences per optimizer step over all ranks and accumulation.
-            seed: Seed of every epoch's order.
+            order: Epoch -> order of its sequences, int64 (N,).
             share: This rank's part.
 
         Raises:
             ConfigError: If `batch_size` is not divided by ranks x accumulation.
         """
         self.micro_batch = share.micro_batch("batch_size", batch_size)
-        self.num_sequences, self.batch_size, self.seed, self.share = num_sequences, batch_size, seed, share
+        self.num_sequences, self.batch_size, self.order, self.share = num_sequences, batch_size, order, share
         self.epoch, self.position = 0, 0
-        self._shuffled = (-1, torch.empty(0, dtype=torch.int64))
+        self._current = (-1, torch.empty(0, dtype=torch.int64))  # epoch and its order
 
     @property
     def sampler(self) -> StepOrder:
@@ -112,7 +114,7 @@ class StepOrder:
             yield ids_B
 
     def _ids(self, position: int) -> Tensor:
-        if self._shuffled[0] != self.epoch:
-            self._shuffled = (self.epoch, shuffled(self.num_sequences, self.seed, self.epoch))
+        if self._current[0] != self.epoch:
+            self._current = (self.epoch, self.order(self.epoch))
         start = (position * self.share.world_size + self.share.rank) * self.micro_batch
-        return self._shuffled[1][start : start + self.micro_batch]
+        return self._current[1][start : start + self.micro_batch]
