@@ -1,0 +1,221 @@
+"""Shows the load over experts while a model trains.
+
+Shape legend: E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import fmean
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor
+from torch.optim import Optimizer
+
+from moe_plugin.balance import Balanced, balance_, find_balanced
+from moe_plugin.callbacks.attachment import Attachment
+from moe_plugin.callbacks.load_pictures import LoadPictures, counts_of, image_writers
+from moe_plugin.callbacks.load_tags import DASHBOARD, training_scalars, validation_scalars
+from moe_plugin.callbacks.loss_free import LossFreeBalancing
+from moe_plugin.callbacks.validation_counts import ValidationCounts
+from moe_plugin.errors import AttachError, ConfigError
+from moe_plugin.metrics import LayerLoad, LoadWindow
+from moe_plugin.types import LoadRecord
+
+
+class LoadMonitor(Callback):
+    """Logs how balanced the load over experts is, in training and in validation.
+
+    Training: every `every_n_steps` optimizer steps the load of the steps since then goes to every logger as
+    scalars (`load/*` over all layers, `load_layers/*` by layer), and now and then to TensorBoard as a layer x
+    expert heatmap. Validation: MaxVio (arXiv 2408.15664), entropy and dead experts over the whole validation
+    set are logged as `val/*`, so that checkpoints and sweepers can follow them.
+
+    Works beside `LossFreeBalancing`, and alone: then it observes the model's routers and changes nothing.
+
+    Args:
+        every_n_steps: Optimizer steps between scalars; None for the trainer's `log_every_n_steps`.
+        image_every_n_steps: Optimizer steps between heatmaps; None for growing intervals (the 1st, 2nd, 4th,
+            8th, ... window), about ten in a run of any length. 0 for no heatmaps.
+
+    Attributes:
+        first_record: The load of the first optimizer step, on the host: how the model was before balancing.
+        training_load: The load of each layer in the last window that was logged.
+        validation_load: The load of each layer in the last validation run.
+        bias_ranges: The range of each layer's bias when it was last logged.
+
+    Raises:
+        ConfigError: A setting is negative, or `every_n_steps` is 0.
+    """
+
+    def __init__(self, every_n_steps: int | None = None, image_every_n_steps: int | None = None) -> None:
+        """Check the settings."""
+        _check_interval("every_n_steps", every_n_steps, least=1)
+        _check_interval("image_every_n_steps", image_every_n_steps, least=0)
+        self.every_n_steps = every_n_steps
+        self.image_every_n_steps = image_every_n_steps
+        self.first_record: LoadRecord | None = None
+        self.training_load: dict[str, LayerLoad] = {}
+        self.validation_load: dict[str, LayerLoad] = {}
+        self.bias_ranges: dict[str, float] = {}
+        self._training_pictures = LoadPictures("load", image_every_n_steps)
+        self._validation_pictures = LoadPictures("val", image_every_n_steps)
+        self._window: LoadWindow | None = None
+        self._validation: ValidationCounts | None = None
+        self._last_record: LoadRecord | None = None
+        self._observer: Attachment | None = None
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Observe the routers if nothing else has them counted.
+
+        Raises:
+            AttachError: If no router is found.
+        """
+        is_counted = find_balanced(pl_module) is not None
+        if not is_counted and not any(isinstance(other, LossFreeBalancing) for other in trainer.callbacks):  # pyright: ignore
+            self._observer = Attachment(lambda module: balance_(module, rule=None))
+            self._observer.setup(pl_module)
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lay out TensorBoard's custom scalars."""
+        if self._observer is not None:
+            self._observer.start(trainer)
+        balanced = _balanced(pl_module)
+        self._window = LoadWindow({name: site.num_experts for name, site in balanced.items()})
+        self._last_record = balanced.record
+        for writer in self._writers(trainer):
+            if hasattr(writer, "add_custom_scalars"):
+                writer.add_custom_scalars(DASHBOARD)
+
+    def on_train_batch_start(self, *_: Any) -> None:
+        """Steps count from here on."""
+        if self._observer is not None:
+            self._observer.batch_starts()
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
+        """The load of a step whose loss is not finite tells nothing."""
+        if self._observer is not None:
+            self._observer.backward_starts(loss)
+
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """A step follows, unless the gradient scaler prevents it."""
+        if self._observer is not None:
+            self._observer.step_is_due(optimizer)
+
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Take in the optimizer step of this batch, if it made one."""
+        if self._observer is not None:
+            self._observer.batch_ends()
+        record = _balanced(pl_module).record
+        if record is None or record is self._last_record:
+            return
+        assert self._window is not None
+        self._last_record = record
+        self._window.add_(record.counts)
+        if self.first_record is None:
+            self.first_record = LoadRecord(record.step, _on_host(record.counts), _on_host(record.bias))
+            self._offer(trainer, self._training_pictures, self._window.layer_loads(), _logged_step(trainer))
+        every_n_steps = self.every_n_steps or trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
+        if every_n_steps and record.step % every_n_steps == 0:
+            self._log_training(trainer, record, _logged_step(trainer))
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the steps since the last window, and the last pictures."""
+        if self._observer is not None:
+            self._observer.stop()
+        record = _balanced(pl_module).record
+        if record is not None and self._window is not None and self._window.batches:
+            # Lightning has moved on by one since the last batch.
+            self._log_training(trainer, record, step=_logged_step(trainer) - 1)
+        if self.image_every_n_steps != 0:
+            self._training_pictures.write_waiting(self._writers(trainer))
+            self._validation_pictures.write_waiting(self._writers(trainer))
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Forget what was counted in evaluation mode before."""
+        self._validation = ValidationCounts(_balanced(pl_module))
+
+    def on_validation_batch_end(self, *_: Any) -> None:
+        """Keep the counts of the batch."""
+        assert self._validation is not None
+        self._validation.take_()
+
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Log the load over the whole validation set."""
+        assert self._validation is not None
+        if trainer.sanity_checking:
+            return
+        window = LoadWindow({name: site.num_experts for name, site in _balanced(pl_module).items()})
+        window.add_batches_(self._validation.reduced(trainer.strategy.root_device))
+        self.validation_load = window.layer_loads()
+        scalars = validation_scalars(self.validation_load)
+        pl_module.log_dict(scalars, sync_dist=trainer.world_size > 1)
+        self._offer(trainer, self._validation_pictures, self.validation_load, _logged_step(trainer))
+
+    def state_dict(self) -> dict[str, Any]:
+        """The load of the first step, so that a resumed run still knows how it began."""
+        if self.first_record is None:
+            return {}
+        return {"first_record": vars(self.first_record)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Restore the load of the first step."""
+        if "first_record" in state_dict:
+            self.first_record = LoadRecord(**state_dict["first_record"])
+
+    def _log_training(self, trainer: Trainer, record: LoadRecord, step: int) -> None:
+        assert self._window is not None
+        self.training_load = self._window.layer_loads()
+        self.bias_ranges = _ranges(record.bias)
+        self._window.reset_()
+        scalars = training_scalars(self.training_load, self.bias_ranges)
+        for logger in trainer.loggers:
+            logger.log_metrics(scalars, step=step)
+        self._offer(trainer, self._training_pictures, self.training_load, step)
+
+    def _offer(
+        self, trainer: Trainer, pictures: LoadPictures, loads: Mapping[str, LayerLoad], step: int
+    ) -> None:
+        if self.image_every_n_steps == 0:
+            return
+        violation = fmean(load.max_violation_global for load in loads.values())
+        dead = sum(load.dead_experts for load in loads.values())
+        title = f"load over ideal load, step {trainer.global_step}: MaxVio {violation:.2f}, {dead} dead"
+        pictures.offer(self._writers(trainer), step, counts_of(loads), title)
+
+    def _writers(self, trainer: Trainer) -> list[Any]:
+        return image_writers(trainer.loggers) if trainer.is_global_zero else []
+
+
+def _balanced(pl_module: LightningModule) -> Balanced:
+    balanced = find_balanced(pl_module)
+    if balanced is None:
+        raise AttachError(
+            "LoadMonitor found no balanced router in the model. Was remove() called on it, or is it attached to "
+            "a part of the model only?"
+        )
+    return balanced
+
+
+def _logged_step(trainer: Trainer) -> int:
+    """The x-axis of everything that Lightning logs itself."""
+    return trainer.fit_loop.epoch_loop._batches_that_stepped
+
+
+def _ranges(bias: Mapping[str, Tensor]) -> dict[str, float]:
+    """Largest minus smallest bias by site, with one wait for the device."""
+    ranges_L = torch.stack([bias_E.max() - bias_E.min() for bias_E in bias.values()])
+    return dict(zip(bias, ranges_L.tolist(), strict=True))
+
+
+def _on_host(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().cpu().clone() for name, tensor in tensors.items()}
+
+
+def _check_interval(name: str, value: int | None, *, least: int) -> None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
+        raise ConfigError(f"'{name}' must be null or an integer >= {least}, got {value!r}.")

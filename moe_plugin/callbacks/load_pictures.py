@@ -1,0 +1,77 @@
+"""Pictures of the load in every logger that takes images, few enough to keep long runs small.
+
+Shape legend: L MoE layers, E experts (of the layer that has most).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from lightning.pytorch.loggers import Logger
+from torch import Tensor
+
+from moe_plugin.metrics import LayerLoad, stack_layers
+from moe_plugin.plots import load_heatmap
+
+
+class LoadPictures:
+    """Writes heatmaps of one kind of load, and the counts they show.
+
+    By default it writes the 1st, 2nd, 4th, 8th, ... picture it is offered, and the last: about ten in a run of
+    any length, which is what TensorBoard keeps of a tag.
+
+    Args:
+        tag: Prefix of the tags: `<tag>/experts` is the image, `<tag>/tokens_per_expert` the counts, as a float64
+            tensor (L, E) in which -1 stands for an expert that a layer does not have.
+        every_n_steps: Steps between pictures; None for growing intervals.
+    """
+
+    def __init__(self, tag: str, every_n_steps: int | None) -> None:
+        """Start without any picture."""
+        self._tag = tag
+        self._every_n_steps = every_n_steps
+        self._offered = 0
+        self._last_step: int | None = None
+        self._waiting: tuple[int, dict[str, Tensor], str] | None = None
+
+    def offer(self, writers: Iterable[Any], step: int, counts: Mapping[str, Tensor], title: str) -> None:
+        """Write a picture if one is due, else keep it in case it is the last."""
+        self._offered += 1
+        self._waiting = (step, dict(counts), title)
+        if self._is_due(step):
+            self.write_waiting(writers)
+
+    def write_waiting(self, writers: Iterable[Any]) -> None:
+        """Write the picture offered last, unless it is written already."""
+        if self._waiting is None:
+            return
+        (step, counts, title), self._waiting = self._waiting, None
+        self._last_step = step
+        image = load_heatmap(counts, title)
+        for writer in writers:
+            writer.add_image(f"{self._tag}/experts", image, global_step=step, dataformats="CHW")
+            if hasattr(writer, "add_tensor"):
+                writer.add_tensor(f"{self._tag}/tokens_per_expert", _rectangle(counts), global_step=step)
+
+    def _is_due(self, step: int) -> bool:
+        if self._every_n_steps is None:
+            return self._offered.bit_count() == 1
+        return self._last_step is None or step - self._last_step >= self._every_n_steps
+
+
+def image_writers(loggers: Iterable[Logger]) -> list[Any]:
+    """The TensorBoard writers among the loggers."""
+    writers = [getattr(logger, "experiment", None) for logger in loggers]
+    return [writer for writer in writers if hasattr(writer, "add_image")]
+
+
+def counts_of(loads: Mapping[str, LayerLoad]) -> dict[str, Tensor]:
+    """The tokens per expert of each layer as int64 tensors."""
+    return {name: torch.tensor(load.tokens_per_expert) for name, load in loads.items()}
+
+
+def _rectangle(counts: Mapping[str, Tensor]) -> Tensor:
+    """Counts with -1 where a layer has no expert, in the widest type that event files take."""
+    return stack_layers([count + 1 for count in counts.values()]).double() - 1

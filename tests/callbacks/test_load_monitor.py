@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+import io
+
+import lightning
+import numpy as np
+import pytest
+import torch
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.util import tensor_util
+from torch.nn.functional import mse_loss
+from torch.utils.data import DataLoader
+
+from moe_plugin.balance import find_balanced
+from moe_plugin.callbacks.load_monitor import LoadMonitor
+from moe_plugin.callbacks.loss_free import LossFreeBalancing
+from moe_plugin.errors import AttachError, ConfigError
+from moe_plugin.experts import GroupedExperts, MoEBlock
+from moe_plugin.metrics import dead_experts, max_violation
+from moe_plugin.plots import load_heatmap
+from moe_plugin.routing import Router, Sigmoid
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*tensorboardX.*"),
+    pytest.mark.filterwarnings("ignore:.*GPU available but not used.*"),
+    pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty.*"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
+    pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:DeprecationWarning"),
+]
+SIZES = {"blocks.0.router": 8, "blocks.1.router": 4}
+TOKENS, TOP_K = 24, 2
+
+
+class Model(lightning.LightningModule):
+    """Two MoE blocks of different size, and a log of what their routers chose."""
+
+    def __init__(self):
+        super().__init__()
+        self.blocks = torch.nn.ModuleList(
+            MoEBlock(Router(16, experts, TOP_K, score=Sigmoid()), GroupedExperts(experts, 16, 8))
+            for experts in SIZES.values()
+        )
+        self.chosen: dict[str, list[dict[str, torch.Tensor]]] = {"train": [], "val": []}
+
+    def forward(self, x):
+        counts = {}
+        for name, block in zip(SIZES, self.blocks, strict=True):
+            block.router.register_forward_hook(
+                lambda router, args, routing, name=name: counts.__setitem__(
+                    name, routing.expert_ids_TK.flatten().bincount(minlength=SIZES[name])
+                )
+            )
+        for block in self.blocks:
+            x = x + block(x)
+        for block in self.blocks:
+            block.router._forward_hooks.clear()
+        if not self.trainer.sanity_checking:
+            self.chosen["train" if self.training else "val"].append(counts)
+        return x
+
+    def training_step(self, batch, batch_idx):
+        loss = mse_loss(self(batch), batch.flip(-1))
+        self.log("train/loss", loss)
+        return loss
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val/loss", mse_loss(self(batch), batch.flip(-1)))
+
+    def configure_optimizers(self):
+        return torch.optim.AdamW(self.parameters(), lr=1e-3)
+
+
+def loader(batches: int) -> DataLoader:
+    generator = torch.Generator().manual_seed(7)
+    data = torch.randn(batches * TOKENS, 16, generator=generator) + 1
+    return DataLoader(data, batch_size=TOKENS)
+
+
+def fit(
+    monitor, folder, *, steps=12, logger=None, callbacks=(LossFreeBalancing,), ckpt_path=None, **settings
+):
+    torch.manual_seed(1)
+    model = Model()
+    trainer = lightning.Trainer(
+        max_steps=steps,
+        logger=logger if logger is not None else TensorBoardLogger(folder, name="", version=""),
+        default_root_dir=folder,
+        callbacks=[monitor, *(make() for make in callbacks)],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+        log_every_n_steps=5,
+        **{"enable_checkpointing": False, **settings},
+    )
+    trainer.fit(model, loader(30), loader(3), ckpt_path=ckpt_path)
+    return model, trainer
+
+
+def events(folder) -> EventAccumulator:
+    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
+
+
+def scalars(folder, tag: str) -> dict[int, float]:
+    return {event.step: event.value for event in events(folder).Scalars(tag)}
+
+
+def mean_violation(batches: list[dict[str, torch.Tensor]]) -> float:
+    per_layer = [max_violation(sum(batch[name] for batch in batches)).item() for name in SIZES]
+    return sum(per_layer) / len(per_layer)
+
+
+class TestTraining:
+    def test_scalars_equal_what_the_routers_chose(self, tmp_path):
+        model, _ = fit(LoadMonitor(), tmp_path)
+        chosen = model.chosen["train"]
+        windows = {4: chosen[:5], 9: chosen[5:10], 11: chosen[10:12]}
+        expected = {step: mean_violation(window) for step, window in windows.items()}
+        assert scalars(tmp_path, "load/max_violation_global") == pytest.approx(expected)
+        expected = {
+            step: sum(mean_violation([batch]) for batch in window) / len(window)
+            for step, window in windows.items()
+        }
+        assert scalars(tmp_path, "load/max_violation_batch") == pytest.approx(expected)
+
+    def test_each_layer_has_its_own_scalars(self, tmp_path):
+        model, _ = fit(LoadMonitor(), tmp_path)
+        for name in SIZES:
+            summed = sum(batch[name] for batch in model.chosen["train"][:5])
+            assert scalars(tmp_path, f"load_layers/max_violation/{name}")[4] == pytest.approx(
+                max_violation(summed).item()
+            )
+            assert scalars(tmp_path, f"load_layers/dead_experts/{name}")[4] == dead_experts(summed).item()
+            bias = find_balanced(model)[name].bias
+            assert scalars(tmp_path, f"load_layers/bias_range/{name}")[11] == pytest.approx(
+                (bias.max() - bias.min()).item()
+            )
+
+    def test_accumulated_batches_are_one_batch_of_the_optimizer(self, tmp_path):
+        model, _ = fit(LoadMonitor(every_n_steps=2), tmp_path, steps=2, accumulate_grad_batches=3)
+        chosen = model.chosen["train"]
+        steps = [{name: sum(batch[name] for batch in chosen[i : i + 3]) for name in SIZES} for i in (0, 3)]
+        expected = sum(mean_violation([step]) for step in steps) / 2
+        assert scalars(tmp_path, "load/max_violation_batch") == {1: pytest.approx(expected)}
+
+    def test_first_record_is_kept_on_the_host(self, tmp_path):
+        monitor = LoadMonitor()
+        model, _ = fit(monitor, tmp_path)
+        assert monitor.first_record.step == 1
+        for name in SIZES:
+            assert monitor.first_record.counts[name].tolist() == model.chosen["train"][0][name].tolist()
+
+    def test_several_loggers_all_get_the_scalars(self, tmp_path):
+        loggers = [
+            TensorBoardLogger(tmp_path, name="tb", version=""),
+            CSVLogger(tmp_path, name="csv", version=""),
+        ]
+        fit(LoadMonitor(), tmp_path, logger=loggers)
+        assert len(scalars(tmp_path / "tb", "load/entropy")) == 3
+        assert "load/entropy" in (tmp_path / "csv" / "metrics.csv").read_text().splitlines()[0]
+
+    @pytest.mark.parametrize("settings", [{"logger": False, "val_check_interval": 4}, {"fast_dev_run": True}])
+    def test_no_logger_still_measures(self, tmp_path, settings):
+        monitor = LoadMonitor()
+        _, trainer = fit(monitor, tmp_path, **settings)
+        assert set(monitor.training_load) == set(SIZES)
+        assert "val/max_violation_global" in trainer.callback_metrics
+
+    def test_alone_it_observes_and_moves_no_bias(self, tmp_path):
+        monitor = LoadMonitor()
+        model, _ = fit(monitor, tmp_path, callbacks=())
+        assert len(model.chosen["train"]) == 12
+        assert scalars(tmp_path, "load/max_violation_global")[4] == pytest.approx(
+            mean_violation(model.chosen["train"][:5])
+        )
+        assert all(not site.bias.any() for site in find_balanced(model).values())
+        assert monitor.bias_ranges == dict.fromkeys(SIZES, 0.0)
+
+    @pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable.*")
+    def test_resumed_run_remembers_how_it_began(self, tmp_path):
+        first = LoadMonitor()
+        _, trainer = fit(first, tmp_path, steps=5)
+        trainer.save_checkpoint(tmp_path / "last.ckpt")
+        resumed = LoadMonitor()
+        fit(resumed, tmp_path, steps=10, ckpt_path=tmp_path / "last.ckpt")
+        assert resumed.first_record.step == 1
+        assert set(scalars(tmp_path, "load/entropy")) == {4, 9}
+        for name in SIZES:
+            assert torch.equal(resumed.first_record.counts[name], first.first_record.counts[name])
+
+
+class TestPictures:
+    def test_image_in_the_event_file_is_the_heatmap_of_the_counts(self, tmp_path):
+        monitor = LoadMonitor()
+        fit(monitor, tmp_path)
+        read = events(tmp_path)
+        image = read.Images("load/experts")[-1]
+        counts = {name: torch.tensor(load.tokens_per_expert) for name, load in monitor.training_load.items()}
+        pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string))).transpose(2, 0, 1)
+        drawn = load_heatmap(counts)
+        assert image.step == 11
+        assert np.array_equal(pixels[:, 26:], drawn[:, 26:])
+
+    def test_counts_in_the_event_file_mark_experts_a_layer_lacks(self, tmp_path):
+        monitor = LoadMonitor()
+        fit(monitor, tmp_path)
+        stored = tensor_util.make_ndarray(events(tmp_path).Tensors("load/tokens_per_expert")[-1].tensor_proto)
+        first, second = (load.tokens_per_expert for load in monitor.training_load.values())
+        assert stored.tolist() == [list(first), [*second, -1, -1, -1, -1]]
+
+    def test_pictures_come_at_growing_intervals_and_at_the_end(self, tmp_path):
+        fit(LoadMonitor(every_n_steps=1), tmp_path, steps=20)
+        steps = [image.step for image in events(tmp_path).Images("load/experts")]
+        assert steps == [0, 0, 2, 6, 14, 19]
+
+    def test_configured_interval_is_kept(self, tmp_path):
+        fit(LoadMonitor(every_n_steps=1, image_every_n_steps=5), tmp_path, steps=11)
+        assert [image.step for image in events(tmp_path).Images("load/experts")] == [0, 5, 10]
+
+    def test_zero_interval_draws_nothing(self, tmp_path):
+        fit(LoadMonitor(image_every_n_steps=0), tmp_path)
+        assert events(tmp_path).Tags()["images"] == []
+
+
+class TestDashboard:
+    def test_layout_parses_and_its_charts_match_the_tags(self, tmp_path):
+        import re
+
+        fit(LoadMonitor(), tmp_path)
+        read = events(tmp_path)
+        proto = read.Tensors("custom_scalars__config__")
+        assert len(proto) == 1
+        layout = layout_pb2.Layout.FromString(tensor_util.make_ndarray(proto[0].tensor_proto).item())
+        assert [category.title for category in layout.category] == ["Overview", "Layers"]
+        tags = read.Tags()["scalars"]
+        for category in layout.category:
+            for chart in category.chart:
+                assert any(re.match(regex, tag) for regex in chart.multiline.tag for tag in tags), chart.title
+
+
+class TestValidation:
+    def test_metrics_equal_what_the_routers_chose(self, tmp_path):
+        monitor = LoadMonitor()
+        model, trainer = fit(monitor, tmp_path, steps=4, val_check_interval=4)
+        chosen = model.chosen["val"]
+        assert len(chosen) == 3
+        metrics = trainer.callback_metrics
+        assert metrics["val/max_violation_global"].item() == pytest.approx(mean_violation(chosen))
+        per_batch = sum(mean_violation([batch]) for batch in chosen) / 3
+        assert metrics["val/max_violation_batch"].item() == pytest.approx(per_batch)
+        for name, load in monitor.validation_load.items():
+            assert load.tokens_per_expert == tuple(sum(batch[name] for batch in chosen).tolist())
+
+    def test_later_validation_starts_from_zero(self, tmp_path):
+        monitor = LoadMonitor()
+        model, _ = fit(monitor, tmp_path, steps=8, val_check_interval=4)
+        assert len(model.chosen["val"]) == 6
+        for name, load in monitor.validation_load.items():
+            assert load.tokens_per_expert == tuple(
+                sum(batch[name] for batch in model.chosen["val"][3:]).tolist()
+            )
+
+    def test_sanity_check_logs_nothing(self, tmp_path):
+        monitor = LoadMonitor()
+        fit(monitor, tmp_path, steps=2)
+        assert monitor.validation_load == {}
+        assert "val/max_violation_global" not in events(tmp_path).Tags()["scalars"]
+
+    def test_validate_alone_measures(self, tmp_path):
+        monitor = LoadMonitor()
+        trainer = lightning.Trainer(
+            logger=False, callbacks=[monitor], enable_progress_bar=False, accelerator="cpu"
+        )
+        (metrics,) = trainer.validate(Model(), loader(2), verbose=False)
+        assert metrics["val/max_violation_global"] >= 0
+        assert all(
+            sum(load.tokens_per_expert) == 2 * TOKENS * TOP_K for load in monitor.validation_load.values()
+        )
+
+
+class TestSettings:
+    @pytest.mark.parametrize(
+        "settings", [{"every_n_steps": 0}, {"image_every_n_steps": -1}, {"every_n_steps": 1.5}]
+    )
+    def test_bad_interval_names_the_key_and_the_value(self, settings):
+        (name, value), *_ = settings.items()
+        with pytest.raises(ConfigError, match=rf"'{name}' must be .* got {value}"):
+            LoadMonitor(**settings)
+
+    def test_model_without_routers_is_refused(self, tmp_path):
+        class Dense(Model):
+            def __init__(self):
+                super().__init__()
+                self.blocks = torch.nn.ModuleList([torch.nn.Linear(4, 4)])
+
+        trainer = lightning.Trainer(logger=False, callbacks=[LoadMonitor()], accelerator="cpu")
+        with pytest.raises(AttachError):
+            trainer.validate(Dense(), loader(1), verbose=False)
