@@ -64,8 +64,10 @@ def _add_row(result: Table, name: str, splits: list[dict[str, int]]) -> None:
 def _source(arguments: list[str]) -> Source:
     if not arguments:
         return StandardLibrary()
-    pairs = [argument.partition("=") for argument in arguments]
-    return Files({domain: pattern for domain, _, pattern in pairs})
+    for argument in arguments:
+        if "=" not in argument:
+            raise ConfigError(f"An argument must be domain=glob, e.g. code='src/**/*.py', got {argument!r}.")
+    return Files(dict(argument.split("=", 1) for argument in arguments))
 
 
 def _timed_load(source: Source, folder: Path) -> tuple[float, Corpus]:

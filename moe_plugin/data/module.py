@@ -185,7 +185,8 @@ class CorpusDataModule(LightningDataModule):
         self._restored = state_dict or None
 
     def _order(self, num_sequences: int, epoch: int) -> Tensor:
-        overfits = self.trainer is not None and self.trainer.overfit_batches > 0
+        # Lightning sets the attribute outside its class.
+        overfits = self.trainer is not None and self.trainer.overfit_batches > 0  # pyright: ignore
         return shuffled(num_sequences, self.seed, epoch=0 if overfits else epoch)
 
     def _share(self) -> Share:
