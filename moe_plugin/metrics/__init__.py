@@ -5,7 +5,7 @@ from moe_plugin.metrics.dead import dead_experts
 from moe_plugin.metrics.entropy import load_entropy
 from moe_plugin.metrics.layers import experts_per_layer, stack_layers
 from moe_plugin.metrics.violation import max_violation
-from moe_plugin.metrics.window import LayerLoad, LoadWindow
+from moe_plugin.metrics.window import LayerLoad, LoadWindow, layer_loads
 
 __all__ = [
     "DeadExperts",
@@ -16,6 +16,7 @@ __all__ = [
     "MaxViolationGlobal",
     "dead_experts",
     "experts_per_layer",
+    "layer_loads",
     "load_entropy",
     "max_violation",
     "stack_layers",

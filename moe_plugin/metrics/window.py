@@ -99,3 +99,10 @@ class LoadWindow:
     def _update_(self, tokens_NLE: Tensor) -> None:
         self._batch.update(tokens_NLE)
         self._total.update(tokens_NLE)
+
+
+def layer_loads(counts: Mapping[str, Tensor]) -> dict[str, LayerLoad]:
+    """The load of each layer in a single batch; int64 (E,) for each layer."""
+    window = LoadWindow({name: len(tokens) for name, tokens in counts.items()})
+    window.add_(counts)
+    return window.layer_loads()

@@ -1,0 +1,116 @@
+"""What the jobs of a sweep came to, side by side: `sweep_summary.csv` and a ranked table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import re
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from moe_plugin.errors import ConfigError
+from moe_plugin.report.atomic import write_atomically
+from moe_plugin.report.summary import SUMMARY_FILE, RunSummary, read_summary
+
+SWEEP_FILE = "sweep_summary.csv"
+MEASURES = [field.name for field in fields(RunSummary)]
+HIGHER_IS_BETTER = {"tokens_per_second"}
+
+
+def gather_sweep(folder: Path) -> list[dict[str, Any]]:
+    """One row for each finished job of a multirun folder, in the order of the jobs.
+
+    Args:
+        folder: Holds a folder per job, in each of them `summary.json` and Hydra's `.hydra/overrides.yaml`.
+
+    Returns:
+        Rows with the keys `job`, each override's key, then the measures of `RunSummary`. All rows have the
+        same keys in the same order; an override that a job does not have is None.
+    """
+    paths = sorted(folder.rglob(SUMMARY_FILE), key=lambda path: _natural(path.parent.relative_to(folder)))
+    jobs = [(path.parent, _overrides(path.parent)) for path in paths]
+    keys = list(dict.fromkeys(key for _, overrides in jobs for key in overrides if key not in MEASURES))
+    return [
+        {
+            "job": str(job.relative_to(folder)),
+            **{key: overrides.get(key) for key in keys},
+            **asdict(read_summary(job / SUMMARY_FILE)),
+        }
+        for job, overrides in jobs
+    ]
+
+
+def write_sweep_summary(folder: Path) -> Path | None:
+    """Write `sweep_summary.csv` with all jobs finished so far into the multirun folder, in one move.
+
+    Returns:
+        The file; None if no job is finished, and then nothing is written.
+    """
+    rows = gather_sweep(folder)
+    if not rows:
+        return None
+    text = io.StringIO()
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    path = folder / SWEEP_FILE
+    write_atomically(path, text.getvalue())
+    return path
+
+
+def sweep_table(folder: Path, metric: str = "val_loss") -> Table:
+    """The jobs of a sweep, best first.
+
+    Args:
+        folder: The multirun folder.
+        metric: The key of `summary.json` to rank by.
+
+    Raises:
+        ConfigError: There is no such measure.
+    """
+    if metric not in MEASURES:
+        raise ConfigError(f"'metric' must be one of {MEASURES}, got {metric!r}.")
+    rows = sorted(gather_sweep(folder), key=lambda row: _rank(row[metric], metric))
+    table = Table(
+        title=f"{folder.name}: {len(rows)} jobs by {metric}", title_justify="left", title_style="bold"
+    )
+    overrides = [key for key in (rows[0] if rows else {}) if key not in {"job", *MEASURES}]
+    shown = [metric, *(key for key in MEASURES[:6] if key != metric)]
+    table.add_column("job")
+    for key in (*overrides, *shown):
+        table.add_column(
+            key, justify="right" if key in MEASURES else "left", style="bold" if key == metric else None
+        )
+    for place, row in enumerate(rows):
+        cells = [row["job"], *(str(row[key] or "") for key in overrides), *(_cell(row[key]) for key in shown)]
+        table.add_row(*cells, style="green" if place == 0 else None)
+    return table
+
+
+def _overrides(job: Path) -> dict[str, str]:
+    import yaml
+
+    path = job / ".hydra" / "overrides.yaml"
+    lines = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else []
+    pairs = (str(line).lstrip("+~").partition("=") for line in lines)
+    return {key: value for key, _, value in pairs}
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """A key that puts 2 before 10."""
+    return [(int(digits or 0), text) for digits, text in re.findall(r"(\d*)(\D*)", str(path))]
+
+
+def _rank(value: float | None, metric: str) -> tuple[bool, float]:
+    if value is None:
+        return True, 0.0
+    return False, -value if metric in HIGHER_IS_BETTER else value
+
+
+def _cell(value: float | int | None) -> str:
+    if value is None:
+        return "–"  # noqa: RUF001
+    return f"{value:,d}" if isinstance(value, int) else f"{value:,.4g}"
