@@ -1,0 +1,82 @@
+"""Finding the routed experts of any model by its structure, without running it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from moe_plugin.errors import ConfigError
+
+# Under which names models keep the number of experts a token takes.
+_TOP_K_NAMES = ("top_k", "num_experts_per_tok", "num_experts_per_token", "num_selected_experts", "moe_top_k")
+
+
+@dataclass(frozen=True)
+class RoutedExperts:
+    """The experts of one layer, of which each token uses some.
+
+    Attributes:
+        module: What holds all their parameters, and nothing else.
+        num_experts: Experts.
+        top_k: Experts per token.
+    """
+
+    module: nn.Module
+    num_experts: int
+    top_k: int
+
+
+def find_routed_experts(model: nn.Module) -> list[RoutedExperts]:
+    """Finds each `ModuleList` of experts, or module of stacked (E, ., .) weights, with a router beside it.
+
+    The router is a sibling that holds a matrix with one row per expert.
+
+    Args:
+        model: Any model, the meta device included.
+
+    Raises:
+        ConfigError: Experts are there, but nothing beside them says how many a token takes.
+    """
+    return [
+        RoutedExperts(child, num_experts, _top_k(block, child, f"{path}.{name}".lstrip(".")))
+        for path, block in model.named_modules()
+        for name, child in block.named_children()
+        if (num_experts := _num_experts(child)) is not None and _has_router(block, child, num_experts)
+    ]
+
+
+def _num_experts(module: nn.Module) -> int | None:
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return len(module)
+    stacked = {parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.ndim == 3}
+    return stacked.pop() if len(stacked) == 1 else None
+
+
+def _has_router(block: nn.Module, experts: nn.Module, num_experts: int) -> bool:
+    return any(
+        parameter.ndim == 2 and parameter.shape[0] == num_experts
+        for sibling in block.children()
+        if sibling is not experts
+        for parameter in sibling.parameters()
+    )
+
+
+def _top_k(block: nn.Module, experts: nn.Module, path: str) -> int:
+    for owner in _owners(block, experts):
+        for name in _TOP_K_NAMES:
+            value = getattr(owner, name, None)
+            if isinstance(value, int):
+                return value
+    raise ConfigError(
+        f"'{path}' must have the number of experts per token beside it, got none of {', '.join(_TOP_K_NAMES)}. "
+        f"Set 'top_k' on its router."
+    )
+
+
+def _owners(block: nn.Module, experts: nn.Module) -> Iterator[object]:
+    """Where top_k may stand, the nearest to the router first."""
+    modules = [*(child for child in block.children() if child is not experts), block, experts]
+    yield from modules
+    yield from (config for module in modules if (config := getattr(module, "config", None)) is not None)
