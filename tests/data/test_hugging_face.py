@@ -64,7 +64,7 @@ class TestHuggingFace:
             source(tmp_path)
 
     def test_stream_without_limit_is_refused(self):
-        with pytest.raises(ConfigError, match="set source.max_bytes"):
+        with pytest.raises(ConfigError, match=r"set source\.max_bytes"):
             HuggingFace("owner/name", streaming=True)
 
     def test_missing_package_names_the_extra(self, monkeypatch):

@@ -109,7 +109,7 @@ class TestErrors:
 
     def test_less_text_than_a_sequence_names_the_domain(self, make):
         with pytest.raises(
-            ConfigError, match=r"'data.context_length' needs 5001 .*'prose' has \d+ in validation"
+            ConfigError, match=r"'data.context_length' needs 5001 .*'code' has \d+ in validation"
         ):
             make(context_length=5000, batch_size=1).validate()
 
