@@ -5,6 +5,16 @@ from __future__ import annotations
 from moe_plugin.models.deepseek import deepseek_v3
 from moe_plugin.models.language_model import LanguageModel
 from moe_plugin.models.optimizer import AdamWWarmupCosine
+from moe_plugin.models.size import ModelSize, measure, print_size_table, size_table
 from moe_plugin.models.transformer import Transformer
 
-__all__ = ["AdamWWarmupCosine", "LanguageModel", "Transformer", "deepseek_v3"]
+__all__ = [
+    "AdamWWarmupCosine",
+    "LanguageModel",
+    "ModelSize",
+    "Transformer",
+    "deepseek_v3",
+    "measure",
+    "print_size_table",
+    "size_table",
+]

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from moe_plugin.adapters.discover import TOP_K_NAMES
 from moe_plugin.errors import ConfigError
-
-# Under which names models keep the number of experts a token takes.
-_TOP_K_NAMES = ("top_k", "num_experts_per_tok", "num_experts_per_token", "num_selected_experts", "moe_top_k")
 
 
 @dataclass(frozen=True)
@@ -65,12 +63,12 @@ def _has_router(block: nn.Module, experts: nn.Module, num_experts: int) -> bool:
 
 def _top_k(block: nn.Module, experts: nn.Module, path: str) -> int:
     for owner in _owners(block, experts):
-        for name in _TOP_K_NAMES:
+        for name in TOP_K_NAMES:
             value = getattr(owner, name, None)
             if isinstance(value, int):
                 return value
     raise ConfigError(
-        f"'{path}' must have the number of experts per token beside it, got none of {', '.join(_TOP_K_NAMES)}. "
+        f"'{path}' must have the number of experts per token beside it, got none of {', '.join(TOP_K_NAMES)}. "
         f"Set 'top_k' on its router."
     )
 

@@ -118,8 +118,13 @@ def size_table(size: ModelSize) -> Table:
     table.add_row("FLOPs per token, training", _count(size.training_flops_per_token), "3 x forward")
     table.add_section()
     for memory in size.memory:
-        parts = f"{_gib(memory.parameters)} parameters + {_gib(memory.gradients)} gradients + {_gib(memory.optimizer)} Adam"
-        table.add_row(f"Memory per device, {memory.strategy}", _gib(memory.total), parts)
+        parts = (
+            (memory.parameters, "parameters"),
+            (memory.gradients, "gradients"),
+            (memory.optimizer, "Adam"),
+        )
+        note = " + ".join(f"{_gib(part)} {name}" for part, name in parts)
+        table.add_row(f"Memory per device, {memory.strategy}", _gib(memory.total), note)
     table.caption = (
         "Memory: parameters and gradients in the parameters' dtype, Adam in fp32, DDP with its gradient buckets; "
         "without activations and, under fsdp, the layer gathered at the moment."
