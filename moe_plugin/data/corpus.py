@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import platform
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 from torch import Tensor
@@ -45,7 +47,8 @@ def build_corpus(source: Source, tokenizer: Tokenizer, validation_fraction: floa
     Raises:
         ConfigError: If there is no text, or a domain cannot be split by file.
     """
-    documents = _distinct(source.documents())
+    with _garbage_uncollected():
+        documents = _distinct(source.documents())
     if not documents:
         raise ConfigError(
             "'source' gives no text: every file is empty, binary or not UTF-8; point it at text files."
@@ -70,6 +73,18 @@ def build_corpus(source: Source, tokenizer: Tokenizer, validation_fraction: floa
         json.dumps([manifest[k] for k in ("tokenizer", "documents")]).encode()
     ).hexdigest()
     return Corpus(streams, manifest)
+
+
+@contextmanager
+def _garbage_uncollected() -> Iterator[None]:
+    """Parsing makes millions of small objects and no cycles to speak of: looking for them is 40% of the build."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _distinct(documents: Iterable[Document]) -> list[Document]:
