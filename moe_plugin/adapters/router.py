@@ -8,7 +8,7 @@ from torch import nn
 
 from moe_plugin.adapters.class_swap import Mixin, swap_, unswap_
 from moe_plugin.adapters.site import Site
-from moe_plugin.adapters.top_k import TopKIntercept
+from moe_plugin.adapters.top_k import Selection, TopKIntercept
 
 
 class BalancedRouter(Mixin):
@@ -20,9 +20,10 @@ class BalancedRouter(Mixin):
         """The host's forward, with its expert selection seen and biased."""
         site = self._moe_site
         bias_E = None if site.host_owns_bias else site.bias
-        with TopKIntercept(site.num_experts, site.top_k, bias_E, site.zeros_masked) as intercept:
+        seen: list[Selection] = []
+        with TopKIntercept(site.num_experts, site.top_k, bias_E, site.zeros_masked, seen):
             output = super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        site.record_(intercept.selection, training=self.training)  # pyright: ignore[reportAttributeAccessIssue]
+        site.record_(seen, training=self.training)  # pyright: ignore[reportAttributeAccessIssue]
         return output
 
 

@@ -69,17 +69,18 @@ class Site:
         """Tokens per expert in evaluation forwards on this rank; int64 (E,), live: the reader zeroes it."""
         return self.eval_tally[: self.num_experts]
 
-    def record_(self, selection: Selection | None, *, training: bool) -> None:
-        """Count what the router's forward selected.
+    def record_(self, seen: list[Selection], *, training: bool) -> None:
+        """Count what the router's forward selected: the last selection seen.
 
         Raises:
             EffectError: If the forward made no recognisable selection.
         """
-        if selection is None:
+        if not seen:
             raise EffectError(
                 f"Router {self.name!r} selected no experts by torch.topk over {self.num_experts} scores with "
                 f"k={self.top_k}, so it cannot be balanced. Leave it out with 'sites'."
             )
+        selection = seen[-1]
         self._to_device(selection.expert_ids_TK.device)
         count_(
             self.tally if training else self.eval_tally,

@@ -33,7 +33,9 @@ class TopKIntercept(TorchFunctionMode):
     When several calls match, the last is the selection: group limits rank groups before they rank experts.
     """
 
-    def __init__(self, num_experts: int, top_k: int, bias_E: Tensor | None, zeros_masked: bool) -> None:
+    def __init__(
+        self, num_experts: int, top_k: int, bias_E: Tensor | None, zeros_masked: bool, seen: list[Selection]
+    ) -> None:
         """Prepare to intercept.
 
         Args:
@@ -42,13 +44,15 @@ class TopKIntercept(TorchFunctionMode):
             bias_E: fp32 bias to add for the ranking; None to only see the call.
             zeros_masked: Whether the host writes exact zeros over experts outside the chosen groups. Those must not
                 be selected, whatever the bias.
+            seen: Receives the selections. A list of the caller's, since compiled code cannot read an attribute of
+                the mode after leaving it.
         """
         super().__init__()
         self.num_experts = num_experts
         self.top_k = top_k
         self.bias_E = bias_E
         self.zeros_masked = zeros_masked
-        self.selection: Selection | None = None
+        self.seen = seen
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Pass every call through, except the expert selection."""
@@ -57,7 +61,7 @@ class TopKIntercept(TorchFunctionMode):
             return func(*args, **kwargs)
         result = func(*args, **kwargs) if self.bias_E is None else self._biased(self.bias_E, *args, **kwargs)
         ranked_TE = args[0] if args else kwargs["input"]
-        self.selection = Selection(ranked_TE.detach(), result[0].detach(), result[1])
+        self.seen.append(Selection(ranked_TE.detach(), result[0].detach(), result[1]))
         return result
 
     def _selects_experts(self, args: tuple, kwargs: dict) -> bool:

@@ -1,5 +1,6 @@
 """Lightning callbacks: balancing, and watching the load."""
 
+from moe_plugin.callbacks.load_monitor import LoadMonitor
 from moe_plugin.callbacks.loss_free import LossFreeBalancing
 
-__all__ = ["LossFreeBalancing"]
+__all__ = ["LoadMonitor", "LossFreeBalancing"]

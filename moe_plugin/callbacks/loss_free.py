@@ -56,11 +56,7 @@ class LossFreeBalancing(Callback):
 
         Raises:
             AttachError: If no router is found.
-            ConfigError: If the trainer has several of these callbacks.
         """
-        same = [callback for callback in trainer.callbacks if isinstance(callback, LossFreeBalancing)]  # pyright: ignore
-        if len(same) > 1:
-            raise ConfigError(f"'callbacks' must hold one LossFreeBalancing, got {len(same)}.")
         self._attachment.setup(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

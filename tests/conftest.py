@@ -1,0 +1,48 @@
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+
+
+def _run_rank(rank: int, world_size: int, port: int, function: Callable, results: Any, args: tuple) -> None:
+    os.environ.update(
+        MASTER_ADDR="127.0.0.1",
+        MASTER_PORT=str(port),
+        RANK=str(rank),
+        WORLD_SIZE=str(world_size),
+        LOCAL_RANK=str(rank),
+    )
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=15))
+    try:
+        function(rank, results, *args)
+    finally:
+        dist.destroy_process_group()
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.fixture
+def on_ranks():
+    """Runs ``function(rank, results, *args)`` on forked gloo processes and returns the shared results."""
+
+    def run(world_size: int, function: Callable, *args: Any) -> dict[int, Any]:
+        with mp.Manager() as manager:
+            results = manager.dict()
+            arguments = (world_size, _free_port(), function, results, args)
+            mp.start_processes(_run_rank, arguments, nprocs=world_size, start_method="fork")
+            return dict(results)
+
+    return run
