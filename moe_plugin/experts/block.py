@@ -32,4 +32,4 @@ class MoEBlock(nn.Module):
         y_TD = self.experts(x_TD, self.router(x_TD))
         if self.shared is not None:
             y_TD = y_TD + self.shared(x_TD)
-        return y_TD.view(*x.shape[:-1], -1)
+        return y_TD.view(x.shape)

@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from moe_plugin.experts.dispatch import combine, plan_dispatch
+
+
+class TestPlanDispatch:
+    @settings(max_examples=40, deadline=None)
+    @given(
+        seed=st.integers(0, 2**31),
+        num_tokens=st.integers(0, 12),
+        top_k=st.integers(1, 3),
+        num_experts=st.integers(3, 9),
+    )
+    def test_any_ids_match_a_stable_python_sort(self, seed, num_tokens, top_k, num_experts):
+        ids_TK = torch.rand(num_tokens, num_experts, generator=torch.Generator().manual_seed(seed)).topk(
+            top_k
+        )[1]
+        flat = ids_TK.flatten().tolist()
+        order = sorted(range(len(flat)), key=lambda pair: flat[pair])
+        dispatch = plan_dispatch(ids_TK, num_experts)
+        assert dispatch.pair_ids_P.tolist() == order
+        assert dispatch.token_ids_P.tolist() == [pair // top_k for pair in order]
+        assert dispatch.rows_TK.flatten().tolist() == [order.index(pair) for pair in range(len(flat))]
+        assert dispatch.offsets_E.tolist() == [sum(i <= e for i in flat) for e in range(num_experts)]
+        assert dispatch.offsets_E.dtype == torch.int32
+
+
+class TestCombine:
+    def test_rows_of_each_token_are_summed(self):
+        dispatch = plan_dispatch(torch.tensor([[2, 0], [1, 2]]), 3)
+        y_PD = torch.randn(4, 5, dtype=torch.float64, requires_grad=True)
+        rows = dispatch.rows_TK
+        torch.testing.assert_close(combine(y_PD, dispatch), y_PD[rows[:, 0]] + y_PD[rows[:, 1]])
+        assert torch.autograd.gradcheck(lambda y: combine(y, dispatch), (y_PD,))
