@@ -1,0 +1,33 @@
+"""`python -m moe_plugin.plots RUN [RUN ...] --out load.png`: the load of runs as a picture."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from moe_plugin.errors import ConfigError
+from moe_plugin.plots.picture import load_picture
+from moe_plugin.plots.run_data import read_run
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Draw the runs named on the command line; 0, or 2 with one line on stderr for a bad one."""
+    parser = argparse.ArgumentParser(prog="python -m moe_plugin.plots", description=__doc__)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or label=folder")
+    parser.add_argument(
+        "--out", type=Path, default=Path("load.png"), help="picture to write (default: %(default)s)"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        if not options.out.resolve().parent.is_dir():
+            raise ConfigError(f"'--out' must lie in an existing folder, got '{options.out}'.")
+        print(load_picture([read_run(run) for run in options.runs], options.out))
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""What a finished run logged: from its TensorBoard events, or from the CSV logger where there are none.
+
+Shape legend: L MoE layers, E experts (of the layer that has most).
+"""
+
+from __future__ import annotations
+
+import csv
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from moe_plugin.errors import ConfigError
+
+Series = tuple[list[int], list[float]]
+
+
+@dataclass(frozen=True)
+class RunData:
+    """The logged load of a run.
+
+    Attributes:
+        label: What to call the run.
+        scalars: Steps and values of each scalar tag.
+        counts: Steps and tokens per expert (L, E) under `load` (windows of training steps) and `val`
+            (validation runs); -1 stands for an expert that a layer does not have. Empty without events.
+    """
+
+    label: str
+    scalars: dict[str, Series]
+    counts: dict[str, list[tuple[int, np.ndarray]]] = field(default_factory=dict)
+
+
+def read_run(run: str) -> RunData:
+    """Read what a run logged.
+
+    Args:
+        run: The run's folder, or `label=folder`; the label is the folder's name if left out.
+
+    Raises:
+        ConfigError: The folder is missing, or holds neither events nor `metrics.csv`.
+    """
+    label, equals, path = run.partition("=")
+    folder = Path(path if equals else run)
+    if not folder.is_dir():
+        raise ConfigError(f"'RUN' must be the folder of a run, got {str(folder)!r}, which is not a folder.")
+    label = label if equals else folder.resolve().name
+    if events := sorted(folder.rglob("events.out.tfevents.*")):
+        return _read_events(label, events)
+    if tables := sorted(folder.rglob("metrics.csv")):
+        return RunData(label, _read_csv(tables[-1]))
+    raise ConfigError(
+        f"'RUN' must hold TensorBoard events or metrics.csv, got {str(folder)!r} without either."
+    )
+
+
+def _read_events(label: str, events: list[Path]) -> RunData:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.util import tensor_util
+
+    data = RunData(label, {}, {"load": [], "val": []})
+    for folder in dict.fromkeys(path.parent for path in events):
+        reader = EventAccumulator(
+            str(folder), size_guidance={"scalars": 0, "tensors": 0, "images": 1}
+        ).Reload()
+        for tag in reader.Tags()["scalars"]:
+            points = reader.Scalars(tag)
+            data.scalars[tag] = [point.step for point in points], [point.value for point in points]
+        for kind, loads in data.counts.items():
+            if f"{kind}/tokens_per_expert" in reader.Tags()["tensors"]:
+                tensors = reader.Tensors(f"{kind}/tokens_per_expert")
+                loads += [(tensor.step, tensor_util.make_ndarray(tensor.tensor_proto)) for tensor in tensors]
+    return data
+
+
+def _read_csv(path: Path) -> dict[str, Series]:
+    scalars: dict[str, Series] = {}
+    with path.open(newline="", encoding="utf-8") as file:
+        for row in csv.DictReader(file):
+            for tag, value in row.items():
+                if value and tag not in {"step", "epoch"}:
+                    steps, values = scalars.setdefault(tag, ([], []))
+                    steps.append(int(row["step"]))
+                    values.append(float(value))
+    return scalars
