@@ -151,7 +151,8 @@ class LanguageModel(lightning.LightningModule):
             ConfigError: The trainer does not know how many steps it will take.
         """
         total_steps = self.trainer.estimated_stepping_batches
-        if math.isinf(total_steps):
+        # Infinite for an endless number of epochs, -1 for an endless loader.
+        if math.isinf(total_steps) or total_steps < 0:
             raise ConfigError(
                 "'trainer.max_steps' must be set, for the learning rate decays over it; got none."
             )
@@ -173,9 +174,10 @@ class LanguageModel(lightning.LightningModule):
 
     def _log_token_mean(self, name: str, value: Tensor, batch: Batch) -> None:
         # Lightning weighs by batch size, over batches and over ranks: with the number of tokens as batch size the
-        # mean is that over tokens, whatever the sizes of the batches.
-        num_tokens = batch["tokens"][:, 1:].numel()
-        self.log(name, value.detach(), batch_size=num_tokens, sync_dist=True, prog_bar=True)
+        # mean is that over tokens, whatever the sizes of the batches. Over ranks it takes an integer mean of the
+        # sizes, which truncates unless they are multiples of the world size.
+        weight = batch["tokens"][:, 1:].numel() * self.trainer.world_size
+        self.log(name, value.detach(), batch_size=weight, sync_dist=True, prog_bar=True)
 
 
 def moe_block(
