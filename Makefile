@@ -1,0 +1,46 @@
+PYTHON ?= python3
+VENV ?= .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: help demo compare bench test test-all lint types clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+# A stamp per kind of installation: pip runs again only when what is declared changes.
+$(VENV)/.base: pyproject.toml setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) --editable .
+	touch $@
+
+$(VENV)/.dev: pyproject.toml setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(INSTALL) --editable '.[dev]'
+	touch $@ $(VENV)/.base
+
+demo: $(VENV)/.base ## train the demo; says at the end where to look
+	$(BIN)/moe-train experiment=demo
+
+compare: $(VENV)/.base ## loss-free against auxiliary loss and none, three seeds each
+	$(BIN)/python -m moe_plugin.compare
+
+bench: $(VENV)/.base ## what the callback costs, paired in one run
+	$(BIN)/python benchmarks/overhead.py
+
+test: $(VENV)/.dev ## the tests
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
+
+test-all: $(VENV)/.dev ## the tests, slow ones too
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
+
+lint: $(VENV)/.dev ## ruff: rules and format
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+
+types: $(VENV)/.dev ## pyright
+	$(BIN)/pyright
+
+clean: ## remove the environment and caches; runs stay
+	rm -rf $(VENV) build dist *.egg-info .cache .pytest_cache .ruff_cache .hypothesis

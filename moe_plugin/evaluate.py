@@ -1,0 +1,116 @@
+"""Validates a checkpoint on its run's validation split: ``moe-eval ckpt_path=RUN/checkpoints/last.ckpt``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+
+from moe_plugin.errors import ConfigError
+from moe_plugin.launch.command import one_line_errors
+from moe_plugin.launch.explain import one_line
+from moe_plugin.launch.signature import unknown_key
+
+HELP = """moe-eval: the validation metrics of a checkpoint, of the model and data that its run's config.yaml describes.
+
+  moe-eval ckpt_path=runs/demo/DATE/checkpoints/last.ckpt
+  moe-eval ckpt_path=runs/demo/DATE/checkpoints/best.ckpt trainer.accelerator=cpu data.max_val_tokens=100000
+
+Any key of the run's config.yaml can be given another value. Evaluates in one process, prints the metrics and
+writes them beside the checkpoint's folder: RUN/eval_last.json.
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+        arguments: Words after the program's name; by default the program's own.
+    """
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if {"-h", "--help"} & set(words):
+        print(HELP)
+        return
+    with one_line_errors():
+        config = read_config(words)
+        from moe_plugin.launch.check import check
+
+        check(config)
+    evaluate(config)
+
+
+def read_config(words: Sequence[str]) -> DictConfig:
+    """Returns the configuration of a checkpoint's run with the given keys changed.
+
+    Raises:
+        ConfigError: No checkpoint is given, it isn't there or lies in no run, or a key is unknown.
+    """
+    try:
+        changes = {
+            o.get_key_element(): o.value() for o in OverridesParser.create().parse_overrides(list(words))
+        }
+    except HydraException as error:
+        raise ConfigError(one_line(str(error))) from error
+    checkpoint = changes.get("ckpt_path")
+    if not isinstance(checkpoint, str) or not Path(checkpoint).exists():
+        raise ConfigError(f"'ckpt_path' must be an existing checkpoint, got {checkpoint!r}.")
+    source = run_folder(checkpoint) / "config.yaml"
+    if not source.exists():
+        raise ConfigError(
+            f"'ckpt_path' must lie in a run's folder, beside its config.yaml; {source} isn't there."
+        )
+    config = OmegaConf.load(source)
+    assert isinstance(config, DictConfig)
+    for key, value in changes.items():
+        change_(config, key, value)
+    config.strategy = {"devices": 1, "lightning": "auto"}
+    return config
+
+
+def change_(config: DictConfig, key: str, value: object) -> None:
+    """Gives a key another value.
+
+    Raises:
+        ConfigError: There is no such key.
+    """
+    parent, _, name = key.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else config
+    if not isinstance(node, DictConfig) or name not in node:
+        raise ConfigError(unknown_key(key, value, list(node) if isinstance(node, DictConfig) else []))
+    OmegaConf.update(config, key, value)
+
+
+def run_folder(checkpoint: str) -> Path:
+    """Returns the folder of the run that made a checkpoint."""
+    return Path(checkpoint).resolve().parent.parent
+
+
+def evaluate(config: DictConfig) -> Mapping[str, float | int | None]:
+    """Validates a checkpoint, prints its metrics and writes them down.
+
+    Args:
+        config: A run's configuration with ``ckpt_path``.
+
+    Returns:
+        ``val_loss`` and the other validation measures, as in the run's ``summary.json``.
+    """
+    from rich.console import Console
+
+    from moe_plugin.launch.job import validate_checkpoint
+
+    measures = validate_checkpoint(config)
+    target = run_folder(config.ckpt_path) / f"eval_{Path(config.ckpt_path).stem}.json"
+    target.write_text(json.dumps(measures, indent=2) + "\n")
+    console = Console()
+    console.print_json(data=measures)
+    console.print(f"Written to {target}", soft_wrap=True, highlight=False)
+    return measures
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""The application's own pieces: compose, check, build, run in one or many processes, sweep."""

@@ -1,0 +1,111 @@
+"""One training job in one process: fit, validate on the whole validation split, write down what came of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from omegaconf import DictConfig
+from rich.console import Console
+
+from moe_plugin.callbacks.load_monitor import LoadMonitor
+from moe_plugin.launch.build import (
+    build_callbacks,
+    build_data,
+    build_loggers,
+    build_model,
+    build_model_on_meta,
+    build_trainer,
+)
+from moe_plugin.launch.noise import quiet
+from moe_plugin.launch.throughput import Throughput
+from moe_plugin.models.size import measure
+from moe_plugin.report import RunSummary, run_report, tensorboard_command, write_summary
+
+
+def train(config: DictConfig) -> None:
+    """Trains and validates; the first process leaves checkpoints, logs and ``summary.json`` in the run's folder.
+
+    Args:
+        config: A run's resolved configuration; ``paths.output`` is its folder.
+    """
+    folder, clock = Path(config.paths.output), Throughput()
+    with quiet():
+        seed_everything(config.seed, workers=True, verbose=False)
+        data, model = build_data(config), build_model(config)
+        callbacks = [*build_callbacks(config), clock]
+        trainer = build_trainer(config, callbacks=callbacks, logger=build_loggers(config))
+        trainer.fit(model, data, ckpt_path=config.ckpt_path)
+        if config.trainer.fast_dev_run:
+            return
+        trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
+        # The whole split, however much of it the validations during training look at.
+        trainer.limit_val_batches = 1.0
+        (metrics,) = trainer.validate(model, data, verbose=False)
+    if trainer.is_global_zero:
+        write_manifest(data, folder)
+        summary = summarise(config, metrics, clock)
+        write_summary(summary, folder)
+        print_report(summary, callbacks, folder)
+
+
+def validate_checkpoint(config: DictConfig) -> dict[str, Any]:
+    """Returns the validation measures of the checkpoint ``ckpt_path``, over the whole split."""
+    with quiet():
+        seed_everything(config.seed, workers=True, verbose=False)
+        fit_only = (ModelCheckpoint, LearningRateMonitor)
+        callbacks = [callback for callback in build_callbacks(config) if not isinstance(callback, fit_only)]
+        trainer = build_trainer(config, callbacks=callbacks, logger=False, enable_checkpointing=False)
+        trainer.limit_val_batches = 1.0
+        model, data = build_model(config), build_data(config)
+        (metrics,) = trainer.validate(model, data, ckpt_path=config.ckpt_path, verbose=False)
+    return validation_measures(metrics)
+
+
+def summarise(config: DictConfig, metrics: Mapping[str, float], clock: Throughput) -> RunSummary:
+    """Returns the run in numbers."""
+    size = measure(build_model_on_meta(config))
+    return RunSummary(
+        **validation_measures(metrics),
+        tokens_per_second=clock.tokens_per_second,
+        seconds=clock.seconds,
+        seed=config.seed,
+        parameters_total=size.total_parameters,
+        parameters_active=size.active_parameters,
+    )
+
+
+def validation_measures(metrics: Mapping[str, float]) -> dict[str, Any]:
+    """Returns what a validation measured, under the names of ``summary.json``."""
+    loss, dead = metrics.get("val/loss"), metrics.get("val/dead_experts")
+    return {
+        "val_loss": loss,
+        "perplexity": None if loss is None else math.exp(loss),
+        "max_violation_batch": metrics.get("val/max_violation_batch"),
+        "max_violation_global": metrics.get("val/max_violation_global"),
+        "dead_experts": None if dead is None else round(dead),
+    }
+
+
+def write_manifest(data: object, folder: Path) -> None:
+    """Writes down which files were read, if the data module knows."""
+    manifest = getattr(data, "manifest", None)
+    if manifest is not None:
+        (folder / "data_manifest.json").write_text(json.dumps(manifest, indent=1))
+
+
+def print_report(summary: RunSummary, callbacks: list[Callback], folder: Path) -> None:
+    """Prints what the run came to, where its files are, and the command that shows its logs."""
+    console, events = Console(), folder / "tensorboard"
+    for callback in callbacks:
+        if isinstance(callback, LoadMonitor):
+            console.print(run_report(summary, callback, logs=None))
+    files = ", ".join(sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
+    console.print(f"\nRun: {folder}  ({files})", soft_wrap=True, highlight=False)
+    if events.exists():
+        console.print(f"To look: [bold cyan]{tensorboard_command(events)}", soft_wrap=True, highlight=False)

@@ -1,0 +1,48 @@
+"""Silences what Lightning and torch say that a user of this app can do nothing about; each line says why."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+# Lightning's tips, the devices it sees, the seed and the stop reason: the app says what matters itself.
+LOGGERS = (
+    "lightning.pytorch.utilities.rank_zero",
+    "lightning.fabric.utilities.rank_zero",
+    "lightning.fabric.utilities.seed",
+)
+
+WARNINGS = (
+    # The corpus lies in memory: workers would only copy it.
+    r"The '\w+' does not have many workers",
+    # Our loader is stateful: its length is not what Lightning logs by.
+    r"The number of training batches \(\d+\) is smaller than the logging interval",
+    # The run's folder is new, or the user resumes into it on purpose.
+    r"Checkpoint directory .* exists and is not empty",
+    # A CPU was asked for, or the strategy group takes the GPU by itself.
+    r"GPU available but not used",
+    # Lightning 2.6 with torch 2.13: its own use of a deprecated check.
+    r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    # Lightning 2.6 on restoring a checkpoint: the user's own file, with data and callback states.
+    r"`weights_only` was not set",
+    # An evaluation needs none of the callbacks that only act in training.
+    r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
+)
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Silences the messages above within its block, and no others."""
+    levels = {name: logging.getLogger(name).level for name in LOGGERS}
+    with warnings.catch_warnings():
+        for message in WARNINGS:
+            warnings.filterwarnings("ignore", message=message)
+        for name in LOGGERS:
+            logging.getLogger(name).setLevel(logging.WARNING)
+        try:
+            yield
+        finally:
+            for name, level in levels.items():
+                logging.getLogger(name).setLevel(level)

@@ -1,0 +1,33 @@
+"""The types of what a configuration says outside its ``_target_`` nodes; those have their constructors' hints."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+
+@dataclass
+class Settings:
+    """What belongs to no group."""
+
+    name: str
+    seed: int
+    ckpt_path: str | None
+    count_only: bool
+    optimized_metric: str
+
+
+@dataclass
+class Strategy:
+    """Where a run takes place: how many processes, and Lightning's strategy (``"auto"`` or a ``_target_`` node)."""
+
+    devices: int | Literal["auto"]
+    lightning: Any
+
+
+@dataclass
+class Paths:
+    """Folders."""
+
+    runs: str
+    output: str

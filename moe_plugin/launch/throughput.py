@@ -1,0 +1,60 @@
+"""Counts the tokens and seconds of training, validation left out."""
+
+from __future__ import annotations
+
+import time
+from typing import Any
+
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+
+
+class Throughput(Callback):
+    """Counts predicted tokens over all ranks, and seconds between training's start and end less those of validations.
+
+    Attributes:
+        tokens: Tokens trained on, over all ranks.
+        seconds: Seconds of training.
+    """
+
+    def __init__(self) -> None:
+        """Starts at nothing."""
+        self.tokens = 0
+        self.seconds = 0.0
+        self._since: float | None = None
+
+    @property
+    def tokens_per_second(self) -> float:
+        """Training tokens per training second; 0 before any."""
+        return self.tokens / self.seconds if self.seconds else 0.0
+
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Starts the clock."""
+        self._start()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        """Counts a micro-batch: each sequence of S+1 tokens has S to predict."""
+        self.tokens += batch["tokens"][:, 1:].numel() * trainer.world_size
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops the clock during a validation in the middle of training."""
+        self._stop()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Lets the clock go on."""
+        if trainer.state.fn == TrainerFn.FITTING:
+            self._start()
+
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Stops the clock."""
+        self._stop()
+
+    def _start(self) -> None:
+        self._since = time.perf_counter()
+
+    def _stop(self) -> None:
+        if self._since is not None:
+            self.seconds += time.perf_counter() - self._since
+        self._since = None

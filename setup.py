@@ -1,0 +1,12 @@
+"""Adds the top-level conf/ to the package as moe_plugin.conf; everything else is in pyproject.toml."""
+
+from setuptools import find_namespace_packages, setup
+
+setup(
+    packages=[
+        *find_namespace_packages(include=["moe_plugin", "moe_plugin.*", "hydra_plugins"]),
+        "moe_plugin.conf",
+    ],
+    package_dir={"moe_plugin.conf": "conf"},
+    package_data={"moe_plugin.conf": ["*.yaml", "**/*.yaml"]},
+)
