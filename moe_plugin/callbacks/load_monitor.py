@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -131,9 +132,8 @@ class LoadMonitor(Callback):
         if record is not None and self._window is not None and self._window.batches:
             # Lightning has moved on by one since the last batch.
             self._log_training(trainer, record, step=_logged_step(trainer) - 1)
-        if self.image_every_n_steps != 0:
-            self._training_pictures.write_waiting(self._writers(trainer))
-            self._validation_pictures.write_waiting(self._writers(trainer))
+        self._training_pictures.write_waiting(self._writers(trainer))
+        self._validation_pictures.write_waiting(self._writers(trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what was counted in evaluation mode before."""
@@ -155,6 +155,8 @@ class LoadMonitor(Callback):
         scalars = validation_scalars(self.validation_load)
         pl_module.log_dict(scalars, sync_dist=trainer.world_size > 1)
         self._offer(trainer, self._validation_pictures, self.validation_load, _logged_step(trainer))
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._validation_pictures.write_waiting(self._writers(trainer))
 
     def state_dict(self) -> dict[str, Any]:
         """The load of the first step, so that a resumed run still knows how it began."""

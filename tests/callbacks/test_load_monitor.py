@@ -25,9 +25,6 @@ from moe_plugin.routing import Router, Sigmoid
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
-    pytest.mark.filterwarnings("ignore:.*tensorboardX.*"),
-    pytest.mark.filterwarnings("ignore:.*GPU available but not used.*"),
-    pytest.mark.filterwarnings("ignore:.*Checkpoint directory .* exists and is not empty.*"),
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:DeprecationWarning"),
 ]
@@ -68,7 +65,7 @@ class Model(lightning.LightningModule):
         return loss
 
     def validation_step(self, batch, batch_idx):
-        self.log("val/loss", mse_loss(self(batch), batch.flip(-1)))
+        self.log("val/loss", mse_loss(self(batch), batch.flip(-1)), sync_dist=self.trainer.world_size > 1)
 
     def configure_optimizers(self):
         return torch.optim.AdamW(self.parameters(), lr=1e-3)
@@ -81,7 +78,15 @@ def loader(batches: int) -> DataLoader:
 
 
 def fit(
-    monitor, folder, *, steps=12, logger=None, callbacks=(LossFreeBalancing,), ckpt_path=None, **settings
+    monitor,
+    folder,
+    *,
+    steps=12,
+    logger=None,
+    callbacks=(LossFreeBalancing,),
+    ckpt_path=None,
+    data=None,
+    **settings,
 ):
     torch.manual_seed(1)
     model = Model()
@@ -96,7 +101,7 @@ def fit(
         log_every_n_steps=5,
         **{"enable_checkpointing": False, **settings},
     )
-    trainer.fit(model, loader(30), loader(3), ckpt_path=ckpt_path)
+    trainer.fit(model, *(data or (loader(30), loader(3))), ckpt_path=ckpt_path)
     return model, trainer
 
 
@@ -279,6 +284,44 @@ class TestValidation:
         assert all(
             sum(load.tokens_per_expert) == 2 * TOKENS * TOP_K for load in monitor.validation_load.values()
         )
+
+    def test_validation_after_training_always_leaves_its_picture(self, tmp_path):
+        monitor = LoadMonitor()
+        model, trainer = fit(monitor, tmp_path, steps=9, val_check_interval=3)
+        trainer.validate(model, loader(3), verbose=False)
+        assert [image.step for image in events(tmp_path).Images("val/experts")] == [2, 5, 8, 9]
+
+
+class TestTwoRanks:
+    def test_ranks_log_the_load_of_the_global_batch(self, tmp_path, on_ranks):
+        results = on_ranks(2, fit_rank, str(tmp_path))
+        chosen = {
+            stage: [add(*pair) for pair in zip(*(results[rank][stage] for rank in (0, 1)), strict=True)]
+            for stage in ("train", "val")
+        }
+        assert scalars(tmp_path, "load/max_violation_global")[4] == pytest.approx(
+            mean_violation(chosen["train"][:5])
+        )
+        per_batch = sum(mean_violation([batch]) for batch in chosen["val"]) / 2
+        for rank in (0, 1):
+            metrics = results[rank]["metrics"]
+            assert metrics["val/max_violation_batch"] == pytest.approx(per_batch)
+            assert metrics["val/max_violation_global"] == pytest.approx(mean_violation(chosen["val"]))
+        assert len(list(tmp_path.glob("events*"))) == 1
+
+
+def add(first: dict[str, torch.Tensor], second: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {name: first[name] + second[name] for name in SIZES}
+
+
+def fit_rank(rank, results, folder):
+    from lightning.pytorch.strategies import DDPStrategy
+
+    strategy = DDPStrategy(process_group_backend="gloo", start_method="popen")
+    settings = {"devices": 2, "strategy": strategy, "val_check_interval": 5}
+    model, trainer = fit(LoadMonitor(), folder, steps=5, data=(loader(10), loader(4)), **settings)
+    metrics = {name: value.item() for name, value in trainer.callback_metrics.items()}
+    results[rank] = model.chosen | {"metrics": metrics}
 
 
 class TestSettings:

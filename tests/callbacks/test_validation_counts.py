@@ -1,13 +1,8 @@
 from __future__ import annotations
 
-import os
-import socket
 from types import SimpleNamespace
 
-import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from moe_plugin.callbacks.validation_counts import ValidationCounts
 from moe_plugin.metrics.window import PENDING_BATCHES
@@ -50,25 +45,15 @@ class TestValidationCounts:
         assert ValidationCounts(FakeBalanced()).reduced(CPU).shape == (0, 2, 3)
 
 
-def _rank(rank: int, port: int, results: list) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def count_on_rank(rank, results):
     balanced = FakeBalanced()
     counts = ValidationCounts(balanced)
     for _ in range(1 + 2 * rank):
         balanced.count_(rank + 1)
         counts.take_()
-    results.append(counts.reduced(CPU)[:, 0, 0].tolist())
-    dist.destroy_process_group()
+    results[rank] = counts.reduced(CPU)[:, 0, 0].tolist()
 
 
 class TestTwoRanks:
-    @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-    def test_ranks_with_different_numbers_of_batches_get_the_global_load(self):
-        with socket.socket() as sock:
-            sock.bind(("127.0.0.1", 0))
-            port = sock.getsockname()[1]
-        with mp.get_context("fork").Manager() as manager:
-            results = manager.list()
-            mp.start_processes(_rank, (port, results), nprocs=2, start_method="fork")
-            assert list(results) == [[3, 2, 2], [3, 2, 2]]
+    def test_ranks_with_different_numbers_of_batches_get_the_global_load(self, on_ranks):
+        assert on_ranks(2, count_on_rank) == {0: [3, 2, 2], 1: [3, 2, 2]}

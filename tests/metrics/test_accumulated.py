@@ -1,11 +1,7 @@
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
-import torch.distributed as dist
-import torch.multiprocessing as mp
 
 from moe_plugin.errors import ConfigError
 from moe_plugin.metrics import DeadExperts, LoadEntropy, MaxViolationBatch, MaxViolationGlobal, load_entropy
@@ -82,36 +78,23 @@ class TestBadInput:
             DeadExperts([4, 0])
 
 
-def _rank(rank: int, port: int, results: list) -> None:
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
-    dist.init_process_group("gloo", rank=rank, world_size=2)
+def measure_on_rank(rank, results):
     batch, total, dead = MaxViolationBatch(SIZES), MaxViolationGlobal(SIZES), DeadExperts(SIZES)
     for metric in (batch, total, dead):
         metric.update(BATCHES_NLE[rank])
-    results.append(
-        (total.compute().item(), total.per_layer().tolist(), batch.compute().item(), dead.compute().item())
+    computed = (
+        total.compute().item(),
+        total.per_layer().tolist(),
+        batch.compute().item(),
+        dead.compute().item(),
     )
     total.update(BATCHES_NLE[rank])
-    results.append(total.tokens_per_expert_LE.tolist())
-    dist.destroy_process_group()
+    results[rank] = computed, total.tokens_per_expert_LE.tolist()
 
 
 class TestTwoRanks:
-    @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-    def test_ranks_agree_with_one_process_that_saw_it_all(self, free_port):
-        with mp.get_context("fork").Manager() as manager:
-            results = manager.list()
-            mp.start_processes(_rank, (free_port, results), nprocs=2, start_method="fork")
-            results = list(results)
-        assert results.count((0.25, [0.0, 0.5], 0.875, 0)) == 2
-        for counts_LE in 2 * BATCHES_NLE:
-            assert counts_LE.tolist() in results
-
-
-@pytest.fixture
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]
+    def test_ranks_agree_with_one_process_that_saw_it_all(self, on_ranks):
+        results = on_ranks(2, measure_on_rank)
+        for rank, (computed, own_LE) in results.items():
+            assert computed == (0.25, [0.0, 0.5], 0.875, 0)
+            assert own_LE == (2 * BATCHES_NLE[rank]).tolist()
