@@ -65,9 +65,9 @@ class GroupedExperts(nn.Module):
         dispatch = plan_dispatch(routing.expert_ids_TK, self.num_experts)
         x_PD = x_TD.to(dtype).index_select(0, dispatch.token_ids_P)
         gate_PH, up_PH = expert_matmul(x_PD, self.gate_up.to(dtype), dispatch.offsets_E).chunk(2, dim=-1)
-        weights_P1 = routing.weights_TK.flatten().index_select(0, dispatch.pair_ids_P).unsqueeze(-1).to(dtype)
-        hidden_PH = functional.silu(gate_PH) * up_PH * weights_P1
-        return combine(expert_matmul(hidden_PH, self.down.to(dtype), dispatch.offsets_E), dispatch)
+        hidden_PH = functional.silu(gate_PH) * up_PH
+        y_PD = expert_matmul(hidden_PH, self.down.to(dtype), dispatch.offsets_E)
+        return combine(y_PD, routing.weights_TK.to(dtype), dispatch)
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""

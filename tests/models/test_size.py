@@ -73,7 +73,7 @@ class TestTable:
         text = console.export_text()
         for part in (
             "Parameters, total",
-            "4,976",
+            "5,680",
             "causal attention over 12 tokens",
             "fsdp over 16",
             "Adam in fp32",
