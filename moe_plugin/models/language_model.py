@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from moe_plugin.errors import ConfigError
@@ -77,41 +77,27 @@ class LanguageModel(lightning.LightningModule):
             ConfigError: A size is out of range, or sizes do not fit together.
         """
         super().__init__()
-        for name, value in (
-            ("vocab_size", vocab_size),
-            ("context_length", context_length),
-            ("dim", dim),
-            ("num_layers", num_layers),
-            ("moe_every", moe_every),
-        ):
-            if value < 1:
-                raise ConfigError(f"'{name}' must be a positive integer, got {value}.")
-        if not 0 <= num_dense <= num_layers:
-            raise ConfigError(
-                f"'num_dense' must be between 0 and num_layers ({num_layers}), got {num_dense}."
-            )
-        if activation_checkpointing not in (None, "reentrant", "non_reentrant"):
-            raise ConfigError(
-                f"'activation_checkpointing' must be null, 'reentrant' or 'non_reentrant', "
-                f"got {activation_checkpointing!r}."
-            )
+        _validate_sizes(
+            vocab_size=vocab_size,
+            context_length=context_length,
+            dim=dim,
+            num_layers=num_layers,
+            moe_every=moe_every,
+        )
+        _validate_choices(num_layers, num_dense, activation_checkpointing)
         self.context_length = context_length
         self.auxiliary_loss = auxiliary_loss
         self.optimizer = optimizer or AdamWWarmupCosine()
         # Each layer adds to the residual stream twice: keep its variance at 1 over the depth.
         residual_gain = (2 * num_layers) ** -0.5
-        hidden_dim = dense_hidden_dim or (experts.top_k + experts.num_shared) * experts.hidden_dim
-
-        def feed_forward(layer: int) -> nn.Module:
-            if layer >= num_dense and (layer - num_dense + 1) % moe_every == 0:
-                return moe_block(dim, router, experts, residual_gain)
-            return SwiGLU(dim, hidden_dim, residual_gain=residual_gain)
-
+        dense_hidden_dim = dense_hidden_dim or (experts.top_k + experts.num_shared) * experts.hidden_dim
         layers = [
             TransformerLayer(
                 dim,
                 CausalSelfAttention(dim, num_heads, residual_gain=residual_gain),
-                feed_forward(layer),
+                moe_block(dim, router, experts, residual_gain)
+                if layer >= num_dense and (layer - num_dense + 1) % moe_every == 0
+                else SwiGLU(dim, dense_hidden_dim, residual_gain=residual_gain),
                 activation_checkpointing,
             )
             for layer in range(num_layers)
@@ -193,3 +179,19 @@ def moe_block(
         GroupedExperts(experts.num_experts, dim, experts.hidden_dim, residual_gain=residual_gain),
         shared,
     )
+
+
+def _validate_sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        if value < 1:
+            raise ConfigError(f"'{name}' must be a positive integer, got {value}.")
+
+
+def _validate_choices(num_layers: int, num_dense: int, activation_checkpointing: str | None) -> None:
+    if not 0 <= num_dense <= num_layers:
+        raise ConfigError(f"'num_dense' must be between 0 and num_layers ({num_layers}), got {num_dense}.")
+    if activation_checkpointing not in (None, "reentrant", "non_reentrant"):
+        raise ConfigError(
+            f"'activation_checkpointing' must be null, 'reentrant' or 'non_reentrant', "
+            f"got {activation_checkpointing!r}."
+        )
