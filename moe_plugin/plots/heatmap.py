@@ -25,7 +25,7 @@ INK = (52, 52, 60)
 FAINT = (130, 130, 140)
 PAPER = (255, 255, 255)
 FONT_PIXELS = 13
-_BAR_LABELS = {3: "8×", 2: "4×", 1: "2×", 0: "ideal", -1: "1/2", -2: "1/4", -3: "1/8"}  # noqa: RUF001
+_BAR_LABELS = {3: "8x", 2: "4x", 1: "2x", 0: "ideal", -1: "1/2", -2: "1/4", -3: "1/8"}
 
 
 @dataclass(frozen=True)
