@@ -77,7 +77,10 @@ class LanguageModel(lightning.LightningModule):
             ConfigError: A size is out of range, or sizes do not fit together.
         """
         super().__init__()
+        if dense_hidden_dim is None:
+            dense_hidden_dim = (experts.top_k + experts.num_shared) * experts.hidden_dim
         _validate_sizes(
+            dense_hidden_dim=dense_hidden_dim,
             vocab_size=vocab_size,
             context_length=context_length,
             dim=dim,
@@ -90,7 +93,6 @@ class LanguageModel(lightning.LightningModule):
         self.optimizer = optimizer or AdamWWarmupCosine()
         # Each layer adds to the residual stream twice: keep its variance at 1 over the depth.
         residual_gain = (2 * num_layers) ** -0.5
-        dense_hidden_dim = dense_hidden_dim or (experts.top_k + experts.num_shared) * experts.hidden_dim
         layers = [
             TransformerLayer(
                 dim,

@@ -139,6 +139,7 @@ class TestConstructor:
             ({"context_length": 0}, "'context_length' must be a positive integer, got 0"),
             ({"dim": 0}, "'dim' must be a positive integer, got 0"),
             ({"num_layers": 0}, "'num_layers' must be a positive integer, got 0"),
+            ({"dense_hidden_dim": 0}, "'dense_hidden_dim' must be a positive integer, got 0"),
             ({"moe_every": 0}, "'moe_every' must be a positive integer, got 0"),
             ({"num_dense": 3}, r"'num_dense' must be between 0 and num_layers \(2\), got 3"),
             ({"activation_checkpointing": "yes"}, "'activation_checkpointing' must be null, .*, got 'yes'"),
