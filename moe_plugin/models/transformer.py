@@ -74,15 +74,16 @@ class TransformerLayer(nn.Module):
         self, x_BSD: Tensor, rotary: Rotary, auxiliary_loss: AuxiliaryLoss | None
     ) -> tuple[Tensor, Tensor]:
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary)
+        auxiliary = x_BSD.new_zeros((), dtype=torch.float32)
+        if auxiliary_loss is None:
+            return x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD)), auxiliary
         with _routing_of(self.feed_forward) as routings:
             x_BSD = x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD))
-        auxiliary = x_BSD.new_zeros((), dtype=torch.float32)
-        if auxiliary_loss is not None:
-            for router, routing in routings:
-                probabilities_TE = router.score.probabilities(routing.scores_TE)
-                auxiliary = auxiliary + auxiliary_loss(
-                    routing._replace(scores_TE=probabilities_TE), router.num_experts
-                )
+        for router, routing in routings:
+            probabilities_TE = router.score.probabilities(routing.scores_TE)
+            auxiliary = auxiliary + auxiliary_loss(
+                routing._replace(scores_TE=probabilities_TE), router.num_experts
+            )
         return x_BSD, auxiliary
 
 
