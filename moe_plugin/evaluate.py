@@ -7,14 +7,12 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from moe_plugin.errors import ConfigError
 from moe_plugin.launch.command import one_line_errors
-from moe_plugin.launch.explain import one_line
 from moe_plugin.launch.signature import unknown_key
+from moe_plugin.launch.words import parse
 
 HELP = """moe-eval: the validation metrics of a checkpoint, of the model and data that its run's config.yaml describes.
 
@@ -50,12 +48,7 @@ def read_config(words: Sequence[str]) -> DictConfig:
     Raises:
         ConfigError: No checkpoint is given, it isn't there or lies in no run, or a key is unknown.
     """
-    try:
-        changes = {
-            o.get_key_element(): o.value() for o in OverridesParser.create().parse_overrides(list(words))
-        }
-    except HydraException as error:
-        raise ConfigError(one_line(str(error))) from error
+    changes = {override.get_key_element(): override.value() for override in parse(words)}
     checkpoint = changes.get("ckpt_path")
     if not isinstance(checkpoint, str) or not Path(checkpoint).exists():
         raise ConfigError(f"'ckpt_path' must be an existing checkpoint, got {checkpoint!r}.")

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig
 
@@ -28,9 +29,11 @@ def build_data(config: DictConfig) -> LightningDataModule:
 
 
 def build_callbacks(config: DictConfig) -> list[Callback]:
-    """Returns the balancing callback, if there is one, and then the others."""
+    """Returns the balancing callback, if there is one, and then the others; no progress bar where none is wanted."""
     nodes = [config.balancing.callback, *(config.callbacks or {}).values()]
-    return [instantiate(node) for node in nodes if node is not None]
+    callbacks = [instantiate(node) for node in nodes if node is not None]
+    shows_progress = config.trainer.enable_progress_bar
+    return [callback for callback in callbacks if shows_progress or not isinstance(callback, ProgressBar)]
 
 
 def build_loggers(config: DictConfig) -> list[Logger]:

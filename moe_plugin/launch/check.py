@@ -152,7 +152,7 @@ def attempt(build: Callable[[DictConfig], object], run: DictConfig, config: Dict
 
 BUILDERS: dict[str, Callable[[DictConfig], object]] = {
     "callbacks": build_callbacks,
-    "trainer": lambda run: build_trainer(run, logger=False, callbacks=[], enable_checkpointing=False),
+    "trainer": lambda run: build_trainer(run, logger=False, callbacks=build_callbacks(run)),
     "data": build_data,
     "model": build_model_on_meta,
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import sys
@@ -33,17 +34,30 @@ def run(arguments: Sequence[str], task: Callable[[DictConfig], object]) -> None:
         SystemExit: With code 2 and one line on stderr when the arguments are wrong; nothing was created then.
     """
     arguments = [quote_option(word) for word in arguments]
-    args = get_args_parser().parse_args(arguments)
+    args = get_args_parser().parse_intermixed_args(arguments)
     if is_run(args) and all(is_counted(job) for job in check_all(args)):
         return
-    start = hydra.main(config_path=str(conf_dir()), config_name="config", version_base=HYDRA_VERSION)(task)
-    with command_line(arguments), one_line_errors():
-        start()
+
+    @functools.wraps(task)
+    def job(config: DictConfig) -> object:
+        with one_line_errors():
+            return task(config)
+
+    with command_line([*switches(arguments, args.overrides), *args.overrides]):
+        hydra.main(config_path=str(conf_dir()), config_name="config", version_base=HYDRA_VERSION)(job)()
 
 
 def is_run(args: Namespace) -> bool:
     """Says whether jobs will run, rather than help or a configuration be shown."""
     return not (args.help or args.hydra_help or args.cfg or args.info or args.shell_completion)
+
+
+def switches(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """Returns the words that are not overrides: Hydra wants them first, people type ``-m`` anywhere."""
+    remaining = list(arguments)
+    for word in overrides:
+        remaining.remove(word)
+    return remaining
 
 
 def quote_option(word: str) -> str:

@@ -7,13 +7,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
-from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from moe_plugin.errors import ConfigError
 from moe_plugin.launch.explain import explain_composition
+from moe_plugin.launch.words import choices, parse
 
 HYDRA_VERSION = "1.3"
 
@@ -40,6 +40,7 @@ def compose_jobs(
     Raises:
         ConfigError: A word is malformed, or names what is not there.
     """
+    parse(overrides)  # a malformed word is told before anything else
     if config_dir is not None:
         overrides = [*overrides, f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
     with initialize_config_dir(str(conf_dir()), version_base=HYDRA_VERSION, job_name="train"):
@@ -51,23 +52,20 @@ def compose_jobs(
 
 
 def split_sweep(overrides: Sequence[str]) -> list[list[str]]:
-    """Returns the words of each job of a sweep."""
+    """Returns the words of each job of a sweep.
+
+    Raises:
+        ConfigError: A range is given and nothing that samples it.
+    """
     fixed = [words[0] for words in choices(overrides) if len(words) == 1]
     sweeper = compose("config", fixed, return_hydra_config=True).hydra.sweeper
     if not sweeper._target_.endswith("BasicSweeper"):
         return [fixed]
     configured = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
-    return [list(job) for job in itertools.product(*choices([*configured, *overrides]))]
-
-
-def choices(overrides: Sequence[str]) -> Iterator[list[str]]:
-    """Yields the words that each word stands for: itself, or one per swept value (none for a range to sample)."""
-    for word, override in zip(
-        overrides, OverridesParser.create().parse_overrides(list(overrides)), strict=True
-    ):
-        if not override.is_sweep_override():
-            yield [word]
-        elif override.is_discrete_sweep():
-            yield [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
-        else:
-            yield []
+    words = [*configured, *overrides]
+    for word, values in zip(words, choices(words), strict=True):
+        if not values:
+            raise ConfigError(
+                f"{word!r} is a range, which a sampler draws from: add hparams_search=optuna, or give values."
+            )
+    return [list(job) for job in itertools.product(*choices(words))]

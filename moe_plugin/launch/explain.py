@@ -6,21 +6,20 @@ import re
 from collections.abc import Iterator, Sequence
 
 from hydra import compose
-from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from moe_plugin.launch.signature import unknown_key
+from moe_plugin.launch.words import parse
 
 
 def explain_composition(error: HydraException | OmegaConfBaseException, overrides: Sequence[str]) -> str:
     """Returns one line for an error raised while composing."""
     text = str(error)
     found = re.match(r"Could not override '([^']+)'", text)
-    if found and found[1] in {override.key_or_group for _, override in parse(overrides)}:
-        return explain_unknown_key(found[1], overrides)
+    if found and found[1] in {override.key_or_group for override in parse(overrides)}:
+        return explain_key(found[1], overrides, one_line(f"{text} {error.__cause__ or ''}"))
     if found := re.search(
         r"Could not find '([^']+)/([^'/]+)'\s+Available options in '[^']+':(.*?)Config search path",
         text,
@@ -31,18 +30,21 @@ def explain_composition(error: HydraException | OmegaConfBaseException, override
     return one_line(f"{text} {error.__cause__ or ''}")
 
 
-def explain_unknown_key(key: str, overrides: Sequence[str]) -> str:
-    """Returns the line for a key that the configuration doesn't have, with the nearest that it has."""
-    value, word = {o.key_or_group: (o.value(), word) for word, o in parse(overrides)}[key]
+def explain_key(key: str, overrides: Sequence[str], reason: str) -> str:
+    """Returns the line for a key that the configuration doesn't have, with the nearest that it has.
+
+    Args:
+        key: What could not be set.
+        overrides: All words.
+        reason: Hydra's own, for a key that is there but doesn't take the value.
+    """
+    value, word = {
+        o.key_or_group: (o.value(), word) for word, o in zip(overrides, parse(overrides), strict=True)
+    }[key]
     others = [other for other in overrides if other != word]
     parent = OmegaConf.select(compose("config", others), key.rpartition(".")[0] or "")
     known = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
-    return unknown_key(key, value, known)
-
-
-def parse(overrides: Sequence[str]) -> Iterator[tuple[str, Override]]:
-    """Yields each word with Hydra's reading of it."""
-    return zip(overrides, OverridesParser.create().parse_overrides(list(overrides)), strict=True)
+    return reason if key.rpartition(".")[2] in known else unknown_key(key, value, known)
 
 
 def locate(message: str, config: DictConfig, near: str) -> str:

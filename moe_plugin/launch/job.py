@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from lightning.pytorch import Callback, seed_everything
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
 from omegaconf import DictConfig
@@ -52,6 +53,8 @@ def train(config: DictConfig) -> None:
         summary = summarise(config, metrics, clock)
         write_summary(summary, folder)
         print_report(summary, callbacks, folder)
+    if dist.is_initialized():  # the next job of a sweep may want another group, or none
+        dist.destroy_process_group()
 
 
 def validate_checkpoint(config: DictConfig) -> dict[str, Any]:

@@ -7,11 +7,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# Lightning's tips, the devices it sees, the seed and the stop reason: the app says what matters itself.
+# Lightning's tips, the devices it sees, the seed, each process's start, the stop reason, and how it reads checkpoints
+# (the user's own, with data and callback states): the app says what matters itself.
 LOGGERS = (
     "lightning.pytorch.utilities.rank_zero",
     "lightning.fabric.utilities.rank_zero",
+    "lightning.fabric.utilities.distributed",
     "lightning.fabric.utilities.seed",
+    "lightning.pytorch.trainer.connectors.checkpoint_connector",
 )
 
 WARNINGS = (
@@ -21,12 +24,12 @@ WARNINGS = (
     r"The number of training batches \(\d+\) is smaller than the logging interval",
     # The run's folder is new, or the user resumes into it on purpose.
     r"Checkpoint directory .* exists and is not empty",
+    # A resumed run has a folder of its own, and picks its best checkpoint anew.
+    r"The dirpath has changed from",
     # A CPU was asked for, or the strategy group takes the GPU by itself.
     r"GPU available but not used",
     # Lightning 2.6 with torch 2.13: its own use of a deprecated check.
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-    # Lightning 2.6 on restoring a checkpoint: the user's own file, with data and callback states.
-    r"`weights_only` was not set",
     # An evaluation needs none of the callbacks that only act in training.
     r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
 )

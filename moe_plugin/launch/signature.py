@@ -25,7 +25,10 @@ def check_arguments(target: Callable[..., Any], arguments: Mapping[str, Any], ke
     Raises:
         ConfigError: An argument that the target doesn't take, or a scalar of another type.
     """
-    parameters = inspect.signature(target).parameters
+    try:
+        parameters = inspect.signature(target).parameters
+    except ValueError:  # some builtins tell nothing
+        return
     hints = hints_of(target)
     takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
     for name, value in arguments.items():
@@ -95,7 +98,11 @@ def accepts(choice: Any, value: object) -> bool:
 def is_about_objects(choice: Any) -> bool:
     """Says whether a hint asks for a class or container that no scalar of a configuration can be."""
     kind = get_origin(choice) or choice
-    return inspect.isclass(kind) and kind.__module__ in {"builtins", "collections.abc", "datetime"}
+    return (
+        inspect.isclass(kind)
+        and kind is not object
+        and kind.__module__ in {"builtins", "collections.abc", "datetime"}
+    )
 
 
 def describe(choice: Any) -> str:

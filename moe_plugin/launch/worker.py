@@ -7,6 +7,7 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
+from moe_plugin.launch.command import one_line_errors
 from moe_plugin.launch.job import train
 
 
@@ -18,4 +19,5 @@ def main(run_folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    with one_line_errors():
+        main(Path(sys.argv[1]))

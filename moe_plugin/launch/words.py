@@ -1,0 +1,46 @@
+"""The words of the command line: ``key=value``, as Hydra reads them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.errors import HydraException
+
+from moe_plugin.errors import ConfigError
+
+
+def parse(words: Sequence[str]) -> list[Override]:
+    """Returns Hydra's reading of each word.
+
+    Raises:
+        ConfigError: A word is malformed.
+    """
+    return [parse_word(word) for word in words]
+
+
+def parse_word(word: str) -> Override:
+    """Returns Hydra's reading of one word.
+
+    Raises:
+        ConfigError: It is malformed.
+    """
+    try:
+        return OverridesParser.create().parse_override(word)
+    except HydraException as error:
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"'{word}' must be key=value ({reason}); text with blanks or signs goes in quotes: \"key='a b'\"."
+        ) from error
+
+
+def choices(words: Sequence[str]) -> Iterator[list[str]]:
+    """Yields the words that each word stands for: itself, or one per swept value (none for a range to sample)."""
+    for word, override in zip(words, parse(words), strict=True):
+        if not override.is_sweep_override():
+            yield [word]
+        elif override.is_discrete_sweep():
+            yield [f"{override.get_key_element()}={value}" for value in override.sweep_string_iterator()]
+        else:
+            yield []
