@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import pkgutil
+import importlib
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -96,7 +96,8 @@ def nested(node: DictConfig, name: Any) -> bool:
 def locate_target(node: DictConfig, key: str) -> Callable[..., Any]:
     """Returns what a node's ``_target_`` names."""
     try:
-        return pkgutil.resolve_name(node._target_)
+        module, _, name = node._target_.rpartition(".")
+        return getattr(importlib.import_module(module), name)
     except (ImportError, ValueError, AttributeError) as error:
         raise ConfigError(
             f"'{key}._target_' must name a class or function that can be imported, got {node._target_!r}: "

@@ -1,0 +1,102 @@
+"""Tests that the wheel, and an editable installation, bring the config groups to any Hydra app."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ("moe_plugin", "conf", "hydra_plugins", "pyproject.toml", "setup.py", "README.md", "LICENSE")
+
+# A user's app. It sees the installation under test (.pth files included) and this environment's dependencies, but not
+# an installation of ours in this environment: `python -S` has read no .pth file.
+APP = """
+import site, sys
+site.addsitedir(sys.argv.pop(1))
+sys.path.append(sys.argv.pop(1))
+import hydra
+@hydra.main(config_path=sys.argv.pop(1), config_name="config", version_base="1.3")
+def app(config):
+    pass
+app()
+"""
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of what a package is built from, so that building leaves nothing in the checkout."""
+    folder = tmp_path_factory.mktemp("source")
+    for name in SOURCES:
+        if (ROOT / name).is_dir():
+            shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        else:
+            shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def install(*arguments: str, target: Path) -> Path:
+    """Installs into a folder, without its dependencies, with this environment's setuptools."""
+    switches = ["--quiet", "--no-deps", "--no-build-isolation", "--no-index", "--target", str(target)]
+    subprocess.run([sys.executable, "-m", "pip", "install", *switches, *arguments], check=True)
+    return target
+
+
+@pytest.fixture(scope="module", params=["wheel", "editable"])
+def installed(request: pytest.FixtureRequest, source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder the package is installed in."""
+    target = tmp_path_factory.mktemp(request.param)
+    return install(*(["--editable"] if request.param == "editable" else []), str(source), target=target)
+
+
+@pytest.fixture
+def run_app(installed: Path, tmp_path: Path) -> Callable[..., str]:
+    """Runs a user's app with the given files in its ``conf``, and returns what it prints."""
+
+    def run(files: dict[str, str], *words: str) -> str:
+        for name, text in files.items():
+            (tmp_path / "conf" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "conf" / name).write_text(text)
+        (tmp_path / "app.py").write_text(APP)
+        folders = [str(installed), sysconfig.get_paths()["purelib"], str(tmp_path / "conf")]
+        command = [sys.executable, "-S", "app.py", *folders, *words]
+        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        return subprocess.run(
+            command, cwd=tmp_path, env=environment, check=True, stdout=subprocess.PIPE, text=True
+        ).stdout
+
+    return run
+
+
+class TestInstalled:
+    def test_own_app_finds_our_groups_beside_its_own(self, run_app: Callable[..., str]) -> None:
+        files = {"config.yaml": "defaults: [{callbacks: default}]", "callbacks/default.yaml": "mine: 1"}
+        config = run_app(files, "callbacks=[default,loss_free]", "--cfg", "job")
+        assert "mine: 1" in config
+        assert "_target_: moe_plugin.callbacks.loss_free.LossFreeBalancing" in config
+
+    def test_groups_are_those_of_the_installation(
+        self, run_app: Callable[..., str], installed: Path, source: Path
+    ) -> None:
+        shown = run_app({"config.yaml": "x: 1"}, "--info", "searchpath")
+        (line,) = [line for line in shown.splitlines() if line.startswith("| moe_plugin")]
+        assert str(installed) in line or str(source) in line
+
+    def test_package_is_a_search_path(self, run_app: Callable[..., str]) -> None:
+        text = "defaults: [{experts: '8'}]\nhydra: {searchpath: ['pkg://moe_plugin.conf']}"
+        assert "num_experts: 8" in run_app({"config.yaml": text}, "--cfg", "job")
+
+
+class TestConstraints:
+    def test_every_line_pins_a_version_that_any_index_has(self) -> None:
+        lines = [
+            line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")
+        ]
+        assert all("==" in line and "+" not in line and "/" not in line for line in lines)
+        assert not any(line.startswith(("moe_plugin", "pip==", "setuptools==")) for line in lines)
