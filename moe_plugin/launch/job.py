@@ -10,7 +10,7 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import Callback, seed_everything
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
 from omegaconf import DictConfig
 from rich.console import Console
 
@@ -44,7 +44,6 @@ def train(config: DictConfig) -> None:
         trainer.fit(model, data, ckpt_path=config.ckpt_path)
         if config.trainer.fast_dev_run:
             return
-        trainer.save_checkpoint(folder / "checkpoints" / "last.ckpt")
         # The whole split, however much of it the validations during training look at.
         trainer.limit_val_batches = 1.0
         (metrics,) = trainer.validate(model, data, verbose=False)
@@ -61,7 +60,7 @@ def validate_checkpoint(config: DictConfig) -> dict[str, Any]:
     """Returns the validation measures of the checkpoint ``ckpt_path``, over the whole split."""
     with quiet():
         seed_everything(config.seed, workers=True, verbose=False)
-        fit_only = (ModelCheckpoint, LearningRateMonitor)
+        fit_only = (Checkpoint, LearningRateMonitor)
         callbacks = [callback for callback in build_callbacks(config) if not isinstance(callback, fit_only)]
         trainer = build_trainer(config, callbacks=callbacks, logger=False, enable_checkpointing=False)
         trainer.limit_val_batches = 1.0

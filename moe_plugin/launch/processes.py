@@ -37,8 +37,14 @@ def run_in_processes(run_folder: Path, count: int) -> None:
         MoEPluginError: A process failed; its own message is above.
     """
     threads = max(1, (os.cpu_count() or 1) // count)
+    # They import what this process could import, wherever it was started from.
+    environment = {
+        "OMP_NUM_THREADS": str(threads),
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+    }
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}"]
     command += ["-m", "moe_plugin.launch.worker", str(run_folder)]
-    done = subprocess.run(command, env={"OMP_NUM_THREADS": str(threads), **os.environ}, check=False)
+    done = subprocess.run(command, env=environment, check=False)
     if done.returncode:
         raise MoEPluginError(f"A process of the run in {run_folder} failed with exit code {done.returncode}.")
