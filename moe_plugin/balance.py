@@ -5,6 +5,7 @@ Shape legend: E experts.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -14,9 +15,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from moe_plugin.adapters.bias import OWN_NAME, add_own_bias_, keep_fp32_, release_fp32_, remove_own_bias_
-from moe_plugin.adapters.discover import Found, find_routers
-from moe_plugin.adapters.router import attach_, detach_
+from moe_plugin.adapters.adapter import Adapter
+from moe_plugin.adapters.attach import attach_, detach_
+from moe_plugin.adapters.discover import Found, checked, survey
 from moe_plugin.adapters.site import Site
 from moe_plugin.adapters.token_mask import TokenMask
 from moe_plugin.balancing.counts import SPREAD_UNIT
@@ -28,6 +29,7 @@ from moe_plugin.errors import AttachError, CheckpointError, EffectError
 from moe_plugin.types import LoadRecord
 
 _ATTRIBUTE = "_moe_balanced"
+_LOG = logging.getLogger(__name__)
 
 Rules = Rule | Mapping[str, Rule] | None
 Sites = str | Sequence[str] | Callable[[str], bool] | None
@@ -41,6 +43,7 @@ def balance_(
     *,
     schedule: RateSchedule = RateSchedule(),  # noqa: B008 (frozen)
     mask: str | None = "attention_mask",
+    adapters: Sequence[Adapter] = (),
     process_group: dist.ProcessGroup | None = None,
 ) -> Balanced:
     """Balance the experts of ``model`` in place, without an auxiliary loss (arXiv 2408.15664).
@@ -55,25 +58,27 @@ def balance_(
         sites: Which routers to balance: a glob, several, or a predicate on the module name; None takes all.
         schedule: Factor on the rate by update number.
         mask: Forward argument that marks real tokens (B, S); None counts every token.
+        adapters: How blocks route that select experts in a way of their own.
         process_group: The data-parallel ranks; None is all ranks of the default group.
 
     Raises:
         AttachError: If no router is found or matches, or the model is balanced with other settings already.
     """
+    settings = (rule, sites, schedule, mask, tuple(adapters))
     existing = find_balanced(model)
     if existing is not None:
-        if existing.settings != (rule, sites, schedule, mask):
+        if existing.settings != settings:
             raise AttachError(
                 "The model is balanced already, with other settings. Call remove() on it first."
             )
         return existing
     _refuse_balanced_parts(model)
-    found = _chosen(find_routers(model), sites)
+    found = _chosen(model, adapters, sites)
     rules = [_rule_for(router.name, rule) for router in found]
-    token_mask = TokenMask(mask) if mask is not None else TokenMask("")
-    attached = [_attach_(router, token_mask) for router in found]
+    token_mask = TokenMask(mask or "")
     token_mask.watch_(model)
-    return Balanced(model, attached, rules, schedule, process_group, (rule, sites, schedule, mask))
+    attached = [attach_(router, token_mask) for router in found]
+    return Balanced(model, attached, rules, schedule, process_group, settings)
 
 
 def find_balanced(model: nn.Module) -> Balanced | None:
@@ -180,11 +185,7 @@ class Balanced(Mapping[str, Site]):
     def remove(self) -> None:
         """Take balancing off the model again. A bias that the model owns keeps the values it has learnt."""
         for site in self.values():
-            detach_(site.router)
-            if site.host_owns_bias:
-                release_fp32_(site.bias_owner)
-            else:
-                remove_own_bias_(site.bias_owner)
+            detach_(site)
             site.token_mask.unwatch_()
         del self._model.__dict__[_ATTRIBUTE]
 
@@ -280,17 +281,22 @@ class Balanced(Mapping[str, Site]):
             raise CheckpointError("; ".join(wrong) + ".")
 
 
-def _chosen(found: list[Found], sites: Sites) -> list[Found]:
+def _wanted(name: str, sites: Sites) -> bool:
     if sites is None:
-        return found
+        return True
     if callable(sites):
-        chosen = [router for router in found if sites(router.name)]
-    else:
-        globs = [sites] if isinstance(sites, str) else list(sites)
-        chosen = [router for router in found if any(fnmatchcase(router.name, glob) for glob in globs)]
-    if not chosen:
-        raise AttachError(f"'sites' must match a router, got {sites!r}; there are {[r.name for r in found]}.")
-    return chosen
+        return sites(name)
+    return any(fnmatchcase(name, glob) for glob in ([sites] if isinstance(sites, str) else sites))
+
+
+def _chosen(model: nn.Module, adapters: Sequence[Adapter], sites: Sites) -> list[Found]:
+    findings = survey(model, adapters)
+    chosen = findings.only(lambda name: _wanted(name, sites))
+    if not chosen.names and findings.names:
+        raise AttachError(f"'sites' must match a router, got {sites!r}; there are {findings.names}.")
+    for name, reason in chosen.refused.items():
+        _LOG.warning("Not balanced: %s, %s.", name, reason)
+    return checked(chosen, model)
 
 
 def _rule_for(name: str, rule: Rules) -> Rule | None:
@@ -306,26 +312,3 @@ def _refuse_balanced_parts(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if find_balanced(module) is not None or "_moe_site" in module.__dict__:
             raise AttachError(f"{name!r} inside the model is balanced already. Call remove() on that first.")
-
-
-def _attach_(router: Found, token_mask: TokenMask) -> Site:
-    weight = next(router.module.parameters())
-    owner, name = router.bias_owner, router.bias_name
-    if owner is None or name is None:
-        owner, name = router.module, OWN_NAME
-        add_own_bias_(owner, router.num_experts, weight.device)
-    else:
-        keep_fp32_(owner, name)
-    site = Site(
-        router.name,
-        router.module,
-        num_experts=router.num_experts,
-        top_k=router.top_k,
-        bias_owner=owner,
-        bias_name=name,
-        host_owns_bias=router.bias_owner is not None,
-        zeros_masked=router.num_groups > 1,
-        token_mask=token_mask,
-    )
-    attach_(router.module, site)
-    return site

@@ -1,147 +1,218 @@
 """Find the routing sites of a model from its structure, not from a list of model names.
 
-A router is the innermost module whose own code calls ``topk`` and that knows how many experts there are and
-how many a token gets. A model that appears tomorrow with an ordinary router is found without an edit here.
+A router is the innermost module that selects experts for its tokens. Where a module's own code uses a selecting
+call, or experts hang on it, it is run once on tensors without data, and what it ranked tells the rest. A model that
+appears tomorrow with an ordinary router is found without an edit here.
 """
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator
-from dataclasses import dataclass
-from functools import cache
-from types import CodeType, FunctionType
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
+from moe_plugin.adapters.adapter import Adapter, adapter_for
+from moe_plugin.adapters.code import uses
+from moe_plugin.adapters.routing_style import NoStyle, Style, understand
+from moe_plugin.adapters.selecting import NAMES
+from moe_plugin.adapters.surroundings import Surroundings
 from moe_plugin.errors import AttachError
-
-EXPERT_COUNT_NAMES = (
-    "num_experts",
-    "n_routed_experts",
-    "num_local_experts",
-    "n_experts",
-    "num_routed_experts",
-    "n_expert",
-    "moe_num_experts",
-)
-TOP_K_NAMES = (
-    "top_k",
-    "num_experts_per_tok",
-    "topk",
-    "n_expert_per_token",
-    "experts_per_token",
-    "num_experts_per_token",
-    "moe_k",
-    "moe_topk",
-    "num_selected_experts",
-)
-BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "balancing_biases", "score_bias")
-CALL_DEPTH = 2
-"""How many plain function calls away from a router's class its ``topk`` may be."""
-GROUP_COUNT_NAMES = ("num_groups", "num_group", "n_group", "num_expert_groups", "n_groups")
 
 
 @dataclass(frozen=True)
 class Found:
-    """A router found in a model, with the numbers that balancing needs."""
+    """A router found in a model, with what balancing needs to know of it."""
 
     name: str
     module: nn.Module
     num_experts: int
     top_k: int
-    bias_owner: nn.Module | None
-    bias_name: str | None
-    num_groups: int
+    kind: str = "topk"
+    bias_owner: nn.Module | None = None
+    bias_name: str | None = None
+    zeros_masked: bool = False
+    proven: bool = False
+    adapter: Adapter | None = None
 
 
-def find_routers(model: nn.Module) -> list[Found]:
+@dataclass
+class Findings:
+    """All that was found in a model, by module name.
+
+    Attributes:
+        routers: What can be balanced.
+        refused: Routers that cannot, and why.
+        strangers: Modules with experts whose routing nobody understood, and why.
+    """
+
+    routers: dict[str, Found] = field(default_factory=dict)
+    refused: dict[str, str] = field(default_factory=dict)
+    strangers: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def names(self) -> list[str]:
+        """All of them."""
+        return [*self.routers, *self.refused, *self.strangers]
+
+    def only(self, wanted: Callable[[str], bool]) -> Findings:
+        """Those whose name is wanted."""
+        return Findings(
+            {name: found for name, found in self.routers.items() if wanted(name)},
+            {name: reason for name, reason in self.refused.items() if wanted(name)},
+            {name: reason for name, reason in self.strangers.items() if wanted(name)},
+        )
+
+
+def find_routers(model: nn.Module, adapters: Sequence[Adapter] = ()) -> list[Found]:
     """All routing sites of a model, in the order of its modules.
 
     Raises:
-        AttachError: If there is none; the message lists what looked like a router.
+        AttachError: If there is none, or experts have a router that nobody understood.
     """
-    calling = {name: module for name, module in model.named_modules() if _calls_topk(type(module))}
-    found = [_describe(model, name, calling[name]) for name in calling if not _has_inner(name, calling)]
-    routers = [router for router in found if router is not None]
-    if not routers:
-        seen = ", ".join(
-            f"{name or '(the model itself)'}: {type(module).__name__}" for name, module in calling.items()
-        )
+    return checked(survey(model, adapters), model)
+
+
+def checked(findings: Findings, model: nn.Module) -> list[Found]:
+    """The routers of ``findings``.
+
+    Raises:
+        AttachError: If there is none, or experts have a router that nobody understood.
+    """
+    kind = type(model).__name__
+    if findings.strangers:
+        raise AttachError(f"{_listed(findings.strangers)} in {kind} cannot be balanced. {_FIX}")
+    if not findings.routers and findings.refused:
+        raise AttachError(f"{kind} cannot be balanced: {_listed(findings.refused)}.")
+    if not findings.routers:
+        seen = [
+            f"{name or '(the model itself)'}: {type(m).__name__}"
+            for name, m in model.named_modules()
+            if uses(type(m), _TOP_K)
+        ]
         raise AttachError(
-            f"No router was found in {type(model).__name__}: a module that calls topk and has one of "
-            f"{EXPERT_COUNT_NAMES} and one of {TOP_K_NAMES}. Modules that call topk: {seen or 'none'}."
+            f"No router was found in {kind}: a module that ranks experts, with experts near it. {_FIX} "
+            f"Modules that call topk: {', '.join(seen) or 'none'}."
         )
-    return routers
+    return list(findings.routers.values())
 
 
-def _has_inner(name: str, names: dict[str, nn.Module]) -> bool:
-    prefix = f"{name}." if name else ""
-    return any(other != name and other.startswith(prefix) for other in names)
+_TOP_K = frozenset({"topk"})
+_FIX = "Write an Adapter for that block and pass it in 'adapters', or leave it out with 'sites'."
 
 
-def _describe(model: nn.Module, name: str, module: nn.Module) -> Found | None:
-    parent = model.get_submodule(name.rpartition(".")[0]) if name else module
-    num_experts = _number((module, parent), EXPERT_COUNT_NAMES)
-    top_k = _number((module, parent), TOP_K_NAMES)
-    if num_experts is None or top_k is None:
-        return None
-    bias = _owned_bias((module, parent), num_experts)
-    return Found(
-        name=name,
-        module=module,
-        num_experts=num_experts,
-        top_k=top_k,
-        bias_owner=bias[0] if bias else None,
-        bias_name=bias[1] if bias else None,
-        num_groups=_number((module, parent), GROUP_COUNT_NAMES) or 1,
+def _listed(reasons: dict[str, str]) -> str:
+    return "; ".join(f"{name!r}: {reason}" for name, reason in reasons.items())
+
+
+def survey(model: nn.Module, adapters: Sequence[Adapter] = ()) -> Findings:
+    """Find every router of the model, and every block of experts without one."""
+    findings = Findings()
+    styles: dict[Any, Style | NoStyle | None] = {}
+    adapted = _adapted(model, adapters, findings)
+    for name, module in reversed(list(model.named_modules())):  # inner modules before those that hold them
+        if _inside(name, adapted) or _holds(name, (*findings.routers, *findings.refused, *adapted)):
+            continue
+        if uses(type(module), NAMES) or _experts_of(module):
+            around = Surroundings.of(model, name)
+            key = _structure(around)
+            if key not in styles:
+                styles[key] = understand(around)
+            _note(findings, name, around, styles[key])
+    _note_strangers(model, findings)
+    order = {name: number for number, (name, _) in enumerate(model.named_modules())}
+    findings.routers = dict(sorted(findings.routers.items(), key=lambda item: order[item[0]]))
+    return findings
+
+
+def _adapted(model: nn.Module, adapters: Sequence[Adapter], findings: Findings) -> list[str]:
+    """Note the blocks that an adapter names; returns their names."""
+    names: list[str] = []
+    for name, module in model.named_modules():
+        adapter = adapter_for(module, adapters)
+        if adapter is None or _inside(name, names):
+            continue
+        names.append(name)
+        if adapter.refused:
+            findings.refused[name] = f"{type(module).__name__} {adapter.refused}"
+        else:
+            num_experts, top_k = adapter.number(module, "num_experts"), adapter.number(module, "top_k")
+            findings.routers[name] = Found(
+                name, module, num_experts, top_k, kind="adapter", proven=True, adapter=adapter
+            )
+    return names
+
+
+def _note(findings: Findings, name: str, around: Surroundings, style: Style | NoStyle | None) -> None:
+    module = around.modules[0]
+    if isinstance(style, NoStyle):
+        findings.refused[name] = f"{type(module).__name__}: {style.reason}"
+    elif style is not None:
+        owner, bias_name = around.tensors()[style.bias] if style.bias is not None else (None, None)
+        findings.routers[name] = Found(
+            name=name,
+            module=module,
+            num_experts=style.num_experts,
+            top_k=style.top_k,
+            kind=style.kind,
+            bias_owner=owner,
+            bias_name=bias_name,
+            zeros_masked=style.zeros_masked,
+            proven=style.proven,
+        )
+
+
+def _note_strangers(model: nn.Module, findings: Findings) -> None:
+    known = (*findings.routers, *findings.refused)
+    for name, module in model.named_modules():
+        if not _experts_of(module):
+            continue
+        reach = Surroundings.of(model, name).path[-1][0]
+        if not _holds(reach, known) and not _inside(name, known):
+            findings.strangers[name] = (
+                f"{type(module).__name__} holds experts, but no module near it was seen to select "
+                "among them by topk, sort, argsort, argmax or max"
+            )
+
+
+def _experts_of(module: nn.Module) -> list[nn.Module]:
+    """Children that are two or more experts."""
+    return [
+        child
+        for name, child in module.named_children()
+        if "expert" in name and "shared" not in name and _is_stack(child)
+    ]
+
+
+def _is_stack(module: nn.Module) -> bool:
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return len(module) > 1
+    stacks = [tensor for part in (module, *module.children()) for tensor in part.parameters(recurse=False)]
+    return any(tensor.dim() == 3 and len(tensor) > 1 for tensor in stacks)
+
+
+def _structure(around: Surroundings) -> Any:
+    """Equal for modules that are built and placed alike, such as the routers of a model's layers."""
+    kinds = tuple(type(module) for module in around.modules)
+    numbers = tuple(
+        (name, value)
+        for module in around.modules[:2]
+        for name, value in vars(module).items()
+        if isinstance(value, (int, float, str)) and "layer" not in name
     )
+    shapes = tuple(
+        (key, tuple(getattr(owner, name).shape)) for key, (owner, name) in around.tensors().items()
+    )
+    return kinds, numbers, shapes, tuple(around.widths()), frozenset(around.expert_counts())
 
 
-def _number(modules: tuple[nn.Module, ...], names: tuple[str, ...]) -> int | None:
-    for module in modules:
-        for holder in (module, getattr(module, "config", None)):
-            for name in names:
-                value = getattr(holder, name, None)
-                if isinstance(value, int) and not isinstance(value, bool):
-                    return value
-    return None
+def _holds(name: str, others: Sequence[str]) -> bool:
+    """Whether one of the others is this module or inside it."""
+    prefix = f"{name}." if name else ""
+    return any(other == name or other.startswith(prefix) for other in others)
 
 
-def _owned_bias(modules: tuple[nn.Module, ...], num_experts: int) -> tuple[nn.Module, str] | None:
-    for module in modules:
-        for name in BIAS_NAMES:
-            value = getattr(module, name, None)
-            if isinstance(value, Tensor) and value.shape == (num_experts,):
-                return module, name
-    return None
-
-
-@cache
-def _calls_topk(kind: type) -> bool:
-    """Whether the class's own code, or a plain function that it calls, uses ``topk``."""
-    return any(_reaches_topk(function, CALL_DEPTH) for function in _functions(kind))
-
-
-def _functions(kind: type) -> Iterator[FunctionType]:
-    """The functions of a class and of its bases up to ``nn.Module``, decorators looked through."""
-    for base in kind.__mro__:
-        if base is nn.Module:
-            return
-        for member in vars(base).values():
-            function = inspect.unwrap(member) if callable(member) else getattr(member, "__func__", None)
-            if isinstance(function, FunctionType):
-                yield function
-
-
-def _reaches_topk(function: FunctionType, depth: int) -> bool:
-    names = _names_in(function.__code__)
-    if "topk" in names:
-        return True
-    called = (function.__globals__.get(name) for name in names) if depth else ()
-    return any(isinstance(inner, FunctionType) and _reaches_topk(inner, depth - 1) for inner in called)
-
-
-def _names_in(code: CodeType) -> set[str]:
-    nested = (_names_in(constant) for constant in code.co_consts if isinstance(constant, CodeType))
-    return set(code.co_names).union(*nested)
+def _inside(name: str, others: Sequence[str]) -> bool:
+    """Whether this module is one of the others or inside one."""
+    return any(name == other or name.startswith(f"{other}." if other else "") for other in others)

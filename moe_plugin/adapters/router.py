@@ -1,14 +1,19 @@
-"""The mixin that turns a host's router into a balanced one."""
+"""Make a host's router report what it selects, by a swap of its class or of the callable it carries itself."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
+from moe_plugin.adapters.adapter import Adapter
 from moe_plugin.adapters.class_swap import Mixin, swap_, unswap_
+from moe_plugin.adapters.intercept import Intercept, Selection, select
 from moe_plugin.adapters.site import Site
-from moe_plugin.adapters.top_k import Selection, TopKIntercept
+from moe_plugin.adapters.trace import Trace
+from moe_plugin.errors import EffectError
 
 
 class BalancedRouter(Mixin):
@@ -18,22 +23,104 @@ class BalancedRouter(Mixin):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """The host's forward, with its expert selection seen and biased."""
-        site = self._moe_site
-        bias_E = None if site.host_owns_bias else site.bias
+        return _watched(self, super().forward, args, kwargs)  # pyright: ignore
+
+
+class BalancedForward:
+    """Stands in for a ``forward`` that the instance itself carries, as hooks of other libraries leave it.
+
+    The class's forward is not called for such an instance, so that swapping its class would change nothing.
+    """
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Wrap the callable found on the instance."""
+        self.module = module
+        self.forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The instance's forward, with its expert selection seen and biased."""
+        return _watched(self.module, self.forward, args, kwargs)
+
+
+class AdaptedMethod:
+    """Stands in for a block's routing method where an adapter says how the block routes."""
+
+    def __init__(self, module: nn.Module, adapter: Adapter) -> None:
+        """Route this block by the adapter."""
+        self.module = module
+        self.adapter = adapter
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The adapter's routing, with every selection counted."""
+        site: Site = self.module._moe_site  # pyright: ignore[reportAssignmentType]
         seen: list[Selection] = []
-        with TopKIntercept(site.num_experts, site.top_k, bias_E, site.zeros_masked, seen):
-            output = super().forward(*args, **kwargs)  # pyright: ignore[reportAttributeAccessIssue]
-        site.record_(seen, training=self.training)  # pyright: ignore[reportAttributeAccessIssue]
+
+        def select_experts(scores_TE: Tensor, k: int, counts: bool = True) -> tuple[Tensor, Tensor]:
+            selection = select(scores_TE, k, site.bias)
+            seen.extend([selection] * counts)
+            return selection.selected_TK, selection.expert_ids_TK
+
+        assert self.adapter.route is not None, "a refused block is never attached"
+        output = self.adapter.route(self.module, select_experts, *args, **kwargs)
+        site.record_(seen, training=self.module.training)
         return output
 
 
-def attach_(module: nn.Module, site: Site) -> None:
+def watch_(module: nn.Module, site: Site, adapter: Adapter | None = None) -> None:
     """Make ``module`` report to ``site``."""
     module.__dict__["_moe_site"] = site
-    swap_(module, BalancedRouter)
+    if adapter is not None:
+        module.__dict__[adapter.method] = AdaptedMethod(module, adapter)
+    elif "forward" in module.__dict__:
+        module.__dict__["forward"] = BalancedForward(module, module.__dict__["forward"])
+    else:
+        swap_(module, BalancedRouter)
 
 
-def detach_(module: nn.Module) -> None:
-    """Undo `attach_`."""
-    unswap_(module, BalancedRouter)
+def unwatch_(module: nn.Module) -> None:
+    """Undo `watch_`."""
+    for name, value in list(module.__dict__.items()):
+        if isinstance(value, AdaptedMethod):
+            del module.__dict__[name]
+            break
+        if isinstance(value, BalancedForward):
+            module.__dict__[name] = value.forward
+            break
+    else:
+        unswap_(module, BalancedRouter)
     del module.__dict__["_moe_site"]
+
+
+def _watched(module: Any, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    site: Site = module._moe_site
+    if not site.proven and not torch.compiler.is_compiling():
+        forward = _proving(site, forward)
+    bias_E = None if site.host_owns_bias else site.bias
+    seen: list[Selection] = []
+    with Intercept(site.kind, site.num_experts, site.top_k, bias_E, site.zeros_masked, seen):
+        output = forward(*args, **kwargs)
+    site.record_(seen, training=module.training)
+    return output
+
+
+def _proving(site: Site, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward, which once checks that the host's own bias reaches its selection."""
+
+    def proving(*args: Any, **kwargs: Any) -> Any:
+        trace = Trace({"bias": site.bias_tensor})
+        with trace:
+            output = forward(*args, **kwargs)
+        if (
+            site.host_owns_bias
+            and trace.rankings
+            and not any("bias" in each.added for each in trace.rankings)
+        ):
+            raise EffectError(
+                f"Router {site.name!r} owns {site.bias_name!r}, but does not add it to the scores by which it selects "
+                "experts, so that balancing would have no effect. Write an Adapter for it and pass it in 'adapters', "
+                "or leave it out with 'sites'."
+            )
+        site.proven = True
+        return output
+
+    return proving

@@ -8,8 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from moe_plugin.adapters.intercept import Selection
 from moe_plugin.adapters.token_mask import TokenMask
-from moe_plugin.adapters.top_k import Selection
 from moe_plugin.balancing.counts import EXTRA_SLOTS, count_, new_tally
 from moe_plugin.errors import EffectError
 
@@ -21,8 +21,10 @@ class Site:
         name: The router's module name in the model.
         num_experts: E.
         top_k: K.
+        kind: The kind of call that selects, or 'adapter'.
         host_owns_bias: Whether the bias is the model's own tensor, saved in its checkpoints.
         zeros_masked: Whether the host marks experts outside the chosen groups by exact zeros.
+        proven: Whether it was seen that the host's own bias reaches its selection.
         measures_spread: Whether the spread of the scores is measured, which ``rate: auto`` needs.
     """
 
@@ -33,10 +35,12 @@ class Site:
         *,
         num_experts: int,
         top_k: int,
+        kind: str,
         bias_owner: nn.Module,
         bias_name: str,
         host_owns_bias: bool,
         zeros_masked: bool,
+        proven: bool,
         token_mask: TokenMask,
     ) -> None:
         """Describe a site; `attach_` makes the router report to it."""
@@ -44,11 +48,14 @@ class Site:
         self.router = router
         self.num_experts = num_experts
         self.top_k = top_k
+        self.kind = kind
         self.bias_owner = bias_owner
         self.bias_name = bias_name
         self.host_owns_bias = host_owns_bias
         self.zeros_masked = zeros_masked
+        self.proven = proven
         self.token_mask = token_mask
+        self.masked = token_mask.describes(name)
         self.measures_spread = False
         # Plain tensors, not buffers: DDP would overwrite every rank's counts by those of rank 0.
         self.tally = new_tally(num_experts)
@@ -57,7 +64,12 @@ class Site:
     @property
     def bias(self) -> Tensor:
         """The live selection bias; fp32 (E,). Change it in place, with ``copy_()``."""
-        return getattr(self.bias_owner, self.bias_name).detach()
+        return self.bias_tensor.detach().view(-1)
+
+    @property
+    def bias_tensor(self) -> Tensor:
+        """The module's own tensor behind `bias`, in the shape it has there."""
+        return getattr(self.bias_owner, self.bias_name)
 
     @property
     def counts(self) -> Tensor:
@@ -70,24 +82,25 @@ class Site:
         return self.eval_tally[: self.num_experts]
 
     def record_(self, seen: list[Selection], *, training: bool) -> None:
-        """Count what the router's forward selected: the last selection seen.
+        """Count what the router's forward selected: the last selection seen, or all of an adapter's.
 
         Raises:
             EffectError: If the forward made no recognisable selection.
         """
         if not seen:
+            how = "its adapter's select" if self.kind == "adapter" else f"torch.{self.kind}"
             raise EffectError(
-                f"Router {self.name!r} selected no experts by torch.topk over {self.num_experts} scores with "
+                f"Router {self.name!r} selected no experts by {how} over {self.num_experts} scores with "
                 f"k={self.top_k}, so it cannot be balanced. Leave it out with 'sites'."
             )
-        selection = seen[-1]
+        selection = _joined(seen) if self.kind == "adapter" else seen[-1]
         self._to_device(selection.expert_ids_TK.device)
         count_(
             self.tally if training else self.eval_tally,
             selection.expert_ids_TK,
             selection.selected_TK,
             scores_TE=self._unbiased(selection.ranked_TE) if self.measures_spread and training else None,
-            valid_T=self.token_mask.for_tokens(selection.expert_ids_TK[..., 0].numel(), self.name),
+            valid_T=self._valid(selection.expert_ids_TK[..., 0].numel()),
             training=training,
         )
 
@@ -98,6 +111,9 @@ class Site:
         assert taken.numel() == self.num_experts + EXTRA_SLOTS
         return taken
 
+    def _valid(self, num_tokens: int) -> Tensor | None:
+        return self.token_mask.for_tokens(num_tokens, self.name) if self.masked else None
+
     def _unbiased(self, ranked_TE: Tensor) -> Tensor:
         return ranked_TE - self.bias if self.host_owns_bias else ranked_TE
 
@@ -105,3 +121,11 @@ class Site:
         if self.tally.device != device:
             self.tally = self.tally.to(device)
             self.eval_tally = self.eval_tally.to(device)
+
+
+def _joined(seen: list[Selection]) -> Selection:
+    """The picks that an adapter made one after another, as one selection."""
+    if len(seen) == 1:
+        return seen[0]
+    selected = torch.cat([each.selected_TK.detach() for each in seen], dim=-1)
+    return Selection(seen[0].ranked_TE, selected, torch.cat([each.expert_ids_TK for each in seen], dim=-1))

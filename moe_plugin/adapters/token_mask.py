@@ -13,9 +13,17 @@ from torch.utils.hooks import RemovableHandle
 
 from moe_plugin.errors import EffectError
 
+_INPUTS = ("input_ids", "inputs_embeds")
+_CROSS = "encoder_hidden_states"
+
 
 class TokenMask:
-    """The mask of the forward pass that is running, shared by the sites of a model."""
+    """The mask of the forward pass that is running, shared by the sites of a model.
+
+    A model that holds models, such as an encoder and a decoder or a vision tower and a language model, gives each its
+    own mask, so that a site goes by the innermost model around it. Sites beside the inner models, as those of a vision
+    tower are, see other tokens than the mask describes: all of theirs count.
+    """
 
     def __init__(self, argument: str) -> None:
         """Take the mask from the forward argument of this name.
@@ -25,44 +33,84 @@ class TokenMask:
         """
         self.argument = argument
         self.mask_BS: Tensor | None = None
+        self._watched: list[str] = []
         self._handles: list[RemovableHandle] = []
 
     def watch_(self, root: nn.Module) -> None:
-        """Follow the argument of the outermost modules that take it."""
-        outermost: list[str] = []
+        """Follow the argument of the outermost modules that take it, and of the models inside them."""
         for name, module in root.named_modules():
-            inside = any(name.startswith(f"{outer}." if outer else "") for outer in outermost)
-            if not inside and self.argument in inspect.signature(module.forward).parameters:
-                outermost.append(name)
-                self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
-                self._handles.append(module.register_forward_hook(self._leave, always_call=True))
+            parameters = list(inspect.signature(module.forward).parameters)
+            if self.argument not in parameters:
+                continue
+            inside = any(_is_inside(name, outer) for outer in self._watched)
+            if inside and not any(taken in parameters for taken in _INPUTS):
+                continue
+            self._watched.append(name)
+            watch = _Watch(self, parameters.index(self.argument), decodes=inside and _CROSS in parameters)
+            self._handles.append(module.register_forward_pre_hook(watch.enter, with_kwargs=True))
+            self._handles.append(module.register_forward_hook(watch.leave, always_call=True))
 
     def unwatch_(self) -> None:
         """Undo `watch_`."""
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
+        self._watched.clear()
 
     def for_tokens(self, num_tokens: int, site: str) -> Tensor | None:
         """The mask over the tokens of one router call; bool (T,) or None when all tokens are real.
 
         Raises:
-            EffectError: If the mask cannot be of these tokens.
+            EffectError: If the router sees more tokens than the mask describes.
         """
         if self.mask_BS is None:
             return None
+        if num_tokens == self.mask_BS.numel():
+            return self.mask_BS.reshape(-1) != 0
+        if num_tokens < self.mask_BS.numel():  # a router of some tokens only, such as those of one modality
+            return None
         batch, length = self.mask_BS.shape
-        if num_tokens % batch or num_tokens // batch > length:
-            raise EffectError(
-                f"'{self.argument}' has shape ({batch}, {length}), but router {site!r} sees {num_tokens} "
-                "tokens. Name the right argument with 'mask', or None to count every token."
-            )
-        # With a key-value cache the mask also covers the past: the tokens of this call are its last columns.
-        return self.mask_BS[:, length - num_tokens // batch :].reshape(-1) != 0
+        raise EffectError(
+            f"'{self.argument}' has shape ({batch}, {length}), but router {site!r} sees {num_tokens} "
+            "tokens. Name the right argument with 'mask', or None to count every token."
+        )
 
-    def _enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
-        value = inspect.signature(module.forward).bind_partial(*args, **kwargs).arguments.get(self.argument)
-        self.mask_BS = value if isinstance(value, Tensor) and value.dim() == 2 else None
+    def describes(self, site: str) -> bool:
+        """Whether the mask is about the site's tokens: the innermost model around it holds no other that takes it."""
+        around = max((name for name in self._watched if _is_inside(site, name)), key=len, default="")
+        return not any(name != around and _is_inside(name, around) for name in self._watched)
 
-    def _leave(self, *_: Any) -> None:
-        self.mask_BS = None
+
+class _Watch:
+    """What is hooked to one module."""
+
+    def __init__(self, token_mask: TokenMask, position: int, *, decodes: bool) -> None:
+        self.token_mask = token_mask
+        self.position = position
+        self.decodes = decodes
+        self.outer: list[Tensor | None] = []
+
+    def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+        value = kwargs.get(self.token_mask.argument)
+        if value is None and len(args) > self.position:
+            value = args[self.position]
+        self.outer.append(self.token_mask.mask_BS)
+        if isinstance(value, Tensor) and value.dim() == 2:
+            self.token_mask.mask_BS = _of_new_tokens(value, args, kwargs)
+        elif self.decodes:  # a decoder without a mask of its own must not go by the encoder's
+            self.token_mask.mask_BS = None
+
+    def leave(self, *_: Any) -> None:
+        self.token_mask.mask_BS = self.outer.pop()
+
+
+def _of_new_tokens(mask_BS: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
+    """With a key-value cache the mask also covers the past: the tokens of this call are its last columns."""
+    given = [kwargs.get(name) for name in _INPUTS]
+    inputs = [x for x in (*given, *args) if isinstance(x, Tensor) and x.dim() >= 2 and len(x) == len(mask_BS)]
+    length = inputs[0].shape[1] if inputs else mask_BS.shape[1]
+    return mask_BS[:, -length:] if length < mask_BS.shape[1] else mask_BS
+
+
+def _is_inside(name: str, outer: str) -> bool:
+    return name == outer or name.startswith(f"{outer}." if outer else "")

@@ -1,0 +1,46 @@
+"""Turn a router that was found into a balanced site, and back."""
+
+from __future__ import annotations
+
+import torch
+
+from moe_plugin.adapters.bias import OWN_NAME, add_own_bias_, keep_fp32_, release_fp32_, remove_own_bias_
+from moe_plugin.adapters.discover import Found
+from moe_plugin.adapters.router import unwatch_, watch_
+from moe_plugin.adapters.site import Site
+from moe_plugin.adapters.token_mask import TokenMask
+
+
+def attach_(found: Found, token_mask: TokenMask) -> Site:
+    """Give the router a bias, unless its model has one, and make it report to a site."""
+    owner, name = found.bias_owner, found.bias_name
+    if owner is None or name is None:
+        owner, name = found.module, OWN_NAME
+        device = next((tensor.device for tensor in owner.parameters()), torch.device("cpu"))
+        add_own_bias_(owner, found.num_experts, device)
+    else:
+        keep_fp32_(owner, name)
+    site = Site(
+        found.name,
+        found.module,
+        num_experts=found.num_experts,
+        top_k=found.top_k,
+        kind=found.kind,
+        bias_owner=owner,
+        bias_name=name,
+        host_owns_bias=found.bias_owner is not None,
+        zeros_masked=found.zeros_masked,
+        proven=found.proven or found.bias_owner is None,
+        token_mask=token_mask,
+    )
+    watch_(found.module, site, found.adapter)
+    return site
+
+
+def detach_(site: Site) -> None:
+    """Undo `attach_`. A bias that the model owns keeps the values it has learnt."""
+    unwatch_(site.router)
+    if site.host_owns_bias:
+        release_fp32_(site.bias_owner)
+    else:
+        remove_own_bias_(site.bias_owner)

@@ -1,0 +1,121 @@
+"""What stands around a module in a model: where experts are, how many there are, and which tensors have one entry each.
+
+Shape legend: E experts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+_EXPERT = re.compile(r"expert", re.IGNORECASE)
+_SHARED = re.compile(r"shared|common", re.IGNORECASE)
+REACH = 2
+"""How many levels above a router its experts may hang."""
+
+
+@dataclass(frozen=True)
+class Surroundings:
+    """A module and the modules that hold it, innermost first, up to `REACH` levels and to the next list of layers."""
+
+    path: tuple[tuple[str, nn.Module], ...]
+
+    @classmethod
+    def of(cls, model: nn.Module, name: str) -> Surroundings:
+        """Look from the module of this name up."""
+        names = [name]
+        while names[-1] and len(names) <= REACH:
+            names.append(names[-1].rpartition(".")[0])
+        path = [(each, model.get_submodule(each)) for each in names]
+        lists = [
+            i
+            for i, (_, module) in enumerate(path)
+            if i and isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        ]
+        return cls(tuple(path[: lists[0]] if lists else path))
+
+    @property
+    def modules(self) -> list[nn.Module]:
+        """The module itself, then what holds it."""
+        return [module for _, module in self.path]
+
+    def has_experts(self) -> bool:
+        """Whether a number, a part or a parameter hereabouts is named after experts."""
+        return any(_EXPERT.search(name) and not _SHARED.search(name) for name in self._names())
+
+    def expert_counts(self) -> set[int]:
+        """Numbers that say how many experts there are: so named, or the length of a stack of modules or weights."""
+        counts = {len(part) for part in self._parts() if isinstance(part, (nn.ModuleList, nn.ModuleDict))}
+        counts |= {tensor.shape[0] for part in self._parts() for tensor in _own(part) if tensor.dim() == 3}
+        return counts.union(*map(_named_numbers, self.modules))
+
+    def configured_counts(self) -> set[int]:
+        """Numbers in the configs that are named after experts; every module of a model may carry its config."""
+        configs = [getattr(module, "config", None) for module in self.modules[:2]]
+        return {number for config in configs if config is not None for number in _named_numbers(config)}
+
+    def gate_sizes(self) -> set[int]:
+        """Sizes of the module's own matrices: a gate has one output per expert."""
+        matrices = [tensor for tensor in self.modules[0].parameters() if tensor.dim() == 2]
+        return {size for tensor in matrices for size in tensor.shape}
+
+    def widths(self) -> list[int]:
+        """Guesses of the width of the hidden states, those of the module's own matrices first."""
+        matrices = [
+            tensor for part in self.modules[0].modules() for tensor in _own(part) if tensor.dim() == 2
+        ]
+        matrices = matrices or [
+            tensor for part in self._parts() for tensor in _own(part) if tensor.dim() == 2
+        ]
+        sizes = [size for tensor in matrices for size in reversed(tensor.shape)]
+        return list(dict.fromkeys(sizes))[:4]
+
+    def number(self, names: tuple[str, ...]) -> int | None:
+        """The first attribute of the modules or their configs with one of these names that is a number."""
+        for module in self.modules[:2]:
+            for holder in (module, getattr(module, "config", None)):
+                for name in names:
+                    value = getattr(holder, name, None)
+                    if isinstance(value, int) and not isinstance(value, bool):
+                        return value
+        return None
+
+    def tensors(self) -> dict[str, tuple[nn.Module, str]]:
+        """Owner and attribute of every tensor with more than one entry and at most one long dimension, hereabouts."""
+        found = {}
+        owners = [part for module in self.modules[:1] for part in module.modules()] + self.modules[1:]
+        for number, owner in enumerate(owners):
+            for attribute, tensor in (
+                *owner.named_parameters(recurse=False),
+                *owner.named_buffers(recurse=False),
+            ):
+                if tensor.numel() > 1 and tensor.numel() == max(tensor.shape) and tensor.is_floating_point():
+                    found[f"{number}.{attribute}"] = (owner, attribute)
+        return found
+
+    def _parts(self) -> Iterator[nn.Module]:
+        """Modules within two levels below those of the path, without lists that hold the module itself."""
+        for module in self.modules:
+            yield module
+            for child in module.children():
+                yield child
+                yield from child.children()
+
+    def _names(self) -> Iterator[str]:
+        for module in self.modules:
+            yield from (name for name, _ in module.named_children())
+            yield from (name for name, _ in module.named_parameters(recurse=False))
+            yield from (name for name, value in vars(module).items() if isinstance(value, int))
+
+
+def _named_numbers(holder: object) -> Iterator[int]:
+    for name, value in (vars(type(holder)) | vars(holder)).items():
+        if isinstance(value, int) and not isinstance(value, bool) and _EXPERT.search(name):
+            yield value
+
+
+def _own(module: nn.Module) -> list[Tensor]:
+    return [tensor for tensor in module._parameters.values() if tensor is not None]
