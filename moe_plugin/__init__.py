@@ -1,8 +1,29 @@
 """Auxiliary-loss-free load balancing for mixture-of-experts training."""
 
-from moe_plugin.balance import balance_
-from moe_plugin.callbacks.load_monitor import LoadMonitor
-from moe_plugin.callbacks.loss_free import LossFreeBalancing
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from moe_plugin.balance import balance_
+    from moe_plugin.callbacks.load_monitor import LoadMonitor
+    from moe_plugin.callbacks.loss_free import LossFreeBalancing
 
 __all__ = ["LoadMonitor", "LossFreeBalancing", "balance_"]
 __version__ = "0.1.0"
+
+_HOMES = {
+    "LoadMonitor": "moe_plugin.callbacks.load_monitor",
+    "LossFreeBalancing": "moe_plugin.callbacks.loss_free",
+    "balance_": "moe_plugin.balance",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Torch and lightning take seconds to import, and the command line's help and typing errors need neither.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    return [*globals(), *__all__]
