@@ -96,7 +96,8 @@ def _overrides(job: Path) -> dict[str, str]:
     path = job / ".hydra" / "overrides.yaml"
     lines = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else []
     pairs = (str(line).lstrip("+~").partition("=") for line in lines)
-    return {key: value for key, _, value in pairs}
+    # Hydra needs quotes around an option that looks like a number: experts="8".
+    return {key: value.strip("\"'") for key, _, value in pairs}
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:

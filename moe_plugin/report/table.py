@@ -51,7 +51,7 @@ def balance_table(
         window: What `after` was measured over, for the heading.
     """
     table = Table(title=f"Expert load: first step → {window}", title_justify="left", title_style="bold")
-    table.add_column("layer")
+    table.add_column("layer", overflow="fold")
     for heading in ("MaxVio", "entropy", "dead experts", "bias range"):
         table.add_column(heading, justify="right")
     for name, last in after.items():

@@ -73,3 +73,9 @@ class TestSweepTable:
     def test_unknown_metric_is_refused(self, sweep):
         with pytest.raises(ConfigError, match=r"'metric' must be one of .* got 'loss'"):
             sweep_table(sweep, "loss")
+
+
+class TestQuotes:
+    def test_option_that_looks_like_a_number_loses_its_quotes(self, tmp_path):
+        job(tmp_path, "0", ["'experts=\"8\"'"])
+        assert gather_sweep(tmp_path)[0]["experts"] == "8"
