@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from moe_plugin.adapters.adapter import Adapter
 from moe_plugin.adapters.attach import attach_, detach_
-from moe_plugin.adapters.discover import Found, checked, survey
+from moe_plugin.adapters.discover import Findings, checked, survey
 from moe_plugin.adapters.site import Site
 from moe_plugin.adapters.token_mask import TokenMask
 from moe_plugin.balancing.counts import SPREAD_UNIT
@@ -73,12 +73,15 @@ def balance_(
             )
         return existing
     _refuse_balanced_parts(model)
-    found = _chosen(model, adapters, sites)
+    findings = _chosen(model, adapters, sites)
+    found = checked(findings, model)
     rules = [_rule_for(router.name, rule) for router in found]
     token_mask = TokenMask(mask or "")
     token_mask.watch_(model)
     attached = [attach_(router, token_mask) for router in found]
-    return Balanced(model, attached, rules, schedule, process_group, settings)
+    balanced = Balanced(model, attached, rules, schedule, process_group, settings)
+    balanced.refused = dict(findings.refused)
+    return balanced
 
 
 def find_balanced(model: nn.Module) -> Balanced | None:
@@ -93,6 +96,7 @@ class Balanced(Mapping[str, Site]):
         step: Updates so far.
         record: The load of the last update; None before the first.
         process_group: The data-parallel ranks over which counts are summed.
+        refused: Routers that cannot be balanced, by module name, and why.
     """
 
     def __init__(
@@ -109,6 +113,7 @@ class Balanced(Mapping[str, Site]):
         self.record: LoadRecord | None = None
         self.process_group = process_group
         self.settings = settings
+        self.refused: dict[str, str] = {}
         self._model = model
         self._sites = {site.name: site for site in sites}
         self._rules = {site.name: rule for site, rule in zip(sites, rules, strict=True)}
@@ -289,14 +294,14 @@ def _wanted(name: str, sites: Sites) -> bool:
     return any(fnmatchcase(name, glob) for glob in ([sites] if isinstance(sites, str) else sites))
 
 
-def _chosen(model: nn.Module, adapters: Sequence[Adapter], sites: Sites) -> list[Found]:
+def _chosen(model: nn.Module, adapters: Sequence[Adapter], sites: Sites) -> Findings:
     findings = survey(model, adapters)
     chosen = findings.only(lambda name: _wanted(name, sites))
     if not chosen.names and findings.names:
         raise AttachError(f"'sites' must match a router, got {sites!r}; there are {findings.names}.")
     for name, reason in chosen.refused.items():
         _LOG.warning("Not balanced: %s, %s.", name, reason)
-    return checked(chosen, model)
+    return chosen
 
 
 def _rule_for(name: str, rule: Rules) -> Rule | None:

@@ -98,7 +98,7 @@ class Site:
         count_(
             self.tally if training else self.eval_tally,
             selection.expert_ids_TK,
-            selection.selected_TK,
+            selection.selected_TK.detach(),
             scores_TE=self._unbiased(selection.ranked_TE) if self.measures_spread and training else None,
             valid_T=self._valid(selection.expert_ids_TK[..., 0].numel()),
             training=training,
@@ -127,5 +127,5 @@ def _joined(seen: list[Selection]) -> Selection:
     """The picks that an adapter made one after another, as one selection."""
     if len(seen) == 1:
         return seen[0]
-    selected = torch.cat([each.selected_TK.detach() for each in seen], dim=-1)
+    selected = torch.cat([each.selected_TK for each in seen], dim=-1)
     return Selection(seen[0].ranked_TE, selected, torch.cat([each.expert_ids_TK for each in seen], dim=-1))
