@@ -7,8 +7,6 @@ from typing import Any
 
 import torch.distributed as dist
 from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import ModelParallelStrategy
-from lightning.pytorch.utilities.model_helpers import is_overridden
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -42,7 +40,7 @@ class Attachment:
 
     def setup(self, pl_module: LightningModule) -> None:
         """Attach now, or right after ``configure_model`` if the module builds its blocks there."""
-        if not is_overridden("configure_model", pl_module):
+        if not builds_itself(pl_module):
             self._balanced = self._attach(pl_module)
             return
         configure = pl_module.configure_model
@@ -90,11 +88,18 @@ class Attachment:
         self.balanced.discard_counts_()
 
 
+def builds_itself(pl_module: LightningModule) -> bool:
+    """Whether the module overrides ``configure_model``; it may be of the old namespace, `pytorch_lightning`, too."""
+    owner = next(kind for kind in type(pl_module).__mro__ if "configure_model" in vars(kind))
+    return owner.__module__.partition(".")[0] not in ("lightning", "pytorch_lightning")
+
+
 def data_parallel_group(trainer: Trainer) -> dist.ProcessGroup | None:
     """The ranks that see different tokens; None for all of them.
 
     With tensor parallelism the world would count each token once per shard.
     """
-    if isinstance(trainer.strategy, ModelParallelStrategy):
-        return trainer.strategy.device_mesh["data_parallel"].get_group()
+    # By name: the old namespace, `pytorch_lightning`, has a class of its own.
+    if any(kind.__name__ == "ModelParallelStrategy" for kind in type(trainer.strategy).__mro__):
+        return trainer.strategy.device_mesh["data_parallel"].get_group()  # pyright: ignore[reportAttributeAccessIssue]
     return None

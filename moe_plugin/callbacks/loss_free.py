@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from moe_plugin.balance import DEFAULT_RULE, Rules, Sites, balance_
+from moe_plugin.balancing.rules import Proportional, Sign
 from moe_plugin.balancing.schedule import RateSchedule
 from moe_plugin.callbacks.attachment import Attachment
 from moe_plugin.errors import ConfigError
@@ -27,7 +28,8 @@ class LossFreeBalancing(Callback):
 
     def __init__(
         self,
-        rule: Rules = DEFAULT_RULE,
+        # Sign and Proportional by name for LightningCLI, which cannot tell a dataclass from a protocol's methods.
+        rule: Rules | Sign | Proportional = DEFAULT_RULE,
         schedule: RateSchedule | None = None,
         sites: Sites = None,
         mask: str | None = "attention_mask",

@@ -1,0 +1,102 @@
+"""Auxiliary-loss-free balancing as one line in ``transformers.Trainer(callbacks=[...])``.
+
+Not imported by ``moe_plugin`` itself: this file needs transformers.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+from moe_plugin.balance import DEFAULT_RULE, Balanced, Rules, Sites, balance_
+from moe_plugin.balancing.schedule import RateSchedule
+from moe_plugin.errors import CheckpointError
+
+SIDECAR = "moe_plugin.safetensors"
+"""File beside each checkpoint of the Trainer that holds biases, rule states and the update counter."""
+
+
+class LossFreeTrainerCallback(TrainerCallback):
+    """Balances the experts of the model of a Hugging Face ``Trainer`` without an auxiliary loss (arXiv 2408.15664).
+
+    Moves the biases once per optimizer step that took place, and writes them beside each checkpoint. Turn the model's
+    own auxiliary loss off (``output_router_logits=False``, the default). Counts are summed over all ranks.
+
+    Example:
+        >>> trainer = Trainer(model, callbacks=[LossFreeTrainerCallback()])  # doctest: +SKIP
+
+    Attributes:
+        balanced: The sites of the model, once training has begun.
+    """
+
+    balanced: Balanced
+
+    def __init__(
+        self,
+        rule: Rules = DEFAULT_RULE,
+        schedule: RateSchedule | None = None,
+        sites: Sites = None,
+        mask: str | None = "attention_mask",
+        resume_from: str | Path | None = None,
+    ) -> None:
+        """Choose how to balance, as with `moe_plugin.LossFreeBalancing`.
+
+        Args:
+            rule: How biases follow the load; None only watches it, in ``balanced.record``.
+            schedule: Factor on the rate by optimizer step; None keeps it constant.
+            sites: Which routers to balance; None takes all.
+            mask: Forward argument that marks real tokens; None counts every token.
+            resume_from: The checkpoint folder given to ``train(resume_from_checkpoint=...)``, of which the Trainer
+                does not tell its callbacks; needed only if it is not one of the Trainer's own output folder.
+        """
+        self._settings = {"rule": rule, "schedule": schedule or RateSchedule(), "sites": sites, "mask": mask}
+        self._resume_from = resume_from
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Attach, and continue from the file beside the checkpoint when training is resumed.
+
+        Raises:
+            AttachError: If no router is found.
+            CheckpointError: If the folder that training resumes from is not known.
+        """
+        model: nn.Module = kwargs["model"]
+        self.balanced = balance_(model, **self._settings)
+        self.balanced.discard_counts_()
+        if state.global_step:
+            sidecar = self._checkpoint(args, state) / SIDECAR
+            if sidecar.exists():  # else that run was not balanced
+                self.balanced.load(sidecar)
+
+    def on_optimizer_step(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Move the biases, unless the gradient scaler skipped the step."""
+        optimizer: Optimizer = kwargs["optimizer"]
+        if getattr(optimizer, "step_was_skipped", False):
+            self.balanced.discard_counts_()
+        else:
+            self.balanced.update()
+
+    def on_save(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Write the biases beside the checkpoint."""
+        folder = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
+        if state.is_world_process_zero and folder.is_dir():
+            self.balanced.save(folder / SIDECAR)
+
+    def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
+        given = self._resume_from or args.resume_from_checkpoint
+        folder = Path(given or Path(str(args.output_dir), f"checkpoint-{state.global_step}"))
+        if not folder.is_dir():
+            raise CheckpointError(
+                f"Training resumes at step {state.global_step} from a folder that is not known, and the biases lie in "
+                "it. Name it: LossFreeTrainerCallback(resume_from=...)."
+            )
+        return folder

@@ -1,0 +1,115 @@
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from moe_plugin.balance import find_balanced
+from moe_plugin.balancing.rules import Sign
+from moe_plugin.errors import AttachError, CheckpointError
+from tests.hosts import Host, OwningRouter, SoftmaxRouter
+
+transformers = pytest.importorskip("transformers")
+from moe_plugin.callbacks.hugging_face import SIDECAR, LossFreeTrainerCallback  # noqa: E402
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*'pin_memory' argument is set as true.*")
+RATE = 0.125
+
+
+class Project(torch.nn.Module):
+    """A model as the Trainer takes it: its forward returns the loss."""
+
+    def __init__(self, router=SoftmaxRouter):
+        super().__init__()
+        self.model = Host(router)
+
+    def forward(self, input_ids, attention_mask=None, labels=None):
+        logits = self.model(input_ids, attention_mask)
+        return {"loss": torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten())}
+
+
+def rows(size=48):
+    tokens = torch.randint(0, 32, (size, 6), generator=torch.Generator().manual_seed(1))
+    return [{"input_ids": row, "labels": row} for row in tokens]
+
+
+def trained(folder, callback, model=None, resume=None, **settings):
+    """The model after training it with the callback."""
+    transformers.set_seed(0)
+    model = model or Project()
+    quiet = {"report_to": "none", "disable_tqdm": True, "use_cpu": True, "logging_strategy": "no"}
+    settings = {"save_strategy": "no", "max_steps": 6, "per_device_train_batch_size": 4} | settings
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder), learning_rate=0.01, **quiet, **settings
+    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows(), callbacks=[callback])
+    trainer.train(resume_from_checkpoint=resume)
+    return model
+
+
+def biases(model):
+    return [site.bias.tolist() for site in find_balanced(model).values()]
+
+
+class TestLossFreeTrainerCallback:
+    @pytest.mark.parametrize(("accumulated", "batch_size"), [(1, 4), (2, 2), (4, 1)])
+    def test_accumulation_updates_once_per_optimizer_step(self, tmp_path, accumulated, batch_size):
+        callback = LossFreeTrainerCallback(Sign(rate=RATE))
+        sizes = {"gradient_accumulation_steps": accumulated, "per_device_train_batch_size": batch_size}
+        model = trained(tmp_path, callback, **sizes)
+        assert callback.balanced.step == 6
+        assert callback.balanced.record.counts["model.layers.0.router"].sum() == 4 * 6 * 2
+        assert max(map(max, biases(model))) > 0
+
+    @pytest.mark.parametrize("router", [SoftmaxRouter, OwningRouter])
+    def test_resumed_run_ends_with_the_biases_of_an_uninterrupted_one(self, tmp_path, router):
+        saving = {"save_strategy": "steps", "save_steps": 3}
+        whole = trained(tmp_path, LossFreeTrainerCallback(Sign(rate=RATE)), Project(router), **saving)
+        checkpoint = tmp_path / "checkpoint-3"
+        assert (checkpoint / SIDECAR).exists()
+        callback = LossFreeTrainerCallback(Sign(rate=RATE))
+        resumed = trained(tmp_path, callback, Project(router), resume=str(checkpoint), **saving)
+        assert callback.balanced.step == 6
+        assert biases(resumed) == biases(whole)
+
+    def test_checkpoint_elsewhere_is_named_by_the_user(self, tmp_path):
+        trained(
+            tmp_path / "run", LossFreeTrainerCallback(Sign(rate=RATE)), save_strategy="steps", save_steps=3
+        )
+        moved = shutil.move(tmp_path / "run" / "checkpoint-3", tmp_path / "kept")
+        shutil.rmtree(tmp_path / "run")
+        with pytest.raises(
+            CheckpointError, match=r"resumes at step 3 .* LossFreeTrainerCallback\(resume_from=...\)"
+        ):
+            trained(tmp_path / "run", LossFreeTrainerCallback(Sign(rate=RATE)), resume=moved)
+        callback = LossFreeTrainerCallback(Sign(rate=RATE), resume_from=moved)
+        trained(tmp_path / "run", callback, resume=moved)
+        assert callback.balanced.step == 6
+
+    def test_run_that_was_not_balanced_resumes_from_zero_biases(self, tmp_path):
+        trained(tmp_path, transformers.TrainerCallback(), save_strategy="steps", save_steps=3)
+        callback = LossFreeTrainerCallback(Sign(rate=RATE))
+        trained(tmp_path, callback, resume=str(tmp_path / "checkpoint-3"))
+        assert callback.balanced.step == 3
+
+    def test_step_that_the_scaler_skipped_moves_nothing(self, tmp_path):
+        callback, model = LossFreeTrainerCallback(Sign(rate=RATE)), Project()
+        callback.on_train_begin(None, transformers.TrainerState(), None, model=model)
+        model(**{name: row.unsqueeze(0) for name, row in rows(1)[0].items()})["loss"].backward()
+        skipped = type("Optimizer", (), {"step_was_skipped": True})()
+        callback.on_optimizer_step(None, None, None, optimizer=skipped)
+        assert callback.balanced.step == 0
+        assert callback.balanced["model.layers.0.router"].counts.sum() == 0
+
+    def test_without_rule_it_only_watches(self, tmp_path):
+        callback = LossFreeTrainerCallback(rule=None)
+        model = trained(tmp_path, callback)
+        assert callback.balanced.record.step == 6
+        assert biases(model) == [[0.0] * 4] * 2
+
+    def test_model_without_router_is_an_error(self, tmp_path):
+        model = Project()
+        model.model = torch.nn.Linear(2, 2)
+        with pytest.raises(AttachError, match="No router"):
+            trained(tmp_path, LossFreeTrainerCallback(), model)

@@ -1,0 +1,50 @@
+"""Each example balances: MaxVio falls below a quarter of its matched control's."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NEEDS = {
+    "lightning_cli": "jsonargparse",
+    "lightning_mixtral": "transformers",
+    "hugging_face_trainer": "transformers",
+    "old_namespace": "pytorch_lightning",
+    "litgpt_moe": "litgpt.model",
+}
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*"),
+    # Lightning's own use of jsonargparse.
+    pytest.mark.filterwarnings("ignore:\\s*By default only one JsonargparseDeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:\\s*.* was deprecated in v4.* removed in v5"),
+    pytest.mark.filterwarnings("ignore:.*'pin_memory' argument is set as true.*"),
+]
+
+
+def load(name: str) -> ModuleType:
+    if name in NEEDS:
+        pytest.importorskip(NEEDS[name])
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
+class TestExample:
+    def test_balanced_run_violates_less_than_a_quarter_of_its_control(self, name, monkeypatch):
+        monkeypatch.setattr(sys, "argv", [name])  # LightningCLI warns of pytest's own words
+        example = load(name)
+        balanced, control = example.main(balanced=True), example.main(balanced=False)
+        assert balanced["max_violation"] < control["max_violation"] / 4
+        assert balanced["loss"] < 1.05 * control["loss"]
