@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from moe_plugin.adapters.discover import TOP_K_NAMES
+from moe_plugin.adapters.routing_style import TOP_K_NAMES
 from moe_plugin.errors import ConfigError
 
 
