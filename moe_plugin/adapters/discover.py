@@ -164,16 +164,32 @@ def _note(findings: Findings, name: str, around: Surroundings, style: Style | No
 
 
 def _note_strangers(model: nn.Module, findings: Findings) -> None:
-    known = (*findings.routers, *findings.refused)
-    for name, module in model.named_modules():
-        if not _experts_of(module):
-            continue
-        reach = Surroundings.of(model, name).path[-1][0]
-        if not _holds(reach, known) and not _inside(name, known):
+    """Note blocks of experts to which no router belongs: one near them that is not nearer to other experts."""
+    blocks = {name: module for name, module in model.named_modules() if _experts_of(module)}
+    holders = {*blocks, *(name for name, found in findings.routers.items() if _is_stack(found.module))}
+    nearest = {
+        router: max((_shared(router, block) for block in holders), default=0) for router in findings.names
+    }
+    for name, module in blocks.items():
+        reach = len(_parts(Surroundings.of(model, name).path[-1][0]))
+        near = [router for router in nearest if _shared(router, name) >= reach]
+        if not any(_shared(router, name) == nearest[router] for router in near):
             findings.strangers[name] = (
                 f"{type(module).__name__} holds experts, but no module near it was seen to select "
                 "among them by topk, sort, argsort, argmax or max"
             )
+
+
+def _parts(name: str) -> list[str]:
+    return name.split(".") if name else []
+
+
+def _shared(one: str, other: str) -> int:
+    """How many levels from the root two modules share."""
+    pairs = zip(_parts(one), _parts(other), strict=False)
+    return next(
+        (depth for depth, (a, b) in enumerate(pairs) if a != b), min(len(_parts(one)), len(_parts(other)))
+    )
 
 
 def _experts_of(module: nn.Module) -> list[nn.Module]:
@@ -188,8 +204,12 @@ def _experts_of(module: nn.Module) -> list[nn.Module]:
 def _is_stack(module: nn.Module) -> bool:
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         return len(module) > 1
-    stacks = [tensor for part in (module, *module.children()) for tensor in part.parameters(recurse=False)]
-    return any(tensor.dim() == 3 and len(tensor) > 1 for tensor in stacks)
+    parts = (module, *module.children())
+    stacks = [tensor for part in parts for tensor in part.parameters(recurse=False)]
+    lists = [part for part in parts if isinstance(part, nn.ModuleList)]
+    return any(tensor.dim() == 3 and len(tensor) > 1 for tensor in stacks) or any(
+        len(part) > 1 for part in lists
+    )
 
 
 def _structure(around: Surroundings) -> Any:
