@@ -41,6 +41,6 @@ def detach_(site: Site) -> None:
     """Undo `attach_`. A bias that the model owns keeps the values it has learnt."""
     unwatch_(site.router)
     if site.host_owns_bias:
-        release_fp32_(site.bias_owner)
+        release_fp32_(site.bias_owner, site.bias_name)
     else:
         remove_own_bias_(site.bias_owner)

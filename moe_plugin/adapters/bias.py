@@ -17,20 +17,21 @@ OWN_NAME = "moe_plugin_bias"
 
 
 class Fp32Bias(Mixin):
-    """Mixin that keeps one tensor of a module in fp32 through ``.to()``, ``.half()`` and ``to_empty``.
+    """Mixin that keeps tensors of a module in fp32 through ``.to()``, ``.half()`` and ``to_empty``.
 
     In bf16 0.5 + 0.001 is 0.5, so a bias that was cast would stop moving.
     """
 
-    _moe_bias_name: str
+    _moe_bias_names: tuple[str, ...]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        before_E = getattr(self, self._moe_bias_name).detach()
+        before = {name: getattr(self, name).detach() for name in self._moe_bias_names}
         super()._apply(fn, recurse)  # pyright: ignore[reportAttributeAccessIssue]
-        moved_E = getattr(self, self._moe_bias_name)
-        # A tensor made on the meta device has no values: the bias starts at zero, not at garbage.
-        value_E = torch.zeros_like(before_E, device=moved_E.device) if before_E.is_meta else before_E
-        moved_E.data = value_E.to(device=moved_E.device, dtype=torch.float32)
+        for name, before_E in before.items():
+            moved_E = getattr(self, name)
+            # A tensor made on the meta device has no values: the bias starts at zero, not at garbage.
+            value_E = torch.zeros_like(before_E, device=moved_E.device) if before_E.is_meta else before_E
+            moved_E.data = value_E.to(device=moved_E.device, dtype=torch.float32)
         return self  # pyright: ignore[reportReturnType]
 
 
@@ -43,7 +44,7 @@ def add_own_bias_(module: nn.Module, num_experts: int, device: torch.device) -> 
 
 def remove_own_bias_(module: nn.Module) -> None:
     """Undo `add_own_bias_`."""
-    release_fp32_(module)
+    release_fp32_(module, OWN_NAME)
     delattr(module, OWN_NAME)
 
 
@@ -51,11 +52,17 @@ def keep_fp32_(module: nn.Module, name: str) -> None:
     """Cast the module's tensor ``name`` to fp32 and keep it there."""
     tensor = getattr(module, name)
     tensor.data = tensor.data.float()
-    module.__dict__["_moe_bias_name"] = name
-    swap_(module, Fp32Bias)
+    names = module.__dict__.get("_moe_bias_names", ())
+    module.__dict__["_moe_bias_names"] = (*names, name)
+    if not names:
+        swap_(module, Fp32Bias)
 
 
-def release_fp32_(module: nn.Module) -> None:
+def release_fp32_(module: nn.Module, name: str) -> None:
     """Undo `keep_fp32_`, except for the dtype."""
-    unswap_(module, Fp32Bias)
-    del module.__dict__["_moe_bias_name"]
+    left = list(module.__dict__["_moe_bias_names"])
+    left.remove(name)
+    module.__dict__["_moe_bias_names"] = tuple(left)
+    if not left:
+        unswap_(module, Fp32Bias)
+        del module.__dict__["_moe_bias_names"]

@@ -28,10 +28,10 @@ def swap_(module: nn.Module, mixin: type[Mixin]) -> None:
 
 
 def unswap_(module: nn.Module, mixin: type[Mixin]) -> None:
-    """Undo `swap_`; the mixin must be the last one put in."""
-    kind = type(module)
-    assert kind.__bases__[0] is mixin, f"{kind} does not start with {mixin}"
-    module.__class__ = kind.__bases__[1]
+    """Undo `swap_`, whatever was put in since."""
+    mixins, base = _unmix(type(module))
+    assert mixin in mixins, f"{type(module)} has no {mixin}"
+    module.__class__ = _mixed_all(tuple(each for each in mixins if each is not mixin), base)
 
 
 @cache
@@ -49,7 +49,11 @@ def _unmix(kind: type) -> tuple[tuple[type[Mixin], ...], type]:
 
 
 def _rebuild(mixins: tuple[type[Mixin], ...], base: type[nn.Module]) -> nn.Module:
-    kind = base
-    for mixin in mixins:
-        kind = _mixed(mixin, kind)
+    kind = _mixed_all(mixins, base)
     return kind.__new__(kind)
+
+
+def _mixed_all(mixins: tuple[type[Mixin], ...], base: type[nn.Module]) -> type[nn.Module]:
+    for mixin in mixins:
+        base = _mixed(mixin, base)
+    return base

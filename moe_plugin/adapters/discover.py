@@ -224,7 +224,11 @@ def _structure(around: Surroundings) -> Any:
     shapes = tuple(
         (key, tuple(getattr(owner, name).shape)) for key, (owner, name) in around.tensors().items()
     )
-    return kinds, numbers, shapes, tuple(around.widths()), frozenset(around.expert_counts())
+    last = [name.rpartition(".")[2] for name, _ in around.path]
+    places = tuple(
+        "" if part.isdigit() else part for part in last
+    )  # layers are alike, a block's parts are not
+    return kinds, places, numbers, shapes, tuple(around.widths()), frozenset(around.expert_counts())
 
 
 def _holds(name: str, others: Sequence[str]) -> bool:

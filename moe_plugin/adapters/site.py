@@ -5,6 +5,8 @@ Shape legend: T tokens, K experts selected per token, E experts.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +14,8 @@ from moe_plugin.adapters.intercept import Selection
 from moe_plugin.adapters.token_mask import TokenMask
 from moe_plugin.balancing.counts import EXTRA_SLOTS, count_, new_tally
 from moe_plugin.errors import EffectError
+
+Observer = Callable[[Selection, Tensor | None], None]
 
 
 class Site:
@@ -26,6 +30,7 @@ class Site:
         zeros_masked: Whether the host marks experts outside the chosen groups by exact zeros.
         proven: Whether it was seen that the host's own bias reaches its selection.
         measures_spread: Whether the spread of the scores is measured, which ``rate: auto`` needs.
+        observer: Takes each selection and its bool (T,) mask of real tokens, which then do not count; None lets them.
     """
 
     def __init__(
@@ -57,6 +62,7 @@ class Site:
         self.token_mask = token_mask
         self.masked = token_mask.describes(name)
         self.measures_spread = False
+        self.observer: Observer | None = None
         # Plain tensors, not buffers: DDP would overwrite every rank's counts by those of rank 0.
         self.tally = new_tally(num_experts)
         self.eval_tally = new_tally(num_experts)
@@ -94,13 +100,17 @@ class Site:
                 f"k={self.top_k}, so it cannot be balanced. Leave it out with 'sites'."
             )
         selection = _joined(seen) if self.kind == "adapter" else seen[-1]
+        valid_T = self._valid(selection.expert_ids_TK[..., 0].numel())
+        if self.observer is not None:
+            self.observer(selection, valid_T)
+            return
         self._to_device(selection.expert_ids_TK.device)
         count_(
             self.tally if training else self.eval_tally,
             selection.expert_ids_TK,
             selection.selected_TK.detach(),
-            scores_TE=self._unbiased(selection.ranked_TE) if self.measures_spread and training else None,
-            valid_T=self._valid(selection.expert_ids_TK[..., 0].numel()),
+            scores_TE=self.unbiased(selection.ranked_TE) if self.measures_spread and training else None,
+            valid_T=valid_T,
             training=training,
         )
 
@@ -111,11 +121,14 @@ class Site:
         assert taken.numel() == self.num_experts + EXTRA_SLOTS
         return taken
 
+    def unbiased(self, ranked_TE: Tensor) -> Tensor:
+        """The scores behind what the host ranked: without its own bias, and -inf for experts of closed groups."""
+        if self.zeros_masked:
+            ranked_TE = ranked_TE.masked_fill(ranked_TE == 0, -torch.inf)
+        return ranked_TE - self.bias if self.host_owns_bias else ranked_TE
+
     def _valid(self, num_tokens: int) -> Tensor | None:
         return self.token_mask.for_tokens(num_tokens, self.name) if self.masked else None
-
-    def _unbiased(self, ranked_TE: Tensor) -> Tensor:
-        return ranked_TE - self.bias if self.host_owns_bias else ranked_TE
 
     def _to_device(self, device: torch.device) -> None:
         if self.tally.device != device:

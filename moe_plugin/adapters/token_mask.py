@@ -46,7 +46,7 @@ class TokenMask:
             if inside and not any(taken in parameters for taken in _INPUTS):
                 continue
             self._watched.append(name)
-            watch = _Watch(self, parameters.index(self.argument), decodes=inside and _CROSS in parameters)
+            watch = _Watch(self, parameters.index(self.argument))
             self._handles.append(module.register_forward_pre_hook(watch.enter, with_kwargs=True))
             self._handles.append(module.register_forward_hook(watch.leave, always_call=True))
 
@@ -84,10 +84,9 @@ class TokenMask:
 class _Watch:
     """What is hooked to one module."""
 
-    def __init__(self, token_mask: TokenMask, position: int, *, decodes: bool) -> None:
+    def __init__(self, token_mask: TokenMask, position: int) -> None:
         self.token_mask = token_mask
         self.position = position
-        self.decodes = decodes
         self.outer: list[Tensor | None] = []
 
     def enter(self, module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -97,7 +96,9 @@ class _Watch:
         self.outer.append(self.token_mask.mask_BS)
         if isinstance(value, Tensor) and value.dim() == 2:
             self.token_mask.mask_BS = _of_new_tokens(value, args, kwargs)
-        elif self.decodes:  # a decoder without a mask of its own must not go by the encoder's
+        elif (
+            kwargs.get(_CROSS) is not None
+        ):  # a decoder without a mask of its own must not go by the encoder's
             self.token_mask.mask_BS = None
 
     def leave(self, *_: Any) -> None:
