@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
+from moe_plugin.adapters.adapter import Adapter
 from moe_plugin.balance import DEFAULT_RULE, Rules, Sites, balance_
 from moe_plugin.balancing.rules import Proportional, Sign
 from moe_plugin.balancing.schedule import RateSchedule
@@ -33,6 +35,7 @@ class LossFreeBalancing(Callback):
         schedule: RateSchedule | None = None,
         sites: Sites = None,
         mask: str | None = "attention_mask",
+        adapters: Sequence[Adapter] = (),
     ) -> None:
         """Choose how to balance; the defaults suit most models.
 
@@ -42,6 +45,7 @@ class LossFreeBalancing(Callback):
             schedule: Factor on the rate by optimizer step; None keeps it constant.
             sites: Which routers to balance: glob, globs or predicate on the module name; None takes all.
             mask: Forward argument that marks real tokens; padding does not count. None counts every token.
+            adapters: How blocks route that select experts in a way of their own.
 
         Raises:
             ConfigError: If there is no rule.
@@ -50,7 +54,13 @@ class LossFreeBalancing(Callback):
             raise ConfigError(
                 "'rule' must be an update rule, got None. To only watch the load use LoadMonitor()."
             )
-        settings = {"rule": rule, "schedule": schedule or RateSchedule(), "sites": sites, "mask": mask}
+        settings = {
+            "rule": rule,
+            "schedule": schedule or RateSchedule(),
+            "sites": sites,
+            "mask": mask,
+            "adapters": tuple(adapters),
+        }
         self._attachment = Attachment(lambda pl_module: balance_(pl_module, **settings))
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
