@@ -9,7 +9,7 @@ import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -26,7 +26,13 @@ from moe_plugin.balancing.reduce import all_reduce_
 from moe_plugin.balancing.rules import Rule, Sign
 from moe_plugin.balancing.schedule import RateSchedule
 from moe_plugin.errors import AttachError, CheckpointError, EffectError
+from moe_plugin.frozen import FrozenRouters, check_frozen_routers, keeps_bias
+from moe_plugin.sidecar import read_sidecar, write_sidecar
 from moe_plugin.types import LoadRecord
+
+if TYPE_CHECKING:
+    from moe_plugin.export import Export
+    from moe_plugin.warm_start import Batches, Violation
 
 _ATTRIBUTE = "_moe_balanced"
 _LOG = logging.getLogger(__name__)
@@ -44,6 +50,7 @@ def balance_(
     schedule: RateSchedule = RateSchedule(),  # noqa: B008 (frozen)
     mask: str | None = "attention_mask",
     adapters: Sequence[Adapter] = (),
+    frozen_routers: FrozenRouters = "auto",
     process_group: dist.ProcessGroup | None = None,
 ) -> Balanced:
     """Balance the experts of ``model`` in place, without an auxiliary loss (arXiv 2408.15664).
@@ -59,12 +66,16 @@ def balance_(
         schedule: Factor on the rate by update number.
         mask: Forward argument that marks real tokens (B, S); None counts every token.
         adapters: How blocks route that select experts in a way of their own.
+        frozen_routers: What becomes of the bias where the router is frozen now: 'balance' it, 'keep' it, or 'auto':
+            keep it where the model owns one that is not zero, balance it elsewhere.
         process_group: The data-parallel ranks; None is all ranks of the default group.
 
     Raises:
         AttachError: If no router is found or matches, or the model is balanced with other settings already.
+        ConfigError: If 'frozen_routers' is none of the three.
     """
-    settings = (rule, sites, schedule, mask, tuple(adapters))
+    check_frozen_routers(frozen_routers)
+    settings = (rule, sites, schedule, mask, tuple(adapters), frozen_routers)
     existing = find_balanced(model)
     if existing is not None:
         if existing.settings != settings:
@@ -79,6 +90,8 @@ def balance_(
     token_mask = TokenMask(mask or "")
     token_mask.watch_(model)
     attached = [attach_(router, token_mask) for router in found]
+    kept = [keeps_bias(site, frozen_routers) for site in attached]
+    rules = [None if keep else rule for keep, rule in zip(kept, rules, strict=True)]
     balanced = Balanced(model, attached, rules, schedule, process_group, settings)
     balanced.refused = dict(findings.refused)
     return balanced
@@ -219,12 +232,7 @@ class Balanced(Mapping[str, Site]):
 
     def save(self, path: str | Path) -> None:
         """Write biases, rule states and the counter as a safetensors file beside the model's own checkpoint."""
-        from safetensors.torch import save_file
-
-        tensors = {f"{name}|bias": site.bias.cpu().clone() for name, site in self.items()}
-        for name, state in self._states.items():
-            tensors |= {f"{name}|state|{key}": value.cpu().clone() for key, value in state.items()}
-        save_file(tensors, path, metadata={"step": str(self.step)})
+        write_sidecar(path, self.state_dict())
 
     def load(self, path: str | Path) -> None:
         """Continue from a file of `save`.
@@ -232,19 +240,48 @@ class Balanced(Mapping[str, Site]):
         Raises:
             CheckpointError: If it is of other sites or other numbers of experts.
         """
-        from safetensors import safe_open
+        self.load_state_dict(read_sidecar(path))
 
-        sites: dict[str, dict[str, Any]] = {}
-        with safe_open(path, framework="pt") as file:
-            step = int(file.metadata()["step"])
-            for key in file.keys():  # noqa: SIM118 (not a mapping)
-                name, kind, *rest = key.split("|")
-                saved = sites.setdefault(name, {"bias": None, "state": {}})
-                if kind == "bias":
-                    saved["bias"] = file.get_tensor(key)
-                else:
-                    saved["state"][rest[0]] = file.get_tensor(key)
-        self.load_state_dict({"step": step, "sites": sites})
+    def warm_start(self, batches: Batches, *, num_batches: int = 8, passes: int = 3) -> dict[str, Violation]:
+        """Set every bias so that the model is balanced on a few batches, for a pretrained model before it is trained.
+
+        Nothing is trained or counted: the model runs in evaluation mode and without gradients, and is put back after.
+        Padding is left out. On several ranks each gives its own batches, and the biases are averaged. Memory: the
+        fp32 scores of the batches, T x E x 4 bytes per site.
+
+        Args:
+            batches: What the model is called with: mappings by keyword, tuples and lists by position; or a function
+                that is given the model and runs it, for models that are called in another way.
+            num_batches: Batches taken from an iterable.
+            passes: Times that all biases are solved for; earlier ones change what later layers see.
+
+        Returns:
+            MaxVio over the batches of each site before and after; `calibrate` is the same at the end of training.
+
+        Raises:
+            EffectError: If a site sees no tokens.
+        """
+        from moe_plugin.warm_start import warm_start
+
+        limits = {"num_batches": num_batches, "passes": passes}
+        return warm_start(self._model, self, batches, **limits, process_group=self.process_group)
+
+    calibrate = warm_start
+
+    def export(self, model: nn.Module | None = None, path: str | Path | None = None) -> Export:
+        """Say how the trained biases reach inference, and write those that the model does not own.
+
+        Args:
+            model: The part of the balanced model that inference loads, such as the model inside a LightningModule;
+                None is all of it. Names in the sidecar are relative to it.
+            path: Where to write the sidecar if one is needed; None writes nothing.
+
+        Raises:
+            AttachError: If 'model' is no part of the balanced one.
+        """
+        from moe_plugin.export import export
+
+        return export(self._model, self, self.step, model, None if path is None else Path(path))
 
     def _move_bias_(self, site: Site, counts_E: Tensor, tally: Tensor) -> None:
         rule = self._rules[site.name]

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "moe_plugin"
 
 PURE = {"errors", "types"}
 TENSORS = {"routing", "balancing", "metrics", "losses"}
-ATTACHED = {"experts", "adapters", "balance"}
+ATTACHED = {"experts", "adapters", "balance", "frozen", "sidecar", "warm_start", "export"}
 CALLBACKS = PURE | TENSORS | ATTACHED | {"plots", "callbacks"}
 
 # What each part of the package may import of ours; a part that is not here may import everything.
@@ -24,7 +24,11 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{part: PURE for part in TENSORS},
     "experts": PURE | {"routing"},
     "adapters": PURE | {"routing", "balancing"},
-    "balance": PURE | {"routing", "balancing", "adapters"},
+    "sidecar": set(),
+    "frozen": PURE | {"adapters"},
+    "balance": PURE | {"routing", "balancing", "adapters", "frozen", "sidecar", "warm_start", "export"},
+    "warm_start": PURE | {"balancing", "adapters", "metrics"},
+    "export": PURE | {"adapters", "sidecar"},
     "plots": PURE | {"metrics"},
     "callbacks": CALLBACKS,
     "__init__": CALLBACKS - {"plots"},
