@@ -13,10 +13,11 @@ from hydra.plugins.search_path_plugin import SearchPathPlugin
 
 
 class MoEPluginSearchPath(SearchPathPlugin):
-    """Appends the folder of ``moe_plugin.conf``, for a user's ``callbacks=[default,loss_free]``."""
+    """Appends our folders, for a user's ``callbacks=[default,loss_free]`` or ``+balancing=loss_free``."""
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
-        """Appends our folder of groups; the app's own groups come first."""
+        """Appends what is for other apps, and our groups; the app's own groups come first, which ours are for us."""
+        search_path.append("moe_plugin", f"file://{conf_dir() / 'apps'}")
         search_path.append("moe_plugin", f"file://{conf_dir()}")
 
 

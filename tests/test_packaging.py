@@ -24,7 +24,8 @@ sys.path.append(sys.argv.pop(1))
 import hydra
 @hydra.main(config_path=sys.argv.pop(1), config_name="config", version_base="1.3")
 def app(config):
-    pass
+    for node in (config.get("callbacks") or {}).values():
+        print("made", type(hydra.utils.instantiate(node)).__name__)
 app()
 """
 
@@ -81,12 +82,19 @@ class TestInstalled:
         assert "mine: 1" in config
         assert "_target_: moe_plugin.callbacks.loss_free.LossFreeBalancing" in config
 
+    def test_untouched_app_makes_the_callback_beside_its_own(self, run_app: Callable[..., str]) -> None:
+        mine = "mine: {_target_: fractions.Fraction}"
+        files = {"config.yaml": "defaults: [{callbacks: default}]", "callbacks/default.yaml": mine}
+        shown = run_app(files, "+balancing=loss_free", "hydra.run.dir=.", "hydra.output_subdir=null")
+        assert shown.splitlines() == ["made Fraction", "made LossFreeBalancing"]
+
     def test_groups_are_those_of_the_installation(
         self, run_app: Callable[..., str], installed: Path, source: Path
     ) -> None:
         shown = run_app({"config.yaml": "x: 1"}, "--info", "searchpath")
-        (line,) = [line for line in shown.splitlines() if line.startswith("| moe_plugin")]
-        assert str(installed) in line or str(source) in line
+        lines = [line for line in shown.splitlines() if line.startswith("| moe_plugin")]
+        assert len(lines) == 2
+        assert all(str(installed) in line or str(source) in line for line in lines)
 
     def test_package_is_a_search_path(self, run_app: Callable[..., str]) -> None:
         text = "defaults: [{experts: '8'}]\nhydra: {searchpath: ['pkg://moe_plugin.conf']}"
