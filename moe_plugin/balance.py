@@ -23,7 +23,7 @@ from moe_plugin.adapters.token_mask import TokenMask
 from moe_plugin.balancing.counts import SPREAD_UNIT
 from moe_plugin.balancing.rate import resolve_rate
 from moe_plugin.balancing.reduce import all_reduce_
-from moe_plugin.balancing.rules import Rule, Sign
+from moe_plugin.balancing.rules import Proportional, Rule
 from moe_plugin.balancing.schedule import RateSchedule
 from moe_plugin.errors import AttachError, CheckpointError, EffectError
 from moe_plugin.frozen import FrozenRouters, check_frozen_routers, keeps_bias
@@ -39,7 +39,7 @@ _LOG = logging.getLogger(__name__)
 
 Rules = Rule | Mapping[str, Rule] | None
 Sites = str | Sequence[str] | Callable[[str], bool] | None
-DEFAULT_RULE = Sign()
+DEFAULT_RULE = Proportional()
 
 
 def balance_(
