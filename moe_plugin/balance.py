@@ -36,6 +36,9 @@ if TYPE_CHECKING:
 
 _ATTRIBUTE = "_moe_balanced"
 _LOG = logging.getLogger(__name__)
+_SPREAD = "score_spread"
+SPREAD_EVERY = 16
+"""With ``rate: auto`` one step in this many measures the spread of the scores."""
 
 Rules = Rule | Mapping[str, Rule] | None
 Sites = str | Sequence[str] | Callable[[str], bool] | None
@@ -175,7 +178,7 @@ class Balanced(Mapping[str, Site]):
         """
         tallies = [site.take_tally() for site in self.values()]
         all_reduce_(tallies, self.process_group)
-        self.step += 1
+        self._count_steps_(self.step + 1)
         if self.step == 1:
             self._check_effect(tallies)
         healthy = self._healthy(tallies)
@@ -223,7 +226,7 @@ class Balanced(Mapping[str, Site]):
             CheckpointError: If it is of other sites or other numbers of experts.
         """
         self._check_fits(state)
-        self.step = state["step"]
+        self._count_steps_(state["step"])
         for name, saved in state["sites"].items():
             site = self[name]
             site.bias.copy_(saved["bias"])
@@ -288,9 +291,23 @@ class Balanced(Mapping[str, Site]):
         factor = self._schedule(self.step)
         if rule is None or factor == 0:
             return
-        tokens = (tally[: site.num_experts].sum() // site.top_k).clamp(min=1)
-        rate = resolve_rate(rule.rate, (tally[-1] / tokens / SPREAD_UNIT).float())
+        rate = resolve_rate(rule.rate, self._spread(site, counts_E, tally))
         site.bias.add_(rule.direction(counts_E, self._states[site.name]) * (rate * factor))
+
+    def _spread(self, site: Site, counts_E: Tensor, tally: Tensor) -> Tensor:
+        """The score spread as last measured: it changes slowly, so that one step in `SPREAD_EVERY` measures it."""
+        state = self._states[site.name]
+        before = state.get(_SPREAD, torch.zeros((), device=tally.device))
+        if site.measures_spread and (self.step - 1) % SPREAD_EVERY == 0:
+            tokens = (tally[: site.num_experts].sum() // site.top_k).clamp(min=1)
+            fresh = (tally[-1] / tokens / SPREAD_UNIT).float()
+            state[_SPREAD] = torch.where(counts_E.sum() > 0, fresh, before)
+        return state.get(_SPREAD, before)
+
+    def _count_steps_(self, step: int) -> None:
+        self.step = step
+        for site in self.values():
+            site.spread_is_due = step % SPREAD_EVERY == 0
 
     def _healthy(self, tallies: Sequence[Tensor]) -> Tensor:
         """Whether no selection and no loss of the step was NaN or infinite; bool scalar on the device."""

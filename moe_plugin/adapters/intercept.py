@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from moe_plugin.adapters.selecting import Call, arguments, functions_of, read_call
+from moe_plugin.adapters.selecting import FUNCTIONS, Call, arguments, kind_of, read_arguments
 
 
 class Selection(NamedTuple):
@@ -54,7 +54,7 @@ class Intercept(TorchFunctionMode):
                 the mode after leaving it.
         """
         super().__init__()
-        self.functions = functions_of(kind)
+        self.functions = FUNCTIONS[kind]
         self.num_experts = num_experts
         self.top_k = top_k
         self.bias_E = bias_E
@@ -63,26 +63,30 @@ class Intercept(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Pass every call through, except the expert selection."""
+        kwargs = kwargs or {}
         if func not in self.functions:
-            return func(*args, **(kwargs or {}))
-        call = read_call(func, args, kwargs or {})
+            return func(*args, **kwargs)
+        named = arguments(func, args, kwargs)
+        call = read_arguments(kind_of(func), named)
         if call is None or call.k not in (0, self.top_k) or call.num_items != self.num_experts:
-            return func(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
         if self.bias_E is None:
-            return self._see(call, func(*args, **(kwargs or {})))
-        ranked_TE = biased(call.scores, self.bias_E, call.dim, self.zeros_masked)
-        named = arguments(func, args, kwargs or {})
+            return self._see(call, func(*args, **kwargs))
         del named["input"]
+        ranked_TE = biased(call.scores, self.bias_E, call.dim, self.zeros_masked)
         return self._see(call, _unbiased_result(call, func(ranked_TE, **named), bool(named.get("keepdim"))))
 
     def _see(self, call: Call, result: Any) -> Any:
         """Note what was chosen."""
-        ids = result if isinstance(result, Tensor) else result[1]
-        if ids.dim() < call.scores.dim():
-            ids = ids.unsqueeze(call.dim)
-        ids = ids.narrow(call.dim, 0, self.top_k)
-        ranked = call.scores.detach()
-        chosen = (ranked, ranked.gather(call.dim, ids), ids)
+        if call.kind == "topk":
+            values, ids = result
+        else:
+            ids = result if isinstance(result, Tensor) else result[1]
+            ids = (ids if ids.dim() == call.scores.dim() else ids.unsqueeze(call.dim)).narrow(
+                call.dim, 0, self.top_k
+            )
+            values = call.scores.gather(call.dim, ids)
+        chosen = (call.scores, values, ids)
         last = call.scores.dim() - 1
         self.seen.append(
             Selection(*(chosen if call.dim == last else (t.movedim(call.dim, -1) for t in chosen)))
@@ -93,7 +97,7 @@ class Intercept(TorchFunctionMode):
 def select(scores_TE: Tensor, k: int, bias_E: Tensor) -> Selection:
     """The ``k`` experts with the largest score plus bias, with their unbiased scores."""
     ids_TK = torch.topk(biased(scores_TE, bias_E, scores_TE.dim() - 1, False), k, dim=-1).indices
-    return Selection(scores_TE.detach(), scores_TE.gather(-1, ids_TK), ids_TK)
+    return Selection(scores_TE, scores_TE.gather(-1, ids_TK), ids_TK)
 
 
 def biased(scores: Tensor, bias_E: Tensor, dim: int, zeros_masked: bool) -> Tensor:

@@ -95,7 +95,7 @@ def _watched(module: Any, forward: Callable[..., Any], args: tuple, kwargs: dict
     site: Site = module._moe_site
     if not site.proven and not torch.compiler.is_compiling():
         forward = _proving(site, forward)
-    bias_E = None if site.host_owns_bias else site.bias
+    bias_E = None if site.host_owns_bias else site.bias_tensor
     seen: list[Selection] = []
     with Intercept(site.kind, site.num_experts, site.top_k, bias_E, site.zeros_masked, seen):
         output = forward(*args, **kwargs)

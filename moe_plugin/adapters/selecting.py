@@ -37,13 +37,20 @@ _SIGNATURES: dict[str, tuple[tuple[Callable, ...], tuple[str, ...]]] = {
 _KINDS = {function: kind for kind, (functions, _) in _SIGNATURES.items() for function in functions}
 SELECTING = frozenset(_KINDS)
 NAMES = frozenset(_SIGNATURES)
+_ORDERING = ("sort", "argsort")
+_ALONG_LAST = ("topk", *_ORDERING)
 _TOGETHER = (("topk",), ("sort", "argsort"), ("argmax", "max"))
+FUNCTIONS: dict[str, frozenset[Callable]] = {
+    kind: frozenset(function for each in kinds for function in _SIGNATURES[each][0])
+    for kinds in _TOGETHER
+    for kind in kinds
+} | {"adapter": frozenset()}
+"""By kind, the functions with which a host of that kind selects: argmax gives the ids, max also their values."""
 
 
-def functions_of(kind: str) -> frozenset[Callable]:
-    """The functions by which a host that uses this kind may select: argmax gives the ids, max their values."""
-    kinds = next((kinds for kinds in _TOGETHER if kind in kinds), ())
-    return frozenset(function for kind in kinds for function in _SIGNATURES[kind][0])
+def kind_of(func: Callable) -> str:
+    """The kind of one of `SELECTING`."""
+    return _KINDS[func]
 
 
 def arguments(func: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -56,15 +63,18 @@ def arguments(func: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, 
 
 def read_call(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Call | None:
     """What a call of one of `SELECTING` ranks; None if it is no ranking from the largest down along one dimension."""
-    kind = _KINDS[func]
-    named = arguments(func, args, kwargs)
+    return read_arguments(_KINDS[func], arguments(func, args, kwargs))
+
+
+def read_arguments(kind: str, named: dict[str, Any]) -> Call | None:
+    """The same, from `arguments`."""
     scores = named["input"]
-    dim = named.get("dim", -1 if kind in ("topk", "sort", "argsort") else None)
+    dim = named.get("dim", -1 if kind in _ALONG_LAST else None)
     if not isinstance(dim, int) or scores.dim() == 0:
         return None
     if kind == "topk" and not named.get("largest", True):
         return None
-    if kind in ("sort", "argsort") and not named.get("descending", False):
+    if kind in _ORDERING and not named.get("descending", False):
         return None
-    k = {"topk": named.get("k", 0), "argmax": 1, "max": 1}.get(kind, 0)
+    k = named.get("k", 0) if kind == "topk" else 0 if kind in _ORDERING else 1
     return Call(kind, scores, k, dim % scores.dim()) if isinstance(k, int) else None

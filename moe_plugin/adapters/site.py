@@ -30,6 +30,7 @@ class Site:
         zeros_masked: Whether the host marks experts outside the chosen groups by exact zeros.
         proven: Whether it was seen that the host's own bias reaches its selection.
         measures_spread: Whether the spread of the scores is measured, which ``rate: auto`` needs.
+        spread_is_due: Whether it is measured in this step.
         observer: Takes each selection and its bool (T,) mask of real tokens, which then do not count; None lets them.
     """
 
@@ -62,6 +63,7 @@ class Site:
         self.token_mask = token_mask
         self.masked = token_mask.describes(name)
         self.measures_spread = False
+        self.spread_is_due = True
         self.observer: Observer | None = None
         # Plain tensors, not buffers: DDP would overwrite every rank's counts by those of rank 0.
         self.tally = new_tally(num_experts)
@@ -100,16 +102,19 @@ class Site:
                 f"k={self.top_k}, so it cannot be balanced. Leave it out with 'sites'."
             )
         selection = _joined(seen) if self.kind == "adapter" else seen[-1]
-        valid_T = self._valid(selection.expert_ids_TK[..., 0].numel())
+        ids_TK = selection.expert_ids_TK
+        valid_T = self._valid(ids_TK.numel() // ids_TK.shape[-1])
         if self.observer is not None:
-            self.observer(selection, valid_T)
+            self.observer(Selection(*(tensor.detach() for tensor in selection)), valid_T)
             return
-        self._to_device(selection.expert_ids_TK.device)
+        self._to_device(ids_TK.device)
+        # A second graph for the steps between would be compiled, which costs more than measuring.
+        measures = self.measures_spread and training and (torch.compiler.is_compiling() or self.spread_is_due)
         count_(
             self.tally if training else self.eval_tally,
-            selection.expert_ids_TK,
+            ids_TK,
             selection.selected_TK.detach(),
-            scores_TE=self.unbiased(selection.ranked_TE) if self.measures_spread and training else None,
+            scores_TE=self.unbiased(selection.ranked_TE.detach()) if measures else None,
             valid_T=valid_T,
             training=training,
         )
@@ -118,6 +123,7 @@ class Site:
         """The tally of this rank since the last call, restarted from zero; int64 (E + EXTRA_SLOTS,)."""
         taken = self.tally.clone()
         self.tally.zero_()
+        taken[self.num_experts + 1] += taken[: self.num_experts].sum()
         assert taken.numel() == self.num_experts + EXTRA_SLOTS
         return taken
 

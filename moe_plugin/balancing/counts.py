@@ -6,8 +6,8 @@ A tally is one int64 tensor per routing site, so that all a step must share betw
 exact, order-independent sum:
 
     [0, E)  tokens per expert
-    E       selections whose score was NaN or infinite
-    E + 1   selections seen, padding included
+    E       more than zero if a selected score was NaN or infinite
+    E + 1   selections seen under a mask, padding included
     E + 2   sum over tokens of the score spread, in units of 1 / SPREAD_UNIT
 
 Counting is a ``torch.library`` operator that changes the tally, so that it survives ``torch.compile`` with
@@ -15,6 +15,8 @@ Counting is a ``torch.library`` operator that changes the tally, so that it surv
 """
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -59,9 +61,9 @@ def count_(
         training: Count only a forward that a backward follows.
     """
     # The grad mode is read here: inside a compiled graph gradients are always off when the operator runs.
-    torch.ops.moe_plugin.count_(
-        tally, expert_ids_TK, selected_TK, scores_TE, valid_T, training, torch.is_grad_enabled()
-    )
+    # Outside of one, the operator's dispatch would cost more than the counting.
+    run = torch.ops.moe_plugin.count_ if torch.compiler.is_compiling() else _count
+    run(tally, expert_ids_TK, selected_TK, scores_TE, valid_T, training, torch.is_grad_enabled())
 
 
 def _count(
@@ -75,21 +77,30 @@ def _count(
 ) -> None:
     if training and not is_training_forward(grad_enabled):
         return
-    top_k = expert_ids_TK.shape[-1]
     ids_N = expert_ids_TK.reshape(-1)
     num_experts = tally.numel() - EXTRA_SLOTS
-    weights_N = _ones(tally, ids_N, valid_T, top_k)
-    tally.scatter_add_(0, ids_N, weights_N)
-    tally[num_experts] += ((~selected_TK.isfinite()).reshape(-1) * weights_N).sum()
-    tally[num_experts + 1] += ids_N.numel()
-    if scores_TE is not None:
-        tally[num_experts + 2] += (_spread(scores_TE) * weights_N[::top_k]).sum()
-
-
-def _ones(tally: Tensor, ids_N: Tensor, valid_T: Tensor | None, top_k: int) -> Tensor:
     if valid_T is None:
-        return tally.new_ones(1).expand(ids_N.numel())
-    return valid_T.reshape(-1, 1).to(tally.dtype).expand(-1, top_k).reshape(-1)
+        tally.scatter_add_(0, ids_N, _one(tally.device).expand(ids_N.numel()))
+        tally[num_experts].add_(_is_odd(selected_TK))
+    else:
+        tally[num_experts + 1].add_(ids_N.numel())
+        weights_TK = valid_T.reshape(-1, 1).to(tally.dtype).expand(-1, expert_ids_TK.shape[-1])
+        tally.scatter_add_(0, ids_N, weights_TK.reshape(-1))
+        tally[num_experts].add_((~selected_TK.isfinite().reshape(weights_TK.shape) * weights_TK).sum())
+    if scores_TE is not None:
+        spread_T = _spread(scores_TE)
+        tally[num_experts + 2].add_((spread_T if valid_T is None else spread_T * valid_T.reshape(-1)).sum())
+
+
+@cache
+def _one(device: torch.device) -> Tensor:
+    return torch.ones(1, dtype=torch.int64, device=device)
+
+
+def _is_odd(selected_TK: Tensor) -> Tensor:
+    """Whether anything is NaN or infinite: then the sum is, and only then does it differ from itself less itself."""
+    total = selected_TK.float().sum()
+    return (total - total) != 0
 
 
 def _spread(scores_TE: Tensor) -> Tensor:
