@@ -59,7 +59,6 @@ def new_model() -> Qwen3MoeForCausalLM:
         num_hidden_layers=2,
         num_attention_heads=2,
         num_key_value_heads=2,
-        head_dim=16,  # pyright: ignore[reportCallIssue]
         num_experts=8,
         num_experts_per_tok=2,
     )

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 from moe_plugin.models.deepseek import deepseek_v3
-from moe_plugin.models.language_model import LanguageModel
+from moe_plugin.models.hugging_face import HuggingFaceModel
+from moe_plugin.models.language_model import LanguageModel, TokenModel
 from moe_plugin.models.optimizer import AdamWWarmupCosine
 from moe_plugin.models.size import ModelSize, measure, print_size_table, size_table
 from moe_plugin.models.transformer import Transformer
 
 __all__ = [
     "AdamWWarmupCosine",
+    "HuggingFaceModel",
     "LanguageModel",
     "ModelSize",
+    "TokenModel",
     "Transformer",
     "deepseek_v3",
     "measure",

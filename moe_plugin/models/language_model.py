@@ -11,7 +11,7 @@ from typing import Any
 
 import lightning
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_plugin.errors import ConfigError
@@ -30,8 +30,8 @@ from moe_plugin.routing import Router
 Batch = dict[str, Tensor]
 
 
-class LanguageModel(lightning.LightningModule):
-    """A decoder-only mixture-of-experts language model.
+class TokenModel(lightning.LightningModule):
+    """Trains a network to predict the next token.
 
     Batches are `{"tokens": int64 (B, S + 1), ...}`: inputs are all tokens but the last, targets all but the first.
     `train/loss` and `val/loss` are cross-entropies in nats, exact means over tokens.
@@ -39,77 +39,26 @@ class LanguageModel(lightning.LightningModule):
 
     def __init__(
         self,
+        network: nn.Module,
         *,
-        vocab_size: int,
         context_length: int,
-        dim: int,
-        num_layers: int,
-        num_heads: int,
-        router: partial[Router],
-        experts: ExpertShape,
-        dense_hidden_dim: int | None = None,
-        num_dense: int = 0,
-        moe_every: int = 1,
-        tie_embeddings: bool = False,
-        activation_checkpointing: ActivationCheckpointing | None = None,
         optimizer: AdamWWarmupCosine | None = None,
         auxiliary_loss: AuxiliaryLoss | None = None,
     ) -> None:
-        """Creates the model.
+        """Takes the network.
 
         Args:
-            vocab_size: Token ids are in [0, vocab_size).
+            network: Called with token ids (B, S) and `auxiliary_loss`; returns logits (B, S, V) and the sum of the
+                auxiliary losses over its layers, a scalar.
             context_length: Longest sequence S.
-            dim: Model width.
-            num_layers: Layers.
-            num_heads: Attention heads.
-            router: Router without its sizes; a `top_k` given in it takes the place of that of `experts`.
-            experts: Sizes of the expert layers.
-            dense_hidden_dim: Hidden width of the dense layers; by default that of a token's experts together.
-            num_dense: Dense layers at the start.
-            moe_every: After those, every n-th layer has experts and the others are dense.
-            tie_embeddings: Use the token embedding as output projection too.
-            activation_checkpointing: Recompute the layers in the backward: "reentrant" or "non_reentrant".
             optimizer: Optimizer and schedule, by default `AdamWWarmupCosine()`.
             auxiliary_loss: Balancing loss, added over the layers to the cross-entropy.
-
-        Raises:
-            ConfigError: A size is out of range, or sizes do not fit together.
         """
         super().__init__()
-        if dense_hidden_dim is None:
-            dense_hidden_dim = (experts.top_k + experts.num_shared) * experts.hidden_dim
-        _validate_sizes(
-            dense_hidden_dim=dense_hidden_dim,
-            vocab_size=vocab_size,
-            context_length=context_length,
-            dim=dim,
-            num_layers=num_layers,
-            moe_every=moe_every,
-        )
-        _validate_choices(num_layers, num_dense, activation_checkpointing)
+        self.network = network
         self.context_length = context_length
-        self.auxiliary_loss = auxiliary_loss
         self.optimizer = optimizer or AdamWWarmupCosine()
-        # Each layer adds to the residual stream twice: keep its variance at 1 over the depth.
-        residual_gain = (2 * num_layers) ** -0.5
-        layers = [
-            TransformerLayer(
-                dim,
-                CausalSelfAttention(dim, num_heads, residual_gain=residual_gain),
-                moe_block(dim, router, experts, residual_gain)
-                if layer >= num_dense and (layer - num_dense + 1) % moe_every == 0
-                else SwiGLU(dim, dense_hidden_dim, residual_gain=residual_gain),
-                activation_checkpointing,
-            )
-            for layer in range(num_layers)
-        ]
-        self.network = Transformer(vocab_size, dim, layers, tie_embeddings=tie_embeddings)
-
-    def configure_model(self) -> None:
-        """Shards the network where the strategy has a device mesh (`ModelParallelStrategy`)."""
-        if self.device_mesh is not None:
-            shard_(self.network, self.device_mesh)
+        self.auxiliary_loss = auxiliary_loss
 
     def forward(self, token_ids_BS: Tensor) -> Tensor:
         """Predicts the next token: logits (B, S, V)."""
@@ -166,6 +115,91 @@ class LanguageModel(lightning.LightningModule):
         # sizes, which truncates unless they are multiples of the world size.
         weight = batch["tokens"][:, 1:].numel() * self.trainer.world_size
         self.log(name, value.detach(), batch_size=weight, sync_dist=True, prog_bar=True)
+
+
+class LanguageModel(TokenModel):
+    """A decoder-only mixture-of-experts language model."""
+
+    network: Transformer
+
+    def __init__(
+        self,
+        *,
+        vocab_size: int,
+        context_length: int,
+        dim: int,
+        num_layers: int,
+        num_heads: int,
+        router: partial[Router] | None,
+        experts: ExpertShape,
+        dense_hidden_dim: int | None = None,
+        num_dense: int = 0,
+        moe_every: int = 1,
+        tie_embeddings: bool = False,
+        activation_checkpointing: ActivationCheckpointing | None = None,
+        optimizer: AdamWWarmupCosine | None = None,
+        auxiliary_loss: AuxiliaryLoss | None = None,
+    ) -> None:
+        """Creates the model.
+
+        Args:
+            vocab_size: Token ids are in [0, vocab_size).
+            context_length: Longest sequence S.
+            dim: Model width.
+            num_layers: Layers.
+            num_heads: Attention heads.
+            router: Router without its sizes; a `top_k` given in it takes the place of that of `experts`.
+            experts: Sizes of the expert layers.
+            dense_hidden_dim: Hidden width of the dense layers; by default that of a token's experts together.
+            num_dense: Dense layers at the start.
+            moe_every: After those, every n-th layer has experts and the others are dense.
+            tie_embeddings: Use the token embedding as output projection too.
+            activation_checkpointing: Recompute the layers in the backward: "reentrant" or "non_reentrant".
+            optimizer: Optimizer and schedule, by default `AdamWWarmupCosine()`.
+            auxiliary_loss: Balancing loss, added over the layers to the cross-entropy.
+
+        Raises:
+            ConfigError: A size is out of range, or sizes do not fit together.
+        """
+        if router is None:
+            raise ConfigError(
+                "'router' must be one of ours for this model, got native. Take router=sigmoid_top_k."
+            )
+        if dense_hidden_dim is None:
+            dense_hidden_dim = (experts.top_k + experts.num_shared) * experts.hidden_dim
+        _validate_sizes(
+            dense_hidden_dim=dense_hidden_dim,
+            vocab_size=vocab_size,
+            context_length=context_length,
+            dim=dim,
+            num_layers=num_layers,
+            moe_every=moe_every,
+        )
+        _validate_choices(num_layers, num_dense, activation_checkpointing)
+        # Each layer adds to the residual stream twice: keep its variance at 1 over the depth.
+        residual_gain = (2 * num_layers) ** -0.5
+        layers = [
+            TransformerLayer(
+                dim,
+                CausalSelfAttention(dim, num_heads, residual_gain=residual_gain),
+                moe_block(dim, router, experts, residual_gain)
+                if layer >= num_dense and (layer - num_dense + 1) % moe_every == 0
+                else SwiGLU(dim, dense_hidden_dim, residual_gain=residual_gain),
+                activation_checkpointing,
+            )
+            for layer in range(num_layers)
+        ]
+        super().__init__(
+            Transformer(vocab_size, dim, layers, tie_embeddings=tie_embeddings),
+            context_length=context_length,
+            optimizer=optimizer,
+            auxiliary_loss=auxiliary_loss,
+        )
+
+    def configure_model(self) -> None:
+        """Shards the network where the strategy has a device mesh (`ModelParallelStrategy`)."""
+        if self.device_mesh is not None:
+            shard_(self.network, self.device_mesh)
 
 
 def moe_block(
