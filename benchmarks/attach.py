@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_plugin.adapters.site import Site
-from moe_plugin.balance import SPREAD_EVERY, balance_
+from moe_plugin.balance import balance_
+from moe_plugin.balanced import SPREAD_EVERY
 from moe_plugin.balancing.rules import Sign
 
 D, E, K = 1024, 64, 8

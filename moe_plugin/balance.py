@@ -1,44 +1,27 @@
-"""Balance the experts of any model: one call for a plain training loop, and what the callback drives.
-
-Shape legend: E experts.
-"""
+"""Balance the experts of any model: one call for a plain training loop, and what the callback drives."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from fnmatch import fnmatchcase
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import nn
 
 from moe_plugin.adapters.adapter import Adapter
-from moe_plugin.adapters.attach import attach_, detach_
+from moe_plugin.adapters.attach import attach_
 from moe_plugin.adapters.discover import Findings, checked, survey
-from moe_plugin.adapters.site import Site
 from moe_plugin.adapters.token_mask import TokenMask
-from moe_plugin.balancing.counts import SPREAD_UNIT
-from moe_plugin.balancing.rate import resolve_rate
-from moe_plugin.balancing.reduce import all_reduce_
+from moe_plugin.balanced import Balanced, find_balanced
 from moe_plugin.balancing.rules import Proportional, Rule
 from moe_plugin.balancing.schedule import RateSchedule
-from moe_plugin.errors import AttachError, CheckpointError, EffectError
+from moe_plugin.errors import AttachError
 from moe_plugin.frozen import FrozenRouters, check_frozen_routers, keeps_bias
-from moe_plugin.sidecar import read_sidecar, write_sidecar
-from moe_plugin.types import LoadRecord
 
-if TYPE_CHECKING:
-    from moe_plugin.export import Export
-    from moe_plugin.warm_start import Batches, Violation
+__all__ = ["DEFAULT_RULE", "Balanced", "Rules", "Sites", "balance_", "find_balanced"]
 
-_ATTRIBUTE = "_moe_balanced"
 _LOG = logging.getLogger(__name__)
-_SPREAD = "score_spread"
-SPREAD_EVERY = 16
-"""With ``rate: auto`` one step in this many measures the spread of the scores."""
 
 Rules = Rule | Mapping[str, Rule] | None
 Sites = str | Sequence[str] | Callable[[str], bool] | None
@@ -98,246 +81,6 @@ def balance_(
     balanced = Balanced(model, attached, rules, schedule, process_group, settings)
     balanced.refused = dict(findings.refused)
     return balanced
-
-
-def find_balanced(model: nn.Module) -> Balanced | None:
-    """What `balance_` returned for this model, if it did."""
-    return model.__dict__.get(_ATTRIBUTE)
-
-
-class Balanced(Mapping[str, Site]):
-    """The routing sites of a balanced model by module name, in forward order.
-
-    Attributes:
-        step: Updates so far.
-        record: The load of the last update; None before the first.
-        process_group: The data-parallel ranks over which counts are summed.
-        refused: Routers that cannot be balanced, by module name, and why.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        sites: Sequence[Site],
-        rules: Sequence[Rule | None],
-        schedule: RateSchedule,
-        process_group: dist.ProcessGroup | None,
-        settings: tuple,
-    ) -> None:
-        """Hold attached sites; use `balance_`."""
-        self.step = 0
-        self.record: LoadRecord | None = None
-        self.process_group = process_group
-        self.settings = settings
-        self.refused: dict[str, str] = {}
-        self._model = model
-        self._sites = {site.name: site for site in sites}
-        self._rules = {site.name: rule for site, rule in zip(sites, rules, strict=True)}
-        self._states: dict[str, dict[str, Tensor]] = {site.name: {} for site in sites}
-        self._schedule = schedule
-        for site, rule in zip(sites, rules, strict=True):
-            site.measures_spread = rule is not None and rule.rate == "auto"
-        model.__dict__[_ATTRIBUTE] = self
-
-    def __getitem__(self, name: str) -> Site:
-        """The site of this router."""
-        return self._sites[name]
-
-    def __iter__(self) -> Iterator[str]:
-        """Names of the routers, in forward order."""
-        return iter(self._sites)
-
-    def __len__(self) -> int:
-        """Number of sites."""
-        return len(self._sites)
-
-    def __hash__(self) -> int:
-        """By identity."""
-        return id(self)
-
-    def __eq__(self, other: object) -> bool:
-        """By identity."""
-        return self is other
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Everything but the process group, which exists in one process only."""
-        return self.__dict__ | {"process_group": None}
-
-    @torch.no_grad()
-    def update(self) -> LoadRecord:
-        """Sum the counts over ranks, move every bias, and start counting anew.
-
-        To be called by every rank after each optimizer step that took place. Nothing waits for the device, except
-        in the first update, which checks that balancing has an effect.
-
-        Returns:
-            The load of this step.
-
-        Raises:
-            EffectError: In the first update, if a site saw no tokens.
-        """
-        tallies = [site.take_tally() for site in self.values()]
-        all_reduce_(tallies, self.process_group)
-        self._count_steps_(self.step + 1)
-        if self.step == 1:
-            self._check_effect(tallies)
-        healthy = self._healthy(tallies)
-        counts = {}
-        for site, tally in zip(self.values(), tallies, strict=True):
-            counts[site.name] = torch.where(healthy, tally[: site.num_experts], 0)
-            self._move_bias_(site, counts[site.name], tally)
-        self.record = LoadRecord(self.step, counts, {site.name: site.bias for site in self.values()})
-        return self.record
-
-    def reject_if_(self, condition: Tensor) -> None:
-        """Let the next update leave every bias untouched if ``condition`` holds, without waiting for the device.
-
-        Args:
-            condition: bool scalar, such as a loss not being finite. It is enough that it holds on one rank.
-        """
-        site = next(iter(self.values()))
-        site.tally[site.num_experts] += condition.to(site.tally.device)
-
-    def discard_counts_(self) -> None:
-        """Forget the tokens counted since the last update."""
-        for site in self.values():
-            site.tally.zero_()
-
-    def remove(self) -> None:
-        """Take balancing off the model again. A bias that the model owns keeps the values it has learnt."""
-        for site in self.values():
-            detach_(site)
-            site.token_mask.unwatch_()
-        del self._model.__dict__[_ATTRIBUTE]
-
-    def state_dict(self) -> dict[str, Any]:
-        """Biases, rule states and the update counter. Counts of a step that is not complete are left out."""
-        sites = {
-            name: {"bias": site.bias.clone(), "state": dict(self._states[name])}
-            for name, site in self.items()
-        }
-        return {"step": self.step, "sites": sites}
-
-    @torch.no_grad()
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Continue from a `state_dict`.
-
-        Raises:
-            CheckpointError: If it is of other sites or other numbers of experts.
-        """
-        self._check_fits(state)
-        self._count_steps_(state["step"])
-        for name, saved in state["sites"].items():
-            site = self[name]
-            site.bias.copy_(saved["bias"])
-            self._states[name] = {key: value.to(site.bias.device) for key, value in saved["state"].items()}
-        self.discard_counts_()
-
-    def save(self, path: str | Path) -> None:
-        """Write biases, rule states and the counter as a safetensors file beside the model's own checkpoint."""
-        write_sidecar(path, self.state_dict())
-
-    def load(self, path: str | Path) -> None:
-        """Continue from a file of `save`.
-
-        Raises:
-            CheckpointError: If it is of other sites or other numbers of experts.
-        """
-        self.load_state_dict(read_sidecar(path))
-
-    def warm_start(self, batches: Batches, *, num_batches: int = 8, passes: int = 3) -> dict[str, Violation]:
-        """Set every bias so that the model is balanced on a few batches, for a pretrained model before it is trained.
-
-        Nothing is trained or counted: the model runs in evaluation mode and without gradients, and is put back after.
-        Padding is left out. On several ranks each gives its own batches, and the biases are averaged. Memory: the
-        fp32 scores of the batches, T x E x 4 bytes per site.
-
-        Args:
-            batches: What the model is called with: mappings by keyword, tuples and lists by position; or a function
-                that is given the model and runs it, for models that are called in another way.
-            num_batches: Batches taken from an iterable.
-            passes: Times that all biases are solved for; earlier ones change what later layers see.
-
-        Returns:
-            MaxVio over the batches of each site before and after; `calibrate` is the same at the end of training.
-
-        Raises:
-            EffectError: If a site sees no tokens.
-        """
-        from moe_plugin.warm_start import warm_start
-
-        limits = {"num_batches": num_batches, "passes": passes}
-        return warm_start(self._model, self, batches, **limits, process_group=self.process_group)
-
-    calibrate = warm_start
-
-    def export(self, model: nn.Module | None = None, path: str | Path | None = None) -> Export:
-        """Say how the trained biases reach inference, and write those that the model does not own.
-
-        Args:
-            model: The part of the balanced model that inference loads, such as the model inside a LightningModule;
-                None is all of it. Names in the sidecar are relative to it.
-            path: Where to write the sidecar if one is needed; None writes nothing.
-
-        Raises:
-            AttachError: If 'model' is no part of the balanced one.
-        """
-        from moe_plugin.export import export
-
-        return export(self._model, self, self.step, model, None if path is None else Path(path))
-
-    def _move_bias_(self, site: Site, counts_E: Tensor, tally: Tensor) -> None:
-        rule = self._rules[site.name]
-        factor = self._schedule(self.step)
-        if rule is None or factor == 0:
-            return
-        rate = resolve_rate(rule.rate, self._spread(site, counts_E, tally))
-        site.bias.add_(rule.direction(counts_E, self._states[site.name]) * (rate * factor))
-
-    def _spread(self, site: Site, counts_E: Tensor, tally: Tensor) -> Tensor:
-        """The score spread as last measured: it changes slowly, so that one step in `SPREAD_EVERY` measures it."""
-        state = self._states[site.name]
-        before = state.get(_SPREAD, torch.zeros((), device=tally.device))
-        if site.measures_spread and (self.step - 1) % SPREAD_EVERY == 0:
-            tokens = (tally[: site.num_experts].sum() // site.top_k).clamp(min=1)
-            fresh = (tally[-1] / tokens / SPREAD_UNIT).float()
-            state[_SPREAD] = torch.where(counts_E.sum() > 0, fresh, before)
-        return state.get(_SPREAD, before)
-
-    def _count_steps_(self, step: int) -> None:
-        self.step = step
-        for site in self.values():
-            site.spread_is_due = step % SPREAD_EVERY == 0
-
-    def _healthy(self, tallies: Sequence[Tensor]) -> Tensor:
-        """Whether no selection and no loss of the step was NaN or infinite; bool scalar on the device."""
-        return (
-            torch.stack(
-                [tally[site.num_experts] for site, tally in zip(self.values(), tallies, strict=True)]
-            ).sum()
-            == 0
-        )
-
-    def _check_effect(self, tallies: Sequence[Tensor]) -> None:
-        for site, tally in zip(self.values(), tallies, strict=True):
-            if tally[site.num_experts + 1] == 0:
-                raise EffectError(
-                    f"Router {site.name!r} counted no tokens in the first step. Is the model in eval() mode, run under "
-                    "no_grad, or is this router not used? Leave it out with 'sites'."
-                )
-
-    def _check_fits(self, state: Mapping[str, Any]) -> None:
-        if list(state["sites"]) != list(self) and set(state["sites"]) != set(self):
-            raise CheckpointError(
-                f"The checkpoint balances {sorted(state['sites'])}, this model {sorted(self)}."
-            )
-        wrong = [
-            f"{name}: {saved['bias'].numel()} experts in the checkpoint, {self[name].num_experts} in the model"
-            for name, saved in state["sites"].items()
-            if saved["bias"].numel() != self[name].num_experts
-        ]
-        if wrong:
-            raise CheckpointError("; ".join(wrong) + ".")
 
 
 def _wanted(name: str, sites: Sites) -> bool:

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "moe_plugin"
 
 PURE = {"errors", "types"}
 TENSORS = {"routing", "balancing", "metrics", "losses"}
-ATTACHED = {"experts", "adapters", "balance", "frozen", "sidecar", "warm_start", "export"}
+ATTACHED = {"experts", "adapters", "balance", "balanced", "frozen", "sidecar", "warm_start", "export"}
 CALLBACKS = PURE | TENSORS | ATTACHED | {"plots", "callbacks"}
 
 # What each part of the package may import of ours; a part that is not here may import everything.
@@ -26,7 +26,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "adapters": PURE | {"routing", "balancing"},
     "sidecar": set(),
     "frozen": PURE | {"adapters"},
-    "balance": PURE | {"routing", "balancing", "adapters", "frozen", "sidecar", "warm_start", "export"},
+    "balance": PURE | {"routing", "balancing", "adapters", "frozen", "balanced"},
+    "balanced": PURE | {"balancing", "adapters", "sidecar", "warm_start", "export"},
     "warm_start": PURE | {"balancing", "adapters", "metrics"},
     "export": PURE | {"adapters", "sidecar"},
     "plots": PURE | {"metrics"},
