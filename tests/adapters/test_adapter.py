@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -120,3 +121,15 @@ class TestAdapter:
     def test_our_own_have_the_same_form(self):
         assert len(own_adapters()) >= 5
         assert all(isinstance(adapter, Adapter) for adapter in own_adapters())
+
+
+class TestDocumentation:
+    def test_example_in_the_documentation_runs(self):
+        page = (Path(__file__).parents[2] / "docs" / "adapters.md").read_text()
+        code = page.split("```python\n")[1].split("```")[0]
+        names: dict = {"__name__": "example"}
+        exec(compile(code, "docs/adapters.md", "exec"), names)
+        assert [counts.sum().item() for counts in names["record"].counts.values()] == [64, 64]
+        names["balanced"].remove()
+        with pytest.raises(AttachError, match="'0': OddBlock holds experts"):
+            balance_(names["model"])
