@@ -13,14 +13,15 @@ from moe_plugin.errors import ConfigError
 FrozenRouters = Literal["auto", "balance", "keep"]
 
 
-def check_frozen_routers(value: str) -> None:
-    """Check the setting.
+def check_frozen_routers(value: FrozenRouters) -> FrozenRouters:
+    """Return a valid setting unchanged.
 
     Raises:
         ConfigError: If it is none of the three.
     """
     if value not in get_args(FrozenRouters):
         raise ConfigError(f"'frozen_routers' must be 'auto', 'balance' or 'keep', got {value!r}.")
+    return value
 
 
 def keeps_bias(site: Site, frozen_routers: FrozenRouters) -> bool:

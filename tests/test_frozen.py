@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from moe_plugin import balance_
+from moe_plugin import LossFreeBalancing, balance_
 from moe_plugin.balancing.rules import Sign
 from moe_plugin.errors import ConfigError
 from moe_plugin.frozen import is_frozen
@@ -54,6 +54,10 @@ class TestFrozenRouters:
         model = host(OwningRouter, frozen=True, trained=True)
         assert moved(model) == [False, True]
         assert balance_(model, Sign(rate=0.1)).record.counts["layers.0.router"].sum() == 2 * 8 * 2
+
+    def test_other_setting_of_the_callback_is_an_error(self):
+        with pytest.raises(ConfigError, match="'frozen_routers' must be"):
+            LossFreeBalancing(frozen_routers="freeze")
 
     def test_other_setting_is_an_error_before_anything_is_attached(self):
         model = Host()

@@ -1,10 +1,11 @@
 from __future__ import annotations
 
+import lightning
 import pytest
 import torch
 from torch import nn
 
-from moe_plugin import balance_
+from moe_plugin import LossFreeBalancing, balance_
 from moe_plugin.errors import EffectError
 from moe_plugin.metrics import max_violation
 from tests.hosts import Block, GroupedRouter, OwningRouter, SoftmaxRouter
@@ -136,6 +137,33 @@ class TestWarmStart:
         balanced.calibrate(batches())
         assert max(violations(balanced, model, batches(seed=2))) < 0.15
         assert balanced.step == 3
+
+
+class TestLightning:
+    @pytest.mark.filterwarnings("ignore:.*does not have many workers.*")
+    @pytest.mark.filterwarnings("ignore:.*`isinstance.treespec, LeafSpec.` is deprecated.*")
+    def test_callback_goes_on_from_the_warm_biases(self, tmp_path):
+        class Project(lightning.LightningModule):
+            def __init__(self):
+                super().__init__()
+                self.model = SkewedHost()
+
+            def training_step(self, batch, batch_idx):
+                return self.model(batch).square().mean()
+
+            def configure_optimizers(self):
+                return torch.optim.SGD(self.parameters(), lr=0.0)
+
+        project = Project()
+        balanced = balance_(project)
+        balanced.warm_start(lambda module: [module.model(x) for x in batches()])
+        quiet = {"enable_progress_bar": False, "enable_model_summary": False, "enable_checkpointing": False}
+        trainer = lightning.Trainer(
+            max_steps=1, callbacks=[LossFreeBalancing()], logger=False, accelerator="cpu", **quiet
+        )
+        trainer.fit(project, torch.utils.data.DataLoader(torch.cat(batches(2, seed=2)), batch_size=32))
+        assert balanced.step == 1
+        assert max(max_violation(counts_E).item() for counts_E in balanced.record.counts.values()) < 0.2
 
 
 def ranks_warm_start(rank, results):

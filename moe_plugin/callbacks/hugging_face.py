@@ -5,6 +5,7 @@ Not imported by ``moe_plugin`` itself: this file needs transformers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,11 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from moe_plugin.adapters.adapter import Adapter
 from moe_plugin.balance import DEFAULT_RULE, Balanced, Rules, Sites, balance_
 from moe_plugin.balancing.schedule import RateSchedule
 from moe_plugin.errors import CheckpointError
+from moe_plugin.frozen import FrozenRouters, check_frozen_routers
 
 SIDECAR = "moe_plugin.safetensors"
 """File beside each checkpoint of the Trainer that holds biases, rule states and the update counter."""
@@ -41,6 +44,8 @@ class LossFreeTrainerCallback(TrainerCallback):
         schedule: RateSchedule | None = None,
         sites: Sites = None,
         mask: str | None = "attention_mask",
+        adapters: Sequence[Adapter] = (),
+        frozen_routers: FrozenRouters = "auto",
         resume_from: str | Path | None = None,
     ) -> None:
         """Choose how to balance, as with `moe_plugin.LossFreeBalancing`.
@@ -50,10 +55,22 @@ class LossFreeTrainerCallback(TrainerCallback):
             schedule: Factor on the rate by optimizer step; None keeps it constant.
             sites: Which routers to balance; None takes all.
             mask: Forward argument that marks real tokens; None counts every token.
+            adapters: How blocks route that select experts in a way of their own.
+            frozen_routers: What becomes of the bias where the router is frozen: 'balance', 'keep' or 'auto'.
             resume_from: The checkpoint folder given to ``train(resume_from_checkpoint=...)``, of which the Trainer
                 does not tell its callbacks; needed only if it is not one of the Trainer's own output folder.
+
+        Raises:
+            ConfigError: If 'frozen_routers' is none of the three.
         """
-        self._settings = {"rule": rule, "schedule": schedule or RateSchedule(), "sites": sites, "mask": mask}
+        self._settings = {
+            "rule": rule,
+            "schedule": schedule or RateSchedule(),
+            "sites": sites,
+            "mask": mask,
+            "adapters": tuple(adapters),
+            "frozen_routers": check_frozen_routers(frozen_routers),
+        }
         self._resume_from = resume_from
 
     def on_train_begin(

@@ -15,6 +15,7 @@ from moe_plugin.balancing.rules import Proportional, Sign
 from moe_plugin.balancing.schedule import RateSchedule
 from moe_plugin.callbacks.attachment import Attachment
 from moe_plugin.errors import ConfigError
+from moe_plugin.frozen import FrozenRouters, check_frozen_routers
 
 
 class LossFreeBalancing(Callback):
@@ -36,6 +37,7 @@ class LossFreeBalancing(Callback):
         sites: Sites = None,
         mask: str | None = "attention_mask",
         adapters: Sequence[Adapter] = (),
+        frozen_routers: FrozenRouters = "auto",
     ) -> None:
         """Choose how to balance; the defaults suit most models.
 
@@ -46,9 +48,11 @@ class LossFreeBalancing(Callback):
             sites: Which routers to balance: glob, globs or predicate on the module name; None takes all.
             mask: Forward argument that marks real tokens; padding does not count. None counts every token.
             adapters: How blocks route that select experts in a way of their own.
+            frozen_routers: What becomes of the bias where the router is frozen, as with LoRA: 'balance' it, 'keep' it,
+                or 'auto': keep it where the model owns one that is not zero, balance it elsewhere.
 
         Raises:
-            ConfigError: If there is no rule.
+            ConfigError: If there is no rule, or 'frozen_routers' is none of the three.
         """
         if rule is None:
             raise ConfigError(
@@ -60,6 +64,7 @@ class LossFreeBalancing(Callback):
             "sites": sites,
             "mask": mask,
             "adapters": tuple(adapters),
+            "frozen_routers": check_frozen_routers(frozen_routers),
         }
         self._attachment = Attachment(lambda pl_module: balance_(pl_module, **settings))
 
