@@ -112,9 +112,9 @@ def survey(model: nn.Module, adapters: Sequence[Adapter] = ()) -> Findings:
     styles: dict[Any, Style | NoStyle | None] = {}
     adapted = _adapted(model, adapters, findings)
     for name, module in reversed(list(model.named_modules())):  # inner modules before those that hold them
-        if _inside(name, adapted) or _holds(name, (*findings.routers, *findings.refused, *adapted)):
+        if not (uses(type(module), NAMES) or _experts_of(module)):
             continue
-        if uses(type(module), NAMES) or _experts_of(module):
+        if not _inside(name, adapted) and not _holds(name, (*findings.routers, *findings.refused, *adapted)):
             around = Surroundings.of(model, name)
             key = _structure(around)
             if key not in styles:

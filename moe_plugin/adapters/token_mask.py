@@ -6,6 +6,8 @@ Shape legend: B batch, S sequence, T tokens (B x S).
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
@@ -39,7 +41,8 @@ class TokenMask:
     def watch_(self, root: nn.Module) -> None:
         """Follow the argument of the outermost modules that take it, and of the models inside them."""
         for name, module in root.named_modules():
-            parameters = list(inspect.signature(module.forward).parameters)
+            own = "forward" in module.__dict__
+            parameters = _parameters(module.forward) if own else _parameters_of(type(module))
             if self.argument not in parameters:
                 continue
             inside = any(_is_inside(name, outer) for outer in self._watched)
@@ -79,6 +82,15 @@ class TokenMask:
         """Whether the mask is about the site's tokens: the innermost model around it holds no other that takes it."""
         around = max((name for name in self._watched if _is_inside(site, name)), key=len, default="")
         return not any(name != around and _is_inside(name, around) for name in self._watched)
+
+
+def _parameters(function: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(function).parameters)
+
+
+@cache
+def _parameters_of(kind: type[nn.Module]) -> list[str]:
+    return _parameters(kind.forward)[1:]
 
 
 class _Watch:
