@@ -29,11 +29,12 @@ _WRONG_CALL = (
 class Seen(NamedTuple):
     """What a probe saw in the module: its rankings, and the followed tensors on which its output depends.
 
-    ``returned`` is None if the forward did not come to its end.
+    ``returned`` is None if the forward did not come to its end; ``used`` are those that went on after the last ranking.
     """
 
     rankings: list[Ranking]
     returned: set[str] | None
+    used: set[str]
 
 
 class _Done(BaseException):
@@ -80,7 +81,7 @@ def _run(
         trace.clear_()
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
-        seen.append(Seen(trace.rankings, trace.marks_of(output)))
+        seen.append(Seen(trace.rankings, trace.marks_of(output), trace.used))
         raise _Done
 
     with _unchanged(host), _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
@@ -93,7 +94,7 @@ def _run(
         except _Done:
             return seen[0]
         except _WRONG_CALL:
-            return Seen(trace.rankings, None) if trace.rankings else None
+            return Seen(trace.rankings, None, trace.used) if trace.rankings else None
     return None
 
 

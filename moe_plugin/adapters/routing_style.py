@@ -152,7 +152,8 @@ def _bias(owners: Owners, seen: Seen, ranking: Ranking, num_experts: int) -> str
     if known:
         return known[0]
     if seen.returned is None:
-        return next((key for key in keys if _LIKE_A_BIAS.fullmatch(owners[key][1])), None)
+        unused = [key for key in keys if key not in seen.used]
+        return next((key for key in unused if _LIKE_A_BIAS.fullmatch(owners[key][1])), None)
     return next((key for key in keys if key not in seen.returned), None)
 
 

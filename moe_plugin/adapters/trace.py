@@ -60,6 +60,8 @@ class Trace(TorchFunctionMode):
         self._calls: list[tuple[Call, frozenset[str]]] = []
         self._cuts: dict[int, tuple[int, int]] = {}
         self._order: dict[int, int] = {}
+        self.used: set[str] = set()
+        """Names of followed tensors on which something depends that was used after the last ranking."""
 
     @property
     def rankings(self) -> list[Ranking]:
@@ -101,6 +103,7 @@ class Trace(TorchFunctionMode):
             ids = result if isinstance(result, Tensor) else result[1]
             self._cuts[id(ids)] = (len(self._calls), call.dim)
         self._calls.append((call, added))
+        self.used.clear()
 
     def _note_cut(self, func: Any, args: tuple, result: Any) -> None:
         """A sort selects by slicing its ids: their new length is k."""
@@ -121,6 +124,8 @@ class Trace(TorchFunctionMode):
                 marks[followed] = _combined(marks.get(followed), _after(name, how))
         if not marks:
             return
+        if func not in SELECTING and name not in _SAME_VALUES:
+            self.used |= set(marks)
         changed = [args[0]] if name.endswith("_") and args and isinstance(args[0], Tensor) else []
         for tensor in (*tensors_in(result), *changed):
             if tensor.is_floating_point() and not (func in SELECTING and tensor is args[0]):

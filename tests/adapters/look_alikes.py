@@ -241,6 +241,32 @@ class LinearBias(Blockwise):
         return self.mix(x, values.softmax(-1), ids)
 
 
+class LoopingExperts(Blockwise):
+    """A gate bias in the block that loops over the experts hit: it cannot be run to its end without data."""
+
+    def __init__(self):
+        super().__init__()
+        self.gate_bias = nn.Parameter(torch.randn(E))
+
+    def forward(self, x):
+        logits_TE = self.gate(x.reshape(-1, D)) + self.gate_bias
+        values, ids = logits_TE.topk(self.k)
+        weights_TK = values.softmax(-1)
+        assert all(0 <= expert < E for expert in ids.unique().tolist())
+        return self.mix(x, weights_TK, ids)
+
+
+class LoopingWithBias(LoopingExperts):
+    """The same with a selection bias."""
+
+    def forward(self, x):
+        scores_TE = self.gate(x.reshape(-1, D)).sigmoid()
+        _, ids = (scores_TE + self.gate_bias).topk(self.k)
+        weights_TK = scores_TE.gather(1, ids)
+        assert all(0 <= expert < E for expert in ids.unique().tolist())
+        return self.mix(x, weights_TK, ids)
+
+
 class Scaled(Blockwise):
     """Gemma-4 style: a scale per expert after the selection."""
 
@@ -336,6 +362,11 @@ OWN_BIAS = (
         ArgSorting,
     ),
     *(Top1ByMax, Top1ByArgmaxAndOneHot, Top1ByArgmaxAndMax, GroupsByZeros, GroupsByInfinity, StackedWeights),
-    *(LinearBias, Scaled, Layer),
+    *(LinearBias, LoopingExperts, Scaled, Layer),
 )
-HOST_BIAS = {SeparateRouter: "nudge", OddlyNamedBias: "zeta", BiasInChild: "amount"}
+HOST_BIAS = {
+    SeparateRouter: "nudge",
+    OddlyNamedBias: "zeta",
+    BiasInChild: "amount",
+    LoopingWithBias: "gate_bias",
+}
