@@ -78,7 +78,7 @@ class LastLoads(TrainerCallback):
         self.loads.append(torch.stack(list(record.counts.values())))
 
 
-def main(balanced: bool = True, steps: int = 80, seed: int = 0) -> dict[str, float]:
+def main(balanced: bool = True, steps: int = 200, seed: int = 0) -> dict[str, float]:
     """Train; returns the loss of the training, and MaxVio of the last 20 steps together."""
     set_seed(seed)
     # The one line; the control is only watched.

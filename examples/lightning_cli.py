@@ -1,6 +1,6 @@
 """A LightningCLI project: balancing is one argument on the command line, or one entry in the YAML file.
 
-Run it: python examples/lightning_cli.py fit --trainer.max_steps=80 --trainer.callbacks+=moe_plugin.LossFreeBalancing
+Run it: python examples/lightning_cli.py fit --trainer.max_steps=150 --trainer.callbacks+=moe_plugin.LossFreeBalancing
 
 The same in a configuration file::
 
@@ -59,7 +59,7 @@ class Project(lightning.LightningModule):
 class Walks(lightning.LightningDataModule):
     """Sequences in which half of the tokens follow from the one before."""
 
-    def __init__(self, size: int = 1280, length: int = 32, batch_size: int = 16) -> None:
+    def __init__(self, size: int = 2400, length: int = 32, batch_size: int = 16) -> None:
         super().__init__()
         self.size, self.length, self.batch_size = size, length, batch_size
 
@@ -80,7 +80,7 @@ def run(arguments: Sequence[str] | None = None) -> LightningCLI:
     return LightningCLI(Project, Walks, args=arguments, save_config_callback=None)
 
 
-def main(balanced: bool = True, steps: int = 80, seed: int = 0) -> dict[str, float]:
+def main(balanced: bool = True, steps: int = 150, seed: int = 0) -> dict[str, float]:
     """Train; returns the last loss, and MaxVio of the last 20 steps together."""
     quiet = ["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"]
     arguments = [

@@ -70,7 +70,7 @@ class Project(lightning.LightningModule):
         return torch.optim.AdamW(self.parameters(), lr=3e-3)
 
 
-def main(balanced: bool = True, steps: int = 80, seed: int = 0) -> dict[str, float]:
+def main(balanced: bool = True, steps: int = 150, seed: int = 0) -> dict[str, float]:
     """Train; returns the last loss, and MaxVio of the last 20 steps together."""
     lightning.seed_everything(seed, verbose=False)
     monitor = LoadMonitor(every_n_steps=20)  # alone it only watches

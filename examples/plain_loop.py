@@ -70,7 +70,7 @@ def batch(size: int = 16, length: int = 33) -> torch.Tensor:
     return torch.stack(tokens, dim=1)
 
 
-def main(balanced: bool = True, steps: int = 80, seed: int = 0) -> dict[str, float]:
+def main(balanced: bool = True, steps: int = 150, seed: int = 0) -> dict[str, float]:
     """Train; returns the loss and MaxVio of the last 20 steps."""
     torch.manual_seed(seed)
     model = Model()

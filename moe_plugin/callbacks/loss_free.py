@@ -32,7 +32,7 @@ class LossFreeBalancing(Callback):
     def __init__(
         self,
         # Sign and Proportional by name for LightningCLI, which cannot tell a dataclass from a protocol's methods.
-        rule: Rules | Sign | Proportional = DEFAULT_RULE,
+        rule: Rules | Proportional | Sign = DEFAULT_RULE,
         schedule: RateSchedule | None = None,
         sites: Sites = None,
         mask: str | None = "attention_mask",

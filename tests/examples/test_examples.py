@@ -9,6 +9,9 @@ from types import ModuleType
 
 import pytest
 
+from moe_plugin.balance import DEFAULT_RULE, find_balanced
+from moe_plugin.balancing.rules import Proportional, Sign
+
 EXAMPLES = Path(__file__).parents[2] / "examples"
 NEEDS = {
     "lightning_cli": "jsonargparse",
@@ -48,3 +51,32 @@ class TestExample:
         balanced, control = example.main(balanced=True), example.main(balanced=False)
         assert balanced["max_violation"] < control["max_violation"] / 4
         assert balanced["loss"] < 1.05 * control["loss"]
+
+
+class TestRulesOfLightningCLI:
+    """LightningCLI reads rules from type hints, in which it may mistake one dataclass for another."""
+
+    @pytest.mark.parametrize(
+        ("words", "expected"),
+        [
+            ([], DEFAULT_RULE),
+            (["--trainer.callbacks.rule.rate=0.01"], Proportional(rate=0.01)),
+            (["--trainer.callbacks.rule=moe_plugin.balancing.rules.Sign"], Sign()),
+            (
+                [
+                    "--trainer.callbacks.rule=moe_plugin.balancing.rules.Proportional",
+                    "--trainer.callbacks.rule.rate=0.5",
+                ],
+                Proportional(rate=0.5),
+            ),
+        ],
+    )
+    def test_rule_of_the_command_line_is_taken(self, words, expected, monkeypatch):
+        monkeypatch.setattr(sys, "argv", ["lightning_cli"])
+        switches = ["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"]
+        quiet = [f"--trainer.{switch}=false" for switch in switches]
+        callback = "--trainer.callbacks+=moe_plugin.LossFreeBalancing"
+        cli = load("lightning_cli").run(
+            ["fit", "--trainer.max_steps=1", "--trainer.accelerator=cpu", *quiet, callback, *words]
+        )
+        assert find_balanced(cli.model).settings[0] == expected
