@@ -86,7 +86,7 @@ class TestComposeJobs:
             ),
             (
                 "router=foo",
-                "'router' must be one of deepseek_v3, mixtral, qwen3, sigmoid_top_k, switch; got 'foo'.",
+                "'router' must be one of deepseek_v3, mixtral, native, qwen3, sigmoid_top_k, switch; got 'foo'.",
             ),
             ("routers=x", "Did you mean 'router'?"),
             ("data=[1", "'data=[1'"),
