@@ -219,7 +219,7 @@ class TestEvaluate:
 
 
 class TestStrategies:
-    @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp", marks=pytest.mark.slow)])
+    @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
     def test_two_processes_train_as_one_does(self, strategy: str) -> None:
         train.main([*SMALL, "name=one"])
         train.main([*SMALL, "name=two", f"strategy={strategy}", "strategy.devices=2"])

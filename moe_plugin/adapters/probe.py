@@ -85,6 +85,7 @@ def _run(
         raise _Done
 
     with _unchanged(host), _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+        _clear_hooks_(host)
         module.register_forward_pre_hook(enter)
         module.register_forward_hook(leave)
         x = torch.zeros(shape, dtype=dtype, device=device)
@@ -96,6 +97,13 @@ def _run(
         except _WRONG_CALL:
             return Seen(trace.rankings, None, trace.used) if trace.rankings else None
     return None
+
+
+def _clear_hooks_(root: nn.Module) -> None:
+    """Take the hooks of all modules off: they belong to real forwards. FSDP's would set up its sharding for good."""
+    for module in root.modules():
+        for hooks in (module._forward_pre_hooks, module._forward_hooks):
+            hooks.clear()
 
 
 def _missing(host: nn.Module) -> int:

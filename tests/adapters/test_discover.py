@@ -84,3 +84,13 @@ class TestFindRouters:
     def test_nothing_found_lists_what_calls_topk(self):
         with pytest.raises(AttachError, match="Modules that call topk: 0: BeamSearch"):
             find_routers(nn.Sequential(BeamSearch()))
+
+    def test_hooks_of_the_host_are_not_run_and_stay(self):
+        model, calls = Host(), []
+        for module in model.modules():
+            module.register_forward_pre_hook(lambda *_: calls.append("pre"))
+            module.register_forward_hook(lambda *_: calls.append("post"))
+        assert len(find_routers(model)) == 2
+        assert calls == []
+        model(torch.zeros(1, 1, dtype=torch.int64))
+        assert set(calls) == {"pre", "post"}
