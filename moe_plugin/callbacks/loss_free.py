@@ -14,6 +14,7 @@ from moe_plugin.balance import DEFAULT_RULE, Rules, Sites, balance_
 from moe_plugin.balancing.rules import Proportional, Sign
 from moe_plugin.balancing.schedule import RateSchedule
 from moe_plugin.callbacks.attachment import Attachment
+from moe_plugin.callbacks.calibration import Calibration
 from moe_plugin.errors import ConfigError
 from moe_plugin.frozen import FrozenRouters, check_frozen_routers
 
@@ -38,6 +39,7 @@ class LossFreeBalancing(Callback):
         mask: str | None = "attention_mask",
         adapters: Sequence[Adapter] = (),
         frozen_routers: FrozenRouters = "auto",
+        calibration: Calibration | None = None,
     ) -> None:
         """Choose how to balance; the defaults suit most models.
 
@@ -50,6 +52,7 @@ class LossFreeBalancing(Callback):
             adapters: How blocks route that select experts in a way of their own.
             frozen_routers: What becomes of the bias where the router is frozen, as with LoRA: 'balance' it, 'keep' it,
                 or 'auto': keep it where the model owns one that is not zero, balance it elsewhere.
+            calibration: Solves for the biases once more in the last step of training; None leaves that out.
 
         Raises:
             ConfigError: If there is no rule, or 'frozen_routers' is none of the three.
@@ -67,6 +70,7 @@ class LossFreeBalancing(Callback):
             "frozen_routers": check_frozen_routers(frozen_routers),
         }
         self._attachment = Attachment(lambda pl_module: balance_(pl_module, **settings))
+        self._calibration = calibration
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Attach before the strategy wraps or shards the model.
@@ -79,6 +83,8 @@ class LossFreeBalancing(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Listen to the optimizer, now that the strategy and the checkpoint are in place."""
         self._attachment.start(trainer)
+        if self._calibration is not None:
+            self._calibration.start(trainer, pl_module)
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
@@ -101,6 +107,8 @@ class LossFreeBalancing(Callback):
     ) -> None:
         """Steps outside of a batch do not count."""
         self._attachment.batch_ends()
+        if self._calibration is not None:
+            self._calibration.take(trainer, pl_module, self._attachment.balanced, batch)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Let go of the optimizer; the biases stay in the model."""

@@ -1,0 +1,92 @@
+"""Set the biases once more at the end of training, with the router still, over the last training batches.
+
+A bias that follows the load step by step lags behind a router that moves, and carries the noise of small batches.
+When training is over neither has to be: the biases that balance the last batches can be solved for.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import deque
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
+from torch import nn
+
+from moe_plugin.balanced import Balanced
+from moe_plugin.errors import ConfigError
+
+
+class Calibration:
+    """Keeps the last training batches, and solves for the biases in the last step, before its checkpoint is written.
+
+    The batches go through ``training_step`` again, without gradients and in evaluation mode, ``passes + 1`` times.
+
+    Attributes:
+        num_batches: Batches to balance on, per rank; the last ones. They stay in memory until the end.
+        passes: Times that all biases are solved for.
+    """
+
+    def __init__(self, num_batches: int = 64, passes: int = 2) -> None:
+        """Check the numbers.
+
+        Raises:
+            ConfigError: If one of them is not a positive integer.
+        """
+        for name, value in (("num_batches", num_batches), ("passes", passes)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ConfigError(f"'{name}' must be an integer >= 1, got {value!r}.")
+        self.num_batches = num_batches
+        self.passes = passes
+        self._batches: deque[Any] = deque(maxlen=num_batches)
+        self._last_step = 0
+        self._is_done = False
+
+    def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Learn when training ends.
+
+        Raises:
+            ConfigError: If the module optimizes by hand, or nobody knows how many steps it will take.
+        """
+        if not pl_module.automatic_optimization:
+            raise ConfigError(
+                "'calibration' must be null for a module that optimizes by hand. Call calibrate() on it."
+            )
+        if math.isinf(trainer.estimated_stepping_batches):
+            raise ConfigError(
+                "'calibration' must be null where neither max_steps nor max_epochs ends the training."
+            )
+        self._last_step = int(trainer.estimated_stepping_batches)
+        self._is_done = False
+        self._batches.clear()
+
+    def take(self, trainer: Trainer, pl_module: LightningModule, balanced: Balanced, batch: Any) -> None:
+        """Keep a batch that was trained on; after the last step calibrate."""
+        self._batches.append(batch)
+        if trainer.global_step != self._last_step or self._is_done:
+            return
+        with _without_logging(pl_module), trainer.precision_plugin.val_step_context():
+            balanced.calibrate(self._run, num_batches=self.num_batches, passes=self.passes)
+        self._batches.clear()
+        self._is_done = True
+
+    def _run(self, model: nn.Module) -> None:
+        assert isinstance(model, LightningModule)
+        indexed = is_param_in_hook_signature(model.training_step, "batch_idx", min_args=2)
+        for index, batch in enumerate(self._batches):
+            model.training_step(batch, index) if indexed else model.training_step(batch)
+
+
+@contextmanager
+def _without_logging(pl_module: LightningModule) -> Iterator[None]:
+    """What a training step logs here would be logged as that of the last real one."""
+    silenced = {"log": lambda *_, **__: None, "log_dict": lambda *_, **__: None}
+    pl_module.__dict__.update(silenced)
+    try:
+        yield
+    finally:
+        for name in silenced:
+            del pl_module.__dict__[name]
