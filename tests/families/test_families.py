@@ -15,7 +15,6 @@ TABLE = Path(__file__).parents[2] / "docs" / "models.md"
 
 
 class TestFamilies:
-    @pytest.mark.slow
     @pytest.mark.parametrize("family", families())
     def test_family_is_verified_or_refused_as_the_table_says(self, family):
         assert str(surveyed(family)) in TABLE.read_text().splitlines()
