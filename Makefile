@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo compare bench test test-all lint types clean
+.PHONY: help demo compare picture bench test test-all lint types clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -26,8 +26,14 @@ demo: $(VENV)/.base ## train the demo; says at the end where to look
 compare: $(VENV)/.base ## loss-free against auxiliary loss and none, three seeds each
 	$(BIN)/python -m moe_plugin.compare
 
-bench: $(VENV)/.base ## what the callback costs, paired in one run
+picture: $(VENV)/.base ## docs/load.png from the runs of make compare
+	$(BIN)/python -m moe_plugin.plots "no balancing=runs/compare/none/seed_0" \
+	  "auxiliary loss 0.01=runs/compare/aux_loss_0.01/seed_0" "loss-free=runs/compare/loss_free/seed_0" \
+	  --out docs/load.png
+
+bench: $(VENV)/.base ## what balancing costs: a training step, and a single router call
 	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/attach.py
 
 test: $(VENV)/.dev ## the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
