@@ -154,8 +154,10 @@ class LoadMonitor(Callback):
         self.validation_load = window.layer_loads()
         scalars = validation_scalars(self.validation_load)
         pl_module.log_dict(scalars, sync_dist=trainer.world_size > 1)
-        self._offer(trainer, self._validation_pictures, self.validation_load, _logged_step(trainer))
-        if trainer.state.fn != TrainerFn.FITTING:
+        is_fitting = trainer.state.fn == TrainerFn.FITTING
+        step = _logged_step(trainer) if is_fitting else trainer.global_step
+        self._offer(trainer, self._validation_pictures, self.validation_load, step)
+        if not is_fitting:
             self._validation_pictures.write_waiting(self._writers(trainer))
 
     def state_dict(self) -> dict[str, Any]:
