@@ -4,16 +4,34 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from moe_plugin.adapters.adapter import Adapter
     from moe_plugin.balance import balance_
+    from moe_plugin.balancing.rules import Proportional, Sign
+    from moe_plugin.balancing.schedule import RateSchedule
+    from moe_plugin.callbacks.calibration import Calibration
     from moe_plugin.callbacks.load_monitor import LoadMonitor
     from moe_plugin.callbacks.loss_free import LossFreeBalancing
 
-__all__ = ["LoadMonitor", "LossFreeBalancing", "balance_"]
+__all__ = [
+    "Adapter",
+    "Calibration",
+    "LoadMonitor",
+    "LossFreeBalancing",
+    "Proportional",
+    "RateSchedule",
+    "Sign",
+    "balance_",
+]
 __version__ = "0.1.0"
 
 _HOMES = {
+    "Adapter": "moe_plugin.adapters.adapter",
+    "Calibration": "moe_plugin.callbacks.calibration",
     "LoadMonitor": "moe_plugin.callbacks.load_monitor",
     "LossFreeBalancing": "moe_plugin.callbacks.loss_free",
+    "Proportional": "moe_plugin.balancing.rules",
+    "RateSchedule": "moe_plugin.balancing.schedule",
+    "Sign": "moe_plugin.balancing.rules",
     "balance_": "moe_plugin.balance",
 }
 
