@@ -20,7 +20,13 @@ from rich.table import Table
 
 from moe_plugin.report.summary import SUMMARY_FILE, RunSummary, read_summary
 
-MEASURES = ("perplexity", "max_violation_global", "max_violation_batch", "dead_experts")
+MEASURES = {
+    "perplexity": "perplexity",
+    "max_violation_global": "MaxVio global",
+    "max_violation_batch": "MaxVio batch",
+    "dead_experts": "dead experts",
+}
+"""What is compared, and how the table calls it."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +105,8 @@ def table(results: dict[str, list[RunSummary]]) -> Table:
     seeds = max(map(len, results.values()))
     shown = Table(title=f"Held-out text, mean ± standard deviation over {seeds} seeds")
     shown.add_column("balancing")
-    for measure in MEASURES:
-        shown.add_column(measure, justify="right")
+    for heading in MEASURES.values():
+        shown.add_column(heading, justify="right", no_wrap=True)
     for name, summaries in results.items():
         shown.add_row(name, *(spread([getattr(run, measure) for run in summaries]) for measure in MEASURES))
     return shown
