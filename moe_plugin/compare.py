@@ -21,12 +21,12 @@ from rich.table import Table
 from moe_plugin.report.summary import SUMMARY_FILE, RunSummary, read_summary
 
 MEASURES = {
-    "perplexity": "perplexity",
-    "max_violation_global": "MaxVio global",
-    "max_violation_batch": "MaxVio batch",
-    "dead_experts": "dead experts",
+    "perplexity": ("perplexity", 3),
+    "max_violation_global": ("MaxVio global", 3),
+    "max_violation_batch": ("MaxVio batch", 3),
+    "dead_experts": ("dead experts", 1),
 }
-"""What is compared, and how the table calls it."""
+"""What is compared, how the table calls it, and its digits there."""
 
 
 @dataclass(frozen=True)
@@ -105,17 +105,18 @@ def table(results: dict[str, list[RunSummary]]) -> Table:
     seeds = max(map(len, results.values()))
     shown = Table(title=f"Held-out text, mean ± standard deviation over {seeds} seeds")
     shown.add_column("balancing")
-    for heading in MEASURES.values():
+    for heading, _ in MEASURES.values():
         shown.add_column(heading, justify="right", no_wrap=True)
     for name, summaries in results.items():
-        shown.add_row(name, *(spread([getattr(run, measure) for run in summaries]) for measure in MEASURES))
+        cells = [spread([getattr(run, key) for run in summaries], d) for key, (_, d) in MEASURES.items()]
+        shown.add_row(name, *cells)
     return shown
 
 
-def spread(values: Sequence[float]) -> str:
+def spread(values: Sequence[float], digits: int = 3) -> str:
     """Mean and standard deviation as text."""
-    deviation = f" ± {stdev(values):.3f}" if len(values) > 1 else ""
-    return f"{mean(values):.3f}{deviation}"
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):.{digits}f}{deviation}"
 
 
 if __name__ == "__main__":
