@@ -155,7 +155,8 @@ class LoadMonitor(Callback):
         scalars = validation_scalars(self.validation_load)
         pl_module.log_dict(scalars, sync_dist=trainer.world_size > 1)
         is_fitting = trainer.state.fn == TrainerFn.FITTING
-        step = _logged_step(trainer) if is_fitting else trainer.global_step
+        # After a fit the step is that of its last batch, counted from zero like all steps that are logged.
+        step = _logged_step(trainer) if is_fitting else max(trainer.global_step - 1, 0)
         self._offer(trainer, self._validation_pictures, self.validation_load, step)
         if not is_fitting:
             self._validation_pictures.write_waiting(self._writers(trainer))
