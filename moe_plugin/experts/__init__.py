@@ -5,7 +5,16 @@ from __future__ import annotations
 from moe_plugin.experts.block import MoEBlock
 from moe_plugin.experts.grouped import GroupedExperts
 from moe_plugin.experts.linear import Linear
+from moe_plugin.experts.parallel import expert_mesh, parallelize_experts_
 from moe_plugin.experts.shape import ExpertShape
 from moe_plugin.experts.swiglu import SwiGLU
 
-__all__ = ["ExpertShape", "GroupedExperts", "Linear", "MoEBlock", "SwiGLU"]
+__all__ = [
+    "ExpertShape",
+    "GroupedExperts",
+    "Linear",
+    "MoEBlock",
+    "SwiGLU",
+    "expert_mesh",
+    "parallelize_experts_",
+]

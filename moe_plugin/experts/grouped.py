@@ -61,7 +61,7 @@ class GroupedExperts(nn.Module):
         Returns:
             (T, D) in the dtype of `x_TD`, or of the autocast where one is active.
         """
-        dtype = _compute_dtype(x_TD)
+        dtype = compute_dtype(x_TD)
         dispatch = plan_dispatch(routing.expert_ids_TK, self.num_experts)
         x_PD = x_TD.to(dtype).index_select(0, dispatch.token_ids_P)
         gate_PH, up_PH = expert_matmul(x_PD, self.gate_up.to(dtype), dispatch.offsets_E).chunk(2, dim=-1)
@@ -75,7 +75,8 @@ class GroupedExperts(nn.Module):
         return f"num_experts={num_experts}, dim={dim}, hidden_dim={hidden_dim}"
 
 
-def _compute_dtype(x: Tensor) -> torch.dtype:
+def compute_dtype(x: Tensor) -> torch.dtype:
+    """The dtype that the experts compute in: that of `x`, or of the autocast where one is active."""
     # grouped_mm does not know autocast, so it is asked for here. Like autocast itself, leave fp64 alone.
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
