@@ -135,7 +135,7 @@ class Balanced(Mapping[str, Site]):
     def discard_counts_(self) -> None:
         """Forget the tokens counted since the last update."""
         for site in self.values():
-            site.tally.zero_()
+            site.discard_()
 
     def remove(self) -> None:
         """Take balancing off the model again. A bias that the model owns keeps the values it has learnt."""

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from moe_plugin.adapters.intercept import Selection
 from moe_plugin.adapters.token_mask import TokenMask
-from moe_plugin.balancing.counts import EXTRA_SLOTS, count_, new_tally
+from moe_plugin.balancing.counts import EXTRA_SLOTS, count_, new_poison, new_tally
 from moe_plugin.errors import EffectError
 
 Observer = Callable[[Selection, Tensor | None], None]
@@ -68,6 +68,7 @@ class Site:
         # Plain tensors, not buffers: DDP would overwrite every rank's counts by those of rank 0.
         self.tally = new_tally(num_experts)
         self.eval_tally = new_tally(num_experts)
+        self.poison = new_poison()
 
     @property
     def bias(self) -> Tensor:
@@ -103,7 +104,7 @@ class Site:
             )
         selection = _joined(seen) if self.kind == "adapter" else seen[-1]
         ids_TK = selection.expert_ids_TK
-        valid_T = self._valid(ids_TK.numel() // ids_TK.shape[-1])
+        valid_T = self._valid(ids_TK) if self.masked else None
         if self.observer is not None:
             self.observer(Selection(*(tensor.detach() for tensor in selection)), valid_T)
             return
@@ -114,6 +115,7 @@ class Site:
             self.tally if training else self.eval_tally,
             ids_TK,
             selection.selected_TK.detach(),
+            poison=self.poison if training else None,
             scores_TE=self.unbiased(selection.ranked_TE.detach()) if measures else None,
             valid_T=valid_T,
             training=training,
@@ -122,10 +124,16 @@ class Site:
     def take_tally(self) -> Tensor:
         """The tally of this rank since the last call, restarted from zero; int64 (E + EXTRA_SLOTS,)."""
         taken = self.tally.clone()
-        self.tally.zero_()
+        taken[self.num_experts] += self.poison.isnan()
+        self.discard_()
         taken[self.num_experts + 1] += taken[: self.num_experts].sum()
         assert taken.numel() == self.num_experts + EXTRA_SLOTS
         return taken
+
+    def discard_(self) -> None:
+        """Forget what was counted since the last `take_tally`."""
+        self.tally.zero_()
+        self.poison.zero_()
 
     def unbiased(self, ranked_TE: Tensor) -> Tensor:
         """The scores behind what the host ranked: without its own bias, and -inf for experts of closed groups."""
@@ -133,13 +141,14 @@ class Site:
             ranked_TE = ranked_TE.masked_fill(ranked_TE == 0, -torch.inf)
         return ranked_TE - self.bias if self.host_owns_bias else ranked_TE
 
-    def _valid(self, num_tokens: int) -> Tensor | None:
-        return self.token_mask.for_tokens(num_tokens, self.name) if self.masked else None
+    def _valid(self, ids_TK: Tensor) -> Tensor | None:
+        return self.token_mask.for_tokens(ids_TK.numel() // ids_TK.shape[-1], self.name)
 
     def _to_device(self, device: torch.device) -> None:
         if self.tally.device != device:
             self.tally = self.tally.to(device)
             self.eval_tally = self.eval_tally.to(device)
+            self.poison = self.poison.to(device)
 
 
 def _joined(seen: list[Selection]) -> Selection:

@@ -6,9 +6,12 @@ A tally is one int64 tensor per routing site, so that all a step must share betw
 exact, order-independent sum:
 
     [0, E)  tokens per expert
-    E       more than zero if a selected score was NaN or infinite
+    E       more than zero if the step must not count, as when a selected score was NaN or infinite
     E + 1   selections seen under a mask, padding included
     E + 2   sum over tokens of the score spread, in units of 1 / SPREAD_UNIT
+
+Whether a selected score was NaN or infinite is noted in a float, the poison, which costs two operations a call instead
+of six; it joins the tally when that is taken.
 
 Counting is a ``torch.library`` operator that changes the tally, so that it survives ``torch.compile`` with
 ``fullgraph`` and decides when it *runs*, not when it is traced, whether this is a real forward.
@@ -28,8 +31,8 @@ SPREAD_UNIT = 2**24
 
 _LIBRARY = torch.library.Library("moe_plugin", "DEF")
 _LIBRARY.define(
-    "count_(Tensor(a!) tally, Tensor expert_ids_TK, Tensor selected_TK, Tensor? scores_TE, Tensor? valid_T,"
-    " bool training, bool grad_enabled) -> ()"
+    "count_(Tensor(a!) tally, Tensor(b!)? poison, Tensor expert_ids_TK, Tensor selected_TK, Tensor? scores_TE,"
+    " Tensor? valid_T, bool training, bool grad_enabled) -> ()"
 )
 
 
@@ -38,11 +41,17 @@ def new_tally(num_experts: int) -> Tensor:
     return torch.zeros(num_experts + EXTRA_SLOTS, dtype=torch.int64)
 
 
+def new_poison() -> Tensor:
+    """A float that is 0 until a selected score was NaN or infinite, and NaN from then on; fp32 scalar."""
+    return torch.zeros(())
+
+
 def count_(
     tally: Tensor,
     expert_ids_TK: Tensor,
     selected_TK: Tensor,
     *,
+    poison: Tensor | None = None,
     scores_TE: Tensor | None = None,
     valid_T: Tensor | None = None,
     training: bool,
@@ -56,6 +65,7 @@ def count_(
         tally: From `new_tally`, on the device of the ids; changed in place.
         expert_ids_TK: Selected experts, int64, any leading shape.
         selected_TK: The scores of the selected experts; only their being finite is looked at.
+        poison: From `new_poison`, on the same device; changed in place. None to not look at the scores.
         scores_TE: Unbiased scores of all experts, to measure their spread; None to leave it out.
         valid_T: bool, True for tokens that count, one entry per token; None when all do.
         training: Count only a forward that a backward follows.
@@ -63,11 +73,12 @@ def count_(
     # The grad mode is read here: inside a compiled graph gradients are always off when the operator runs.
     # Outside of one, the operator's dispatch would cost more than the counting.
     run = torch.ops.moe_plugin.count_ if torch.compiler.is_compiling() else _count
-    run(tally, expert_ids_TK, selected_TK, scores_TE, valid_T, training, torch.is_grad_enabled())
+    run(tally, poison, expert_ids_TK, selected_TK, scores_TE, valid_T, training, torch.is_grad_enabled())
 
 
 def _count(
     tally: Tensor,
+    poison: Tensor | None,
     expert_ids_TK: Tensor,
     selected_TK: Tensor,
     scores_TE: Tensor | None,
@@ -81,12 +92,13 @@ def _count(
     num_experts = tally.numel() - EXTRA_SLOTS
     if valid_T is None:
         tally.scatter_add_(0, ids_N, _one(tally.device).expand(ids_N.numel()))
-        tally[num_experts].add_(_is_odd(selected_TK))
     else:
         tally[num_experts + 1].add_(ids_N.numel())
         weights_TK = valid_T.reshape(-1, 1).to(tally.dtype).expand(-1, expert_ids_TK.shape[-1])
         tally.scatter_add_(0, ids_N, weights_TK.reshape(-1))
-        tally[num_experts].add_((~selected_TK.isfinite().reshape(weights_TK.shape) * weights_TK).sum())
+        selected_TK = selected_TK.reshape(weights_TK.shape).masked_fill(weights_TK == 0, 0.0)
+    if poison is not None:
+        poison_(poison, selected_TK)
     if scores_TE is not None:
         spread_T = _spread(scores_TE)
         tally[num_experts + 2].add_((spread_T if valid_T is None else spread_T * valid_T.reshape(-1)).sum())
@@ -97,10 +109,9 @@ def _one(device: torch.device) -> Tensor:
     return torch.ones(1, dtype=torch.int64, device=device)
 
 
-def _is_odd(selected_TK: Tensor) -> Tensor:
-    """Whether anything is NaN or infinite: then the sum is, and only then does it differ from itself less itself."""
-    total = selected_TK.float().sum()
-    return (total - total) != 0
+def poison_(poison: Tensor, values: Tensor) -> None:
+    """Turn ``poison`` into NaN if a value is NaN or infinite: then so is the sum, and times zero that is NaN."""
+    poison.addcmul_(values.sum(dtype=torch.float32), poison)
 
 
 def _spread(scores_TE: Tensor) -> Tensor:
