@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from moe_plugin.adapters.selecting import FUNCTIONS, Call, arguments, kind_of, read_arguments
+from moe_plugin.adapters.selecting import FUNCTIONS, Call, read_call
 
 
 class Selection(NamedTuple):
@@ -63,18 +63,17 @@ class Intercept(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Pass every call through, except the expert selection."""
+        if func not in self.functions:  # every operation of the router passes here
+            return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
-        if func not in self.functions:
-            return func(*args, **kwargs)
-        named = arguments(func, args, kwargs)
-        call = read_arguments(kind_of(func), named)
+        call = read_call(func, args, kwargs)
         if call is None or call.k not in (0, self.top_k) or call.num_items != self.num_experts:
             return func(*args, **kwargs)
         if self.bias_E is None:
             return self._see(call, func(*args, **kwargs))
-        del named["input"]
         ranked_TE = biased(call.scores, self.bias_E, call.dim, self.zeros_masked)
-        return self._see(call, _unbiased_result(call, func(ranked_TE, **named), bool(named.get("keepdim"))))
+        result = func(ranked_TE, *args[1:], **kwargs) if args else func(**kwargs | {"input": ranked_TE})
+        return self._see(call, _unbiased_result(call, result))
 
     def _see(self, call: Call, result: Any) -> Any:
         """Note what was chosen."""
@@ -109,11 +108,11 @@ def biased(scores: Tensor, bias_E: Tensor, dim: int, zeros_masked: bool) -> Tens
     return ranked + (bias_E.view(-1, *[1] * after) if after else bias_E)
 
 
-def _unbiased_result(call: Call, result: Any, keepdim: bool) -> Any:
+def _unbiased_result(call: Call, result: Any) -> Any:
     """The result of the biased ranking with its values replaced by the unbiased scores."""
     if isinstance(result, Tensor):
         return result
     ids = result[1]
-    if call.kind == "max" and not keepdim:
-        return type(result)((call.scores.gather(call.dim, ids.unsqueeze(call.dim)).squeeze(call.dim), ids))
-    return type(result)((call.scores.gather(call.dim, ids), ids))
+    if call.keepdim:
+        return type(result)((call.scores.gather(call.dim, ids), ids))
+    return type(result)((call.scores.gather(call.dim, ids.unsqueeze(call.dim)).squeeze(call.dim), ids))

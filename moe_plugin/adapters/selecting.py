@@ -19,6 +19,7 @@ class Call(NamedTuple):
     scores: Tensor
     k: int
     dim: int
+    keepdim: bool = True
 
     @property
     def num_items(self) -> int:
@@ -26,55 +27,58 @@ class Call(NamedTuple):
         return self.scores.shape[self.dim]
 
 
-# Per kind: the functions, and the names of their positional arguments.
-_SIGNATURES: dict[str, tuple[tuple[Callable, ...], tuple[str, ...]]] = {
-    "topk": ((torch.topk, Tensor.topk), ("input", "k", "dim", "largest", "sorted")),
-    "sort": ((torch.sort, Tensor.sort), ("input", "dim", "descending", "stable")),
-    "argsort": ((torch.argsort, Tensor.argsort), ("input", "dim", "descending", "stable")),
-    "argmax": ((torch.argmax, Tensor.argmax), ("input", "dim", "keepdim")),
-    "max": ((torch.max, Tensor.max), ("input", "dim", "keepdim")),
+def read_call(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Call | None:
+    """What a call of one of `SELECTING` ranks; None if it is no ranking from the largest down along one dimension."""
+    return _READERS[func](*args, **kwargs)
+
+
+# The readers have torch's own parameters, so that Python tells positional from named ones.
+
+
+def _topk(
+    input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True, **_: Any
+) -> Call | None:
+    return _call("topk", input, k, dim) if largest and isinstance(k, int) else None
+
+
+def _sort(
+    input: Tensor, dim: int = -1, descending: bool = False, stable: bool = False, **_: Any
+) -> Call | None:
+    return _call("sort", input, 0, dim) if descending else None
+
+
+def _argsort(input: Tensor, dim: int = -1, descending: bool = False, **_: Any) -> Call | None:
+    return _call("argsort", input, 0, dim) if descending else None
+
+
+def _argmax(input: Tensor, dim: int | None = None, keepdim: bool = False, **_: Any) -> Call | None:
+    return _call("argmax", input, 1, dim, keepdim)
+
+
+def _max(input: Tensor, dim: int | None = None, keepdim: bool = False, **_: Any) -> Call | None:
+    return _call("max", input, 1, dim, keepdim)
+
+
+def _call(kind: str, scores: Tensor, k: int, dim: Any, keepdim: bool = True) -> Call | None:
+    num_dims = scores.dim()
+    return Call(kind, scores, k, dim % num_dims, keepdim) if isinstance(dim, int) and num_dims else None
+
+
+_FUNCTIONS: dict[str, tuple[Callable, ...]] = {
+    "topk": (torch.topk, Tensor.topk),
+    "sort": (torch.sort, Tensor.sort),
+    "argsort": (torch.argsort, Tensor.argsort),
+    "argmax": (torch.argmax, Tensor.argmax),
+    "max": (torch.max, Tensor.max),
 }
-_KINDS = {function: kind for kind, (functions, _) in _SIGNATURES.items() for function in functions}
-SELECTING = frozenset(_KINDS)
-NAMES = frozenset(_SIGNATURES)
-_ORDERING = ("sort", "argsort")
-_ALONG_LAST = ("topk", *_ORDERING)
+_READ = {"topk": _topk, "sort": _sort, "argsort": _argsort, "argmax": _argmax, "max": _max}
+_READERS = {function: _READ[kind] for kind, functions in _FUNCTIONS.items() for function in functions}
+SELECTING = frozenset(_READERS)
+NAMES = frozenset(_FUNCTIONS)
 _TOGETHER = (("topk",), ("sort", "argsort"), ("argmax", "max"))
 FUNCTIONS: dict[str, frozenset[Callable]] = {
-    kind: frozenset(function for each in kinds for function in _SIGNATURES[each][0])
+    kind: frozenset(function for each in kinds for function in _FUNCTIONS[each])
     for kinds in _TOGETHER
     for kind in kinds
 } | {"adapter": frozenset()}
 """By kind, the functions with which a host of that kind selects: argmax gives the ids, max also their values."""
-
-
-def kind_of(func: Callable) -> str:
-    """The kind of one of `SELECTING`."""
-    return _KINDS[func]
-
-
-def arguments(func: Callable, args: tuple, kwargs: dict[str, Any]) -> dict[str, Any]:
-    """The arguments of a selecting call by name."""
-    named = dict(zip(_SIGNATURES[_KINDS[func]][1], args, strict=False)) | kwargs
-    if "self" in named:
-        named["input"] = named.pop("self")
-    return named
-
-
-def read_call(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Call | None:
-    """What a call of one of `SELECTING` ranks; None if it is no ranking from the largest down along one dimension."""
-    return read_arguments(_KINDS[func], arguments(func, args, kwargs))
-
-
-def read_arguments(kind: str, named: dict[str, Any]) -> Call | None:
-    """The same, from `arguments`."""
-    scores = named["input"]
-    dim = named.get("dim", -1 if kind in _ALONG_LAST else None)
-    if not isinstance(dim, int) or scores.dim() == 0:
-        return None
-    if kind == "topk" and not named.get("largest", True):
-        return None
-    if kind in _ORDERING and not named.get("descending", False):
-        return None
-    k = named.get("k", 0) if kind == "topk" else 0 if kind in _ORDERING else 1
-    return Call(kind, scores, k, dim % scores.dim()) if isinstance(k, int) else None

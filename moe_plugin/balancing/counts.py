@@ -19,7 +19,7 @@ Counting is a ``torch.library`` operator that changes the tally, so that it surv
 
 from __future__ import annotations
 
-from functools import cache
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -88,11 +88,11 @@ def _count(
 ) -> None:
     if training and not is_training_forward(grad_enabled):
         return
-    ids_N = expert_ids_TK.reshape(-1)
-    num_experts = tally.numel() - EXTRA_SLOTS
+    ids_N = expert_ids_TK.view(-1) if expert_ids_TK.is_contiguous() else expert_ids_TK.reshape(-1)
     if valid_T is None:
-        tally.scatter_add_(0, ids_N, _one(tally.device).expand(ids_N.numel()))
+        tally.scatter_add_(0, ids_N, _ones(ids_N.shape[0], tally.device))
     else:
+        num_experts = tally.numel() - EXTRA_SLOTS
         tally[num_experts + 1].add_(ids_N.numel())
         weights_TK = valid_T.reshape(-1, 1).to(tally.dtype).expand(-1, expert_ids_TK.shape[-1])
         tally.scatter_add_(0, ids_N, weights_TK.reshape(-1))
@@ -101,12 +101,13 @@ def _count(
         poison_(poison, selected_TK)
     if scores_TE is not None:
         spread_T = _spread(scores_TE)
-        tally[num_experts + 2].add_((spread_T if valid_T is None else spread_T * valid_T.reshape(-1)).sum())
+        tally[-1].add_((spread_T if valid_T is None else spread_T * valid_T.reshape(-1)).sum())
 
 
-@cache
-def _one(device: torch.device) -> Tensor:
-    return torch.ones(1, dtype=torch.int64, device=device)
+@lru_cache(maxsize=256)
+def _ones(count: int, device: torch.device) -> Tensor:
+    """Ones that take the room of one."""
+    return torch.ones(1, dtype=torch.int64, device=device).expand(count)
 
 
 def poison_(poison: Tensor, values: Tensor) -> None:
