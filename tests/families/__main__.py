@@ -48,13 +48,13 @@ Nothing below is a list that the code goes by: routers are found by their struct
 `moe_plugin/adapters/families/`.
 
 *Driven* is what the updates move: a tensor that the model owns, which then lies in its own checkpoint, or a bias of
-ours, added in the named selecting call. *Gate weights* names the function of the unbiased scores to which they were
-found proportional, computed independently; *not checked* where the router's output doesn't hold scores, weights and
-ids.
+ours, added in the named selecting call. *Gate weights* names the function of the unbiased scores that they were found
+to be, computed independently: times one factor, or brought to one sum per token.
 
-*Verified* means: bit-identical outputs and gradients at zero bias; counts equal to unpadded tokens x k, also under both
-kinds of activation checkpointing; a large bias draws every token, with unbiased gate weights; updates move every bias;
-the same `state_dict` keys; deepcopy and pickle; saving and loading; bf16 with an fp32 bias; `remove()`.
+*Verified* means: bit-identical outputs, loss and gradients at zero bias; outputs that a bias changes only by the
+experts it selects; counts equal to unpadded tokens x k, also under both kinds of activation checkpointing; a large bias
+draws every token, with unbiased gate weights; updates move every bias; the same `state_dict` keys; deepcopy and pickle;
+saving and loading; bf16 with an fp32 bias; `remove()`.
 """
 
 

@@ -6,6 +6,7 @@ Shape legend: E experts.
 from __future__ import annotations
 
 import copy
+import inspect
 import io
 import tempfile
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from transformers import PreTrainedModel
 from moe_plugin.adapters.site import Site
 from moe_plugin.balance import Balanced, balance_, find_balanced
 from moe_plugin.balancing.rules import Sign
+from tests.families import odd_gates
 from tests.families.gates import explained
 from tests.families.inputs import inputs_of, tokens_at
 
@@ -58,6 +60,7 @@ def verify(model: PreTrainedModel) -> Verified:
     counts_are_exact(model, balanced, inputs)
     counts_are_exact_under_checkpointing(model, inputs, checkpoints)
     gates = large_bias_draws_every_token(model, balanced, inputs)
+    bias_that_changes_no_selection_changes_nothing(model, balanced, inputs)
     update_moves_bias(model, balanced, inputs)
     copies_are_alike(model, inputs)
     notes = bias_survives_saving(model, balanced, inputs if exact else None)
@@ -73,6 +76,7 @@ def verify(model: PreTrainedModel) -> Verified:
 
 def zero_bias_changes_nothing(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
     """Outputs, loss and gradients are bit-identical with a bias of zero."""
+    inputs = _with_labels(model, inputs)
     results = []
     for attach in (False, True):
         copied = copy.deepcopy(model)
@@ -128,6 +132,7 @@ def large_bias_draws_every_token(model: PreTrainedModel, balanced: Balanced, inp
     for site in balanced.values():
         site.bias[1] += LARGE
     counts_are_exact(model, balanced, inputs)
+    _evaluate(model, inputs)
     for name, site in balanced.items():
         if not (site.zeros_masked and not site.host_owns_bias):  # closed groups stay closed
             drawn = int(site.counts[1])
@@ -135,7 +140,28 @@ def large_bias_draws_every_token(model: PreTrainedModel, balanced: Balanced, inp
         site.bias.copy_(before[name])
     for handle in handles:
         handle.remove()
-    return ", ".join(found) or "not checked"
+    assert found, "gate weights not checked"
+    return ", ".join(found)
+
+
+def bias_that_changes_no_selection_changes_nothing(
+    model: PreTrainedModel, balanced: Balanced, inputs: dict[str, Any]
+) -> None:
+    """While every token keeps its experts, outputs are bit-identical: no gate weight sees the bias."""
+    before = {name: site.bias.clone() for name, site in balanced.items()}
+    plain, chosen = _selections(model, balanced, inputs)
+    generator = torch.Generator().manual_seed(2)
+    kept = False
+    for size in (1e-3, 1e-4, 1e-5, 1e-6):
+        for name, site in balanced.items():
+            site.bias.copy_(before[name] + size * torch.randn(before[name].shape, generator=generator))
+        biased, chosen_now = _selections(model, balanced, inputs)
+        if chosen_now == chosen:
+            kept = True
+            assert torch.equal(plain, biased), "the output depends on the bias beyond the selection"
+    assert kept, "no bias was small enough to leave the selection alone"
+    for name, site in balanced.items():
+        site.bias.copy_(before[name])
 
 
 def update_moves_bias(model: PreTrainedModel, balanced: Balanced, inputs: dict[str, Any]) -> None:
@@ -265,10 +291,37 @@ def _evaluate(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
     return output
 
 
+def _selections(
+    model: PreTrainedModel, balanced: Balanced, inputs: dict[str, Any]
+) -> tuple[Tensor, list[list[int]]]:
+    """The model's output, and the experts of every token at every site."""
+    chosen: list[list[int]] = []
+    for site in balanced.values():
+        site.observer = lambda selection, _valid: chosen.append(selection.expert_ids_TK.flatten().tolist())
+    output = _evaluate(model, inputs)
+    for site in balanced.values():
+        site.observer = None
+    return output, chosen
+
+
+def _with_labels(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
+    """The inputs with labels where the host can take them, so that its own loss is the first output."""
+    if "labels" not in inspect.signature(model.forward).parameters:
+        return inputs
+    labelled = {**inputs, "labels": inputs.get("decoder_input_ids", inputs["input_ids"])}
+    try:
+        _step(copy.deepcopy(model), labelled)
+    except (RuntimeError, ValueError, TypeError, IndexError):
+        return inputs
+    return labelled
+
+
 def _explain(site: Site, found: dict[str, None]) -> Any:
-    def hook(_module: Any, _args: Any, output: Any) -> None:
-        adapted = site.kind == "adapter"
-        formula = None if adapted else explained(output, site.num_experts, site.top_k)
+    @torch.no_grad()
+    def hook(router: Any, args: Any, output: Any) -> None:
+        formula = odd_gates.explained(router, args[0], output, site.bias)
+        if formula is None and site.kind != "adapter":
+            formula = explained(output, site.num_experts, site.top_k)
         if formula is not None:
             found[formula] = None
 

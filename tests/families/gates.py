@@ -23,7 +23,7 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def explained(output: Any, num_experts: int, top_k: int) -> str | None:
-    """Which function of the scores the gate weights are, up to a factor per token; None if the output doesn't tell.
+    """Which function of the scores the gate weights are, up to a factor or a sum; None if the output doesn't tell.
 
     Raises:
         AssertionError: If the output has scores, weights and ids, and no formula gives the weights.
@@ -46,7 +46,13 @@ def explained(output: Any, num_experts: int, top_k: int) -> str | None:
 
 
 def _proportional(ours_TK: Tensor, theirs_TK: Tensor) -> bool:
-    """Whether each token's weights are its scores times a factor; with one expert per token, the same for all."""
-    ratio_TK = ours_TK / theirs_TK
-    one = ratio_TK[0, 0] if ratio_TK.shape[1] == 1 else ratio_TK[:, :1]
-    return bool(torch.allclose(ratio_TK, one.expand_as(ratio_TK), rtol=1e-3, atol=1e-6))
+    """Whether the weights are the scores times one factor, or the scores of each token brought to one sum."""
+    ratio_TK, sum_T = ours_TK / theirs_TK, ours_TK.sum(-1)
+    per_token = _same(ratio_TK, ratio_TK[:, :1])
+    return per_token and (
+        _same(ratio_TK, ratio_TK[:1, :1]) or (_same(sum_T, sum_T[:1]) and ours_TK.shape[1] > 1)
+    )
+
+
+def _same(values: Tensor, one: Tensor) -> bool:
+    return torch.allclose(values, one.expand_as(values), rtol=1e-3, atol=1e-6)
