@@ -1,4 +1,4 @@
-"""What an attached site costs beside its host's router, in eager mode on one thread.
+"""What an attached site costs beside its host's router, in eager mode and compiled, on one thread.
 
     python benchmarks/attach.py [--out attach.json]
 
@@ -83,9 +83,9 @@ def main() -> None:
     out = parser.parse_args().out
     torch.set_num_threads(1)
     rows = [
-        measured(router, tokens, rate)
+        measured(router, tokens, rate, mode)
         for router in (SoftmaxRouter, OwningRouter)
-        for rate in (0.001, "auto")
+        for mode, rate in (("eager", 0.001), ("eager", "auto"), ("compiled", 0.001))
         for tokens in ROUNDS
     ]
     sys.stdout.write(table(rows))
@@ -93,7 +93,7 @@ def main() -> None:
         out.write_text(json.dumps(rows, indent=2))
 
 
-def measured(router: Callable[[], nn.Module], tokens: int, rate: float | str) -> dict:
+def measured(router: Callable[[], nn.Module], tokens: int, rate: float | str, mode: str) -> dict:
     """Cost of the attached router at this many tokens."""
     plain = router()
     block = Block(copy.deepcopy(plain))
@@ -101,14 +101,19 @@ def measured(router: Callable[[], nn.Module], tokens: int, rate: float | str) ->
     x_TD = torch.randn(tokens, D)
     assert torch.equal(plain(x_TD)[1], block.router(x_TD)[1])
     assert counted(site, tokens)
-    host, cost = paired(lambda: plain(x_TD), lambda: block.router(x_TD), ROUNDS[tokens])
+    attached = block.router
+    if mode == "compiled":
+        torch.compiler.reset()
+        plain, attached = (torch.compile(each, fullgraph=True) for each in (plain, attached))
+    host, cost = paired(lambda: plain(x_TD), lambda: attached(x_TD), ROUNDS[tokens])
     if site.measures_spread:
         site.spread_is_due = False
-        between = paired(lambda: plain(x_TD), lambda: block.router(x_TD), ROUNDS[tokens])[1]
+        between = paired(lambda: plain(x_TD), lambda: attached(x_TD), ROUNDS[tokens])[1]
         cost = between + (cost - between) / SPREAD_EVERY
     one_op = paired(lambda: None, lambda: SMALL + 1, 2000)[1]
     return {
-        "router": type(plain).__name__,
+        "router": type(block.router).__name__,
+        "mode": mode,
         "rate": rate,
         "tokens": tokens,
         "router_us": round(host, 1),
@@ -139,9 +144,11 @@ def paired(plain: Callable[[], object], attached: Callable[[], object], rounds: 
 
 def table(rows: list[dict]) -> str:
     """The rows as text."""
-    lines = [f"{'router':<15}{'rate':>7}{'tokens':>8}{'router us':>11}{'cost us':>9}{'share':>8}{'ops':>7}"]
+    lines = [
+        f"{'router':<15}{'mode':>9}{'rate':>7}{'tokens':>8}{'router us':>11}{'cost us':>9}{'share':>8}{'ops':>7}"
+    ]
     lines += [
-        f"{r['router']:<15}{r['rate']:>7}{r['tokens']:>8}{r['router_us']:>11.1f}{r['cost_us']:>9.1f}{r['share']:>8.1%}"
+        f"{r['router']:<15}{r['mode']:>9}{r['rate']:>7}{r['tokens']:>8}{r['router_us']:>11.1f}{r['cost_us']:>9.1f}{r['share']:>8.1%}"
         f"{r['ops']:>7.0f}"
         for r in rows
     ]
