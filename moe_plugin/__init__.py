@@ -6,18 +6,31 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moe_plugin.adapters.adapter import Adapter
     from moe_plugin.balance import balance_
-    from moe_plugin.balancing.rules import Proportional, Sign
+    from moe_plugin.balancing.rules import (
+        PID,
+        Momentum,
+        Multiplicative,
+        PrimalDual,
+        Proportional,
+        Quantile,
+        Sign,
+    )
     from moe_plugin.balancing.schedule import RateSchedule
     from moe_plugin.callbacks.calibration import Calibration
     from moe_plugin.callbacks.load_monitor import LoadMonitor
     from moe_plugin.callbacks.loss_free import LossFreeBalancing
 
 __all__ = [
+    "PID",
     "Adapter",
     "Calibration",
     "LoadMonitor",
     "LossFreeBalancing",
+    "Momentum",
+    "Multiplicative",
+    "PrimalDual",
     "Proportional",
+    "Quantile",
     "RateSchedule",
     "Sign",
     "balance_",
@@ -29,7 +42,12 @@ _HOMES = {
     "Calibration": "moe_plugin.callbacks.calibration",
     "LoadMonitor": "moe_plugin.callbacks.load_monitor",
     "LossFreeBalancing": "moe_plugin.callbacks.loss_free",
+    "Momentum": "moe_plugin.balancing.rules",
+    "Multiplicative": "moe_plugin.balancing.rules",
+    "PID": "moe_plugin.balancing.rules",
+    "PrimalDual": "moe_plugin.balancing.rules",
     "Proportional": "moe_plugin.balancing.rules",
+    "Quantile": "moe_plugin.balancing.rules",
     "RateSchedule": "moe_plugin.balancing.schedule",
     "Sign": "moe_plugin.balancing.rules",
     "balance_": "moe_plugin.balance",

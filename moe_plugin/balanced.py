@@ -18,7 +18,7 @@ from moe_plugin.adapters.site import Site
 from moe_plugin.balancing.counts import SPREAD_UNIT
 from moe_plugin.balancing.rate import resolve_rate
 from moe_plugin.balancing.reduce import all_reduce_
-from moe_plugin.balancing.rules import Rule
+from moe_plugin.balancing.rules import Load, Rule
 from moe_plugin.balancing.schedule import RateSchedule
 from moe_plugin.errors import CheckpointError, EffectError
 from moe_plugin.sidecar import read_sidecar, write_sidecar
@@ -71,6 +71,8 @@ class Balanced(Mapping[str, Site]):
         self._schedule = schedule
         for site, rule in zip(sites, rules, strict=True):
             site.measures_spread = rule is not None and rule.rate == "auto"
+            if getattr(rule, "needs_gaps", False):
+                site.measure_gaps_()
         model.__dict__[_ATTRIBUTE] = self
 
     def __getitem__(self, name: str) -> Site:
@@ -110,8 +112,9 @@ class Balanced(Mapping[str, Site]):
         Raises:
             EffectError: In the first update, if a site saw no tokens.
         """
+        gaps = {name: site.gaps_EG.clone() for name, site in self.items() if site.gaps_EG is not None}
         tallies = [site.take_tally() for site in self.values()]
-        all_reduce_(tallies, self.process_group)
+        all_reduce_([*tallies, *gaps.values()], self.process_group)
         self._count_steps_(self.step + 1)
         if self.step == 1:
             self._check_effect(tallies)
@@ -119,7 +122,7 @@ class Balanced(Mapping[str, Site]):
         counts = {}
         for site, tally in zip(self.values(), tallies, strict=True):
             counts[site.name] = torch.where(healthy, tally[: site.num_experts], 0)
-            self._move_bias_(site, counts[site.name], tally)
+            self._move_bias_(site, counts[site.name], tally, gaps.get(site.name))
         self.record = LoadRecord(self.step, counts, {site.name: site.bias for site in self.values()})
         return self.record
 
@@ -220,13 +223,22 @@ class Balanced(Mapping[str, Site]):
 
         return export(self._model, self, self.step, model, None if path is None else Path(path))
 
-    def _move_bias_(self, site: Site, counts_E: Tensor, tally: Tensor) -> None:
+    def _move_bias_(self, site: Site, counts_E: Tensor, tally: Tensor, gaps_EG: Tensor | None) -> None:
         rule = self._rules[site.name]
         factor = self._schedule(self.step)
         if rule is None or factor == 0:
             return
-        rate = resolve_rate(rule.rate, self._spread(site, counts_E, tally))
-        site.bias.add_(rule.direction(counts_E, self._states[site.name]) * (rate * factor))
+        rate = resolve_rate(rule.rate, self._spread(site, counts_E, tally)) * factor
+        before = self._states[site.name]
+        memory = dict(before)
+        step_E = rule.step(Load(counts_E, site.bias, gaps_EG), rate, memory)
+        # A step without tokens leaves no trace: neither in the bias nor in what the rule remembers.
+        moves = counts_E.sum() > 0
+        site.bias.add_(step_E.where(moves, 0.0))
+        for key, value in memory.items():
+            if value is not before.get(key):
+                memory[key] = value.where(moves, before.get(key, torch.zeros_like(value)))
+        self._states[site.name] = memory
 
     def _spread(self, site: Site, counts_E: Tensor, tally: Tensor) -> Tensor:
         """The score spread as last measured: it changes slowly, so that one step in `SPREAD_EVERY` measures it."""

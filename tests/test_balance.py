@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from moe_plugin.balance import balance_, find_balanced
-from moe_plugin.balancing.rules import Proportional, Sign
+from moe_plugin.balancing.rules import PID, Load, Momentum, PrimalDual, Proportional, Quantile, Sign
 from moe_plugin.balancing.schedule import RateSchedule
 from moe_plugin.errors import AttachError, CheckpointError, EffectError
 from moe_plugin.routing import Router
@@ -40,6 +40,10 @@ def seed():
 
 def tokens(batch=3, length=7):
     return torch.randint(0, 32, (batch, length))
+
+
+def sign_step(counts_E, rate):
+    return Sign().step(Load(counts_E, torch.zeros(len(counts_E))), rate, {}).float()
 
 
 def train_step(model, x):
@@ -251,7 +255,7 @@ class TestUpdate:
         record = balanced.update()
         for name, site in balanced.items():
             assert torch.equal(record.counts[name], counts[name])
-            assert torch.equal(site.bias, 0.125 * Sign().direction(counts[name], {}))
+            assert torch.equal(site.bias, sign_step(counts[name], 0.125))
             assert site.counts.sum() == 0
         assert balanced.record is record
         assert record.step == 1
@@ -282,12 +286,12 @@ class TestUpdate:
         model = Host()
         balanced = balance_(model, Sign(rate=1.0), schedule=RateSchedule(warmup_steps=4, freeze_after=1))
         train_step(model, tokens())
-        direction_E = Sign().direction(balanced["layers.0.router"].counts, {})
+        step_E = sign_step(balanced["layers.0.router"].counts, 0.25)
         balanced.update()
-        assert torch.equal(balanced["layers.0.router"].bias, 0.25 * direction_E)
+        assert torch.equal(balanced["layers.0.router"].bias, step_E)
         train_step(model, tokens())
         balanced.update()
-        assert torch.equal(balanced["layers.0.router"].bias, 0.25 * direction_E)
+        assert torch.equal(balanced["layers.0.router"].bias, step_E)
 
     @pytest.mark.parametrize("rule", [Sign(rate=0.1), Proportional(rate=0.1)])
     def test_non_finite_step_moves_nothing(self, rule):
@@ -435,10 +439,55 @@ class TestState:
             balance_(Host(), sites="layers.0.*").load_state_dict(state)
 
 
-def ranks_update(rank, results, split):
+MEMORIES = [Momentum(rate=0.1), PID(rate=0.1), PrimalDual(rate=0.1), Quantile()]
+
+
+@pytest.mark.parametrize("rule", MEMORIES, ids=lambda rule: type(rule).__name__)
+class TestMemory:
+    @staticmethod
+    def run(balanced, steps):
+        model = balanced._model
+        for step in steps:
+            torch.manual_seed(100 + step)
+            train_step(model, tokens())
+            balanced.update()
+        return [site.bias.tolist() for site in balanced.values()]
+
+    def test_resumed_rule_continues_exactly(self, rule, tmp_path):
+        first = balance_(Host(), rule)
+        twin = balance_(copy.deepcopy(first._model), rule)
+        whole = self.run(twin, range(4))
+        self.run(first, range(2))
+        first.save(tmp_path / "bias.safetensors")
+        resumed = balance_(copy.deepcopy(first._model), rule)
+        resumed.load(tmp_path / "bias.safetensors")
+        assert self.run(resumed, range(2, 4)) == whole
+
+    def test_rejected_step_leaves_no_trace(self, rule):
+        balanced = balance_(Host(), rule)
+        twin = balance_(copy.deepcopy(balanced._model), rule)
+        self.run(balanced, range(2))
+        balanced.reject_if_(torch.tensor(True))
+        self.run(balanced, [7])
+        assert self.run(balanced, [2]) == self.run(twin, range(3))
+
+    @pytest.mark.parametrize("parts", [2, 4])
+    def test_accumulation_changes_nothing(self, rule, parts):
+        balanced = balance_(Host(), rule)
+        twin = balance_(copy.deepcopy(balanced._model), rule)
+        for _ in range(3):
+            x = tokens(4, 8)
+            train_step(balanced._model, x)
+            for part in x.chunk(parts):
+                train_step(twin._model, part)
+            balanced.update(), twin.update()
+        assert [s.bias.tolist() for s in balanced.values()] == [s.bias.tolist() for s in twin.values()]
+
+
+def ranks_update(rank, results, split, rule):
     torch.manual_seed(0)
     model = Host()
-    balanced = balance_(model, Sign(rate=0.1))
+    balanced = balance_(model, rule)
     for step in range(3):
         torch.manual_seed(10 + step)
         x = tokens(4, 8)
@@ -455,9 +504,12 @@ def ranks_update(rank, results, split):
 
 
 class TestRanks:
+    @pytest.mark.parametrize(
+        "rule", [Sign(rate=0.1), Momentum(), Quantile()], ids=lambda rule: type(rule).__name__
+    )
     @pytest.mark.parametrize("split", [[2, 2], [1, 3], [0, 4]])
-    def test_any_split_over_ranks_equals_one_process(self, split, on_ranks):
+    def test_any_split_over_ranks_equals_one_process(self, rule, split, on_ranks):
         alone: dict = {}
-        ranks_update(0, alone, [4])
-        results = on_ranks(2, ranks_update, split)
+        ranks_update(0, alone, [4], rule)
+        results = on_ranks(2, ranks_update, split, rule)
         assert results[0] == results[1] == alone[0]

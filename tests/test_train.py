@@ -8,9 +8,11 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 from omegaconf import OmegaConf
 
 from moe_plugin import evaluate, train
+from moe_plugin.launch.compose import conf_dir
 
 SMALL = [
     "experts=8",
@@ -134,6 +136,27 @@ class TestSweep:
         assert [float(row["val_loss"]) for row in rows] == [summary(folder / job)["val_loss"] for job in "01"]
 
 
+class TestRules:
+    def test_sweep_over_all_rules_trains_with_each(self) -> None:
+        rules = sorted(path.stem for path in (conf_dir() / "rule").glob("*.yaml"))
+        train.main([*SMALL, "-m", f"rule={','.join(rules)}", "trainer.max_steps=1"])
+        with (run_folder() / "sweep_summary.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert sorted(row["rule"] for row in rows) == rules
+        assert all(math.isfinite(float(row["val_loss"])) for row in rows)
+
+    def test_rules_by_layer_reach_their_routers(self) -> None:
+        train.main([*SMALL, "model.num_layers=2", "rule=by_layer"])
+        (state,) = (
+            value
+            for key, value in torch.load(run_folder() / "checkpoints" / "last.ckpt")["callbacks"].items()
+            if "LossFreeBalancing" in key
+        )
+        first_E, second_E = (site["bias"] for site in state["sites"].values())
+        assert 0 < first_E.abs().max() <= 2 * 2 * 0.001
+        assert second_E.abs().max() > 2 * 2 * 0.001
+
+
 class TestWrongUse:
     @pytest.mark.parametrize(
         ("words", "message"),
@@ -153,8 +176,8 @@ class TestWrongUse:
             (["trainer.accumulate_grad_batches=0"], "'trainer.accumulate_grad_batches' must be >= 1, got 0."),
             (["+trainer.foo=1"], "'trainer.foo' (got 1) is not a key of 'trainer'."),
             (["experts.top_k=99"], "'experts.top_k' must be <= num_experts (8), got 99."),
-            (["balancing.callback.rule.rate=abc"], "'balancing.callback.rule.rate' must be"),
-            (["balancing.callback.rule.rate=-0.1"], "'balancing.callback.rule.rate' must be"),
+            (["rule.rate=abc"], "'rule.rate' must be"),
+            (["rule.rate=-0.1"], "'rule.rate' must be"),
             (["model.num_layers=two"], "'model.num_layers' must be a whole number, got 'two'."),
             (["model._target_=moe_plugin.Nope"], "'model._target_' must name a class or function"),
             (["callbacks.checkpoint.mode=mn"], "'callbacks.checkpoint'"),

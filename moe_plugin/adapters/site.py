@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from moe_plugin.adapters.intercept import Selection
 from moe_plugin.adapters.token_mask import TokenMask
 from moe_plugin.balancing.counts import EXTRA_SLOTS, count_, new_poison, new_tally
+from moe_plugin.balancing.gaps import count_gaps_, new_gaps
 from moe_plugin.errors import EffectError
 
 Observer = Callable[[Selection, Tensor | None], None]
@@ -31,6 +32,7 @@ class Site:
         proven: Whether it was seen that the host's own bias reaches its selection.
         measures_spread: Whether the spread of the scores is measured, which ``rate: auto`` needs.
         spread_is_due: Whether it is measured in this step.
+        gaps_EG: How far scores were from being selected since the last update; int64, None if not measured.
         observer: Takes each selection and its bool (T,) mask of real tokens, which then do not count; None lets them.
     """
 
@@ -64,6 +66,7 @@ class Site:
         self.masked = token_mask.describes(name)
         self.measures_spread = False
         self.spread_is_due = True
+        self.gaps_EG: Tensor | None = None
         self.observer: Observer | None = None
         # Plain tensors, not buffers: DDP would overwrite every rank's counts by those of rank 0.
         self.tally = new_tally(num_experts)
@@ -120,9 +123,16 @@ class Site:
             valid_T=valid_T,
             training=training,
         )
+        if self.gaps_EG is not None and training:
+            ranked_TE = self.unbiased(selection.ranked_TE.detach())
+            count_gaps_(self.gaps_EG, ranked_TE + self.bias, self.top_k, valid_T)
+
+    def measure_gaps_(self) -> None:
+        """Count from now on how far scores are from being selected, which some rules need."""
+        self.gaps_EG = new_gaps(self.num_experts).to(self.tally.device)
 
     def take_tally(self) -> Tensor:
-        """The tally of this rank since the last call, restarted from zero; int64 (E + EXTRA_SLOTS,)."""
+        """The tally of this rank since the last call; int64 (E + EXTRA_SLOTS,). All counting restarts from zero."""
         taken = self.tally.clone()
         taken[self.num_experts] += self.poison.isnan()
         self.discard_()
@@ -134,6 +144,8 @@ class Site:
         """Forget what was counted since the last `take_tally`."""
         self.tally.zero_()
         self.poison.zero_()
+        if self.gaps_EG is not None:
+            self.gaps_EG.zero_()
 
     def unbiased(self, ranked_TE: Tensor) -> Tensor:
         """The scores behind what the host ranked: without its own bias, and -inf for experts of closed groups."""
@@ -149,6 +161,8 @@ class Site:
             self.tally = self.tally.to(device)
             self.eval_tally = self.eval_tally.to(device)
             self.poison = self.poison.to(device)
+            if self.gaps_EG is not None:
+                self.gaps_EG = self.gaps_EG.to(device)
 
 
 def _joined(seen: list[Selection]) -> Selection:

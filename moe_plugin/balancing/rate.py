@@ -2,27 +2,22 @@
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor
 
-from moe_plugin.errors import ConfigError
+from moe_plugin.balancing.check import check_not_negative
 
 AUTO_FRACTION = 0.05
 """`rate: auto` moves a bias by this fraction of the spread of its site's scores."""
 
 
-def check_rate(rate: float | str) -> float | str:
-    """Return a valid rate unchanged.
+def check_rate(rate: float | str) -> None:
+    """Check a rate.
 
     Raises:
         ConfigError: Unless it is a finite number >= 0 or 'auto'.
     """
-    if rate == "auto":
-        return rate
-    if isinstance(rate, (str, bool)) or not isinstance(rate, (int, float)) or not 0 <= rate < math.inf:
-        raise ConfigError(f"'rate' must be a number >= 0 or 'auto', got {rate!r}.")
-    return rate
+    if rate != "auto":
+        check_not_negative("rate", rate, "a number >= 0 or 'auto'")
 
 
 def resolve_rate(rate: float | str, spread: Tensor) -> float | Tensor:

@@ -11,7 +11,7 @@ from torch.optim import Optimizer
 
 from moe_plugin.adapters.adapter import Adapter
 from moe_plugin.balance import DEFAULT_RULE, Rules, Sites, balance_
-from moe_plugin.balancing.rules import Proportional, Sign
+from moe_plugin.balancing.rules import AnyRule
 from moe_plugin.balancing.schedule import RateSchedule
 from moe_plugin.callbacks.attachment import Attachment
 from moe_plugin.callbacks.calibration import Calibration
@@ -32,8 +32,8 @@ class LossFreeBalancing(Callback):
 
     def __init__(
         self,
-        # Sign and Proportional by name for LightningCLI, which cannot tell a dataclass from a protocol's methods.
-        rule: Rules | Proportional | Sign = DEFAULT_RULE,
+        # Our rules by name for LightningCLI, which cannot tell a dataclass from a protocol's methods.
+        rule: Rules | AnyRule = DEFAULT_RULE,
         schedule: RateSchedule | None = None,
         sites: Sites = None,
         mask: str | None = "attention_mask",

@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 
 from moe_plugin import LossFreeBalancing
 from moe_plugin.balance import find_balanced
-from moe_plugin.balancing.rules import Sign
+from moe_plugin.balancing.rules import Load, Sign
 from moe_plugin.balancing.schedule import RateSchedule
 from moe_plugin.errors import AttachError, CheckpointError, ConfigError
 from tests.hosts import Host, OwningRouter, SoftmaxRouter
@@ -92,7 +92,7 @@ def slow_biases(project_type, steps):
                 gates_TE = torch.zeros(len(ids_TK), 4).scatter(1, ids_TK, weights_TK)
                 hidden = hidden + (gates_TE[..., None] * out).sum(1).view_as(hidden)
         for bias_E, counts_E in zip(bias_LE, counts_LE, strict=True):
-            bias_E += RATE * Sign().direction(counts_E, {})
+            bias_E += Sign().step(Load(counts_E, bias_E), RATE, {})
     return [bias_E.tolist() for bias_E in bias_LE]
 
 

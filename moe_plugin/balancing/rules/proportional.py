@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
+from moe_plugin.balancing.check import check_positive
 from moe_plugin.balancing.rate import check_rate
-from moe_plugin.errors import ConfigError
+from moe_plugin.balancing.rules.load import Load, centred
+from moe_plugin.balancing.rules.rule import Memory
 
 
 @dataclass(frozen=True)
@@ -34,15 +34,11 @@ class Proportional:
             ConfigError: If the rate is negative or not a number, or the limit is not positive.
         """
         check_rate(self.rate)
-        if self.limit is not None and not (
-            isinstance(self.limit, (int, float)) and 0 < self.limit < math.inf
-        ):
-            raise ConfigError(f"'limit' must be a number > 0 or null, got {self.limit!r}.")
-
-    def direction(self, counts_E: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """Normalised load errors, see `Rule.direction`."""
-        total = counts_E.sum(-1, keepdim=True)
-        error_E = (total - counts_E.shape[-1] * counts_E).double() / total.clamp(min=1).double()
         if self.limit is not None:
-            error_E = error_E.clamp(-self.limit, self.limit)
-        return (error_E - error_E.mean(-1, keepdim=True)).to(torch.float32)
+            check_positive("limit", self.limit, "a number > 0 or null")
+
+    def step(self, load: Load, rate: float | Tensor, memory: Memory) -> Tensor:
+        """The rate times the load error, see `Rule.step`."""
+        if self.limit is None:
+            return rate * load.error_E
+        return rate * centred(load.error_E.clamp(-self.limit, self.limit))

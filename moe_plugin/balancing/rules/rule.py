@@ -6,25 +6,36 @@ from typing import Protocol, runtime_checkable
 
 from torch import Tensor
 
+from moe_plugin.balancing.rules.load import Load
+
+Memory = dict[str, Tensor]
+"""What a rule keeps of earlier steps at one site, saved in checkpoints. A key that is missing stands for zero."""
+
 
 @runtime_checkable
 class Rule(Protocol):
-    """Turns the load of one step into a direction for the bias."""
+    """Turns the load of one step into a step of the bias.
+
+    A rule that sets ``needs_gaps = True`` also sees how far scores were from being selected.
+    """
 
     @property
     def rate(self) -> float | str:
-        """Length of a step in score units, or 'auto' for a fraction of the site's score spread."""
+        """Size of a step in score units, or 'auto' for a fraction of the site's score spread."""
         ...
 
-    def direction(self, counts_E: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """The way to move the bias, before the rate.
+    def step(self, load: Load, rate: float | Tensor, memory: Memory) -> Tensor:
+        """How far to move the bias.
+
+        It is called by all ranks with the same numbers. What comes of a step that must change nothing (a skipped,
+        non-finite or empty one) is thrown away, the memory of it too, so that rules need not look for those.
 
         Args:
-            counts_E: Tokens per expert of this step over all ranks; int64 (..., E). All zero for a step that
-                must change nothing: a skipped, non-finite or empty one.
-            state: The rule's own memory for this site, changed in place; tensors only, saved in checkpoints.
+            load: The load of this step.
+            rate: The rule's rate in this step: resolved where it is 'auto', times the schedule.
+            memory: The rule's memory of this site. New tensors are put in the place of old ones; none is changed.
 
         Returns:
-            fp32 (..., E) with zero mean over the experts unless the rule says otherwise.
+            float64 (..., E) with zero mean over the experts unless the rule says otherwise.
         """
         ...

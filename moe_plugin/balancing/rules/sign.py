@@ -7,13 +7,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moe_plugin.balancing.rate import check_rate
+from moe_plugin.balancing.rules.load import Load, centred
+from moe_plugin.balancing.rules.rule import Memory
 
 
 @dataclass(frozen=True)
 class Sign:
     """Algorithm 1 of arXiv 2408.15664: ``b_i += rate * sign(mean(c) - c_i)``, by default centred.
 
-    The sign is taken in integers, ``sign(sum(c) - E c_i)``: a floating-point mean gets it wrong at large counts.
+    Centred it is torchtitan's update, otherwise that of the paper, of Megatron-LM (``get_updated_expert_bias``) and of
+    OLMo-core (``bias_gamma``). The sign is taken in integers, ``sign(sum(c) - E c_i)``: a floating-point mean gets it
+    wrong at large counts.
 
     Attributes:
         rate: Step in score units, or 'auto'. The paper uses 0.001 with sigmoid scores.
@@ -31,8 +35,6 @@ class Sign:
         """
         check_rate(self.rate)
 
-    def direction(self, counts_E: Tensor, state: dict[str, Tensor]) -> Tensor:
-        """Signs of the load error, see `Rule.direction`."""
-        num_experts = counts_E.shape[-1]
-        signs_E = (counts_E.sum(-1, keepdim=True) - num_experts * counts_E).sign().float()
-        return signs_E - signs_E.mean(-1, keepdim=True) if self.centred else signs_E
+    def step(self, load: Load, rate: float | Tensor, memory: Memory) -> Tensor:
+        """The rate times the sign of the load error, see `Rule.step`."""
+        return rate * (centred(load.signs_E) if self.centred else load.signs_E.double())

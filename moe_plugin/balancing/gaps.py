@@ -1,0 +1,71 @@
+"""Histograms of how far every score is from being selected.
+
+Shape legend: T tokens, E experts, G bins.
+
+The gap of a score is what it has, biased, over the (k+1)-th largest biased score of its token: positive where the
+expert was selected. Bins are fixed and symmetric around 0, half an octave wide from `SMALLEST` to `LARGEST` and with
+everything outside in the outermost, so that they suit scores of any scale and sum exactly over ranks and micro-batches.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from moe_plugin.balancing.recompute import is_training_forward
+
+SMALLEST, LARGEST = 2.0**-16, 2.0**4
+_PER_OCTAVE = 2
+_OCTAVES = 20
+
+_LIBRARY = torch.library.Library("moe_plugin", "FRAGMENT")
+_LIBRARY.define(
+    "count_gaps_(Tensor(a!) gaps_EG, Tensor biased_TE, int top_k, Tensor? valid_T, bool grad_enabled) -> ()"
+)
+
+
+@cache
+def gap_edges(device: torch.device) -> Tensor:
+    """The edges between bins, rising, 0 among them; fp32 (G - 1,)."""
+    steps = torch.arange(_OCTAVES * _PER_OCTAVE + 1, dtype=torch.float64)
+    sizes = (SMALLEST * 2 ** (steps / _PER_OCTAVE)).float()
+    return torch.cat([-sizes.flip(0), torch.zeros(1), sizes]).to(device)
+
+
+def new_gaps(num_experts: int) -> Tensor:
+    """An empty histogram for each expert; int64 zeros (E, G)."""
+    return torch.zeros(num_experts, gap_edges(torch.device("cpu")).numel() + 1, dtype=torch.int64)
+
+
+def count_gaps_(gaps_EG: Tensor, biased_TE: Tensor, top_k: int, valid_T: Tensor | None = None) -> None:
+    """Add one training forward to ``gaps_EG``, in place; nothing in recomputation, under ``no_grad`` or in backward.
+
+    Args:
+        gaps_EG: From `new_gaps`, on the device of the scores.
+        biased_TE: Scores plus bias, not finite where a token may not select an expert; any leading shape.
+        top_k: K.
+        valid_T: bool, True for tokens that count; None when all do.
+    """
+    run = torch.ops.moe_plugin.count_gaps_ if torch.compiler.is_compiling() else _count_gaps
+    run(gaps_EG, biased_TE, top_k, valid_T, torch.is_grad_enabled())
+
+
+def _count_gaps(
+    gaps_EG: Tensor, biased_TE: Tensor, top_k: int, valid_T: Tensor | None, grad_enabled: bool
+) -> None:
+    num_experts, num_bins = gaps_EG.shape
+    if not is_training_forward(grad_enabled) or top_k >= num_experts:
+        return
+    biased_TE = biased_TE.reshape(-1, num_experts).float()
+    gap_TE = biased_TE - biased_TE.topk(top_k + 1).values[:, -1:]
+    counted_TE = gap_TE.isfinite() if valid_T is None else gap_TE.isfinite() & valid_T.reshape(-1, 1)
+    # Comparisons alone, no logarithm: a gap falls into the same bin wherever in a tensor it stands.
+    bins_TE = torch.bucketize(gap_TE.contiguous(), gap_edges(gap_TE.device))
+    bins_TE += num_bins * torch.arange(num_experts, device=bins_TE.device)
+    gaps_EG.view(-1).scatter_add_(0, bins_TE.view(-1), counted_TE.view(-1).long())
+
+
+_LIBRARY.impl("count_gaps_", _count_gaps, "CompositeExplicitAutograd")
+torch.library.register_fake("moe_plugin::count_gaps_", lambda *_: None, lib=_LIBRARY)
