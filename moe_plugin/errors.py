@@ -21,3 +21,11 @@ class EffectError(MoEPluginError):
 
 class CheckpointError(MoEPluginError):
     """Saved balancing state does not fit the model."""
+
+
+class LoadAlarmError(MoEPluginError):
+    """Something is wrong with the load over experts, and LoadMonitor was told to raise."""
+
+
+class LoadAlarmWarning(UserWarning):
+    """Something is wrong with the load over experts."""

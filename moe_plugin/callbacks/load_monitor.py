@@ -17,12 +17,15 @@ from torch.optim import Optimizer
 
 from moe_plugin.balance import Balanced, balance_, find_balanced
 from moe_plugin.callbacks.attachment import Attachment
+from moe_plugin.callbacks.load_alarms import AlarmWatch, OnAlarm
 from moe_plugin.callbacks.load_pictures import LoadPictures, counts_of, image_writers
 from moe_plugin.callbacks.load_tags import DASHBOARD, training_scalars, validation_scalars
 from moe_plugin.callbacks.loss_free import LossFreeBalancing
+from moe_plugin.callbacks.router_sample import RouterSample
 from moe_plugin.callbacks.validation_counts import ValidationCounts
 from moe_plugin.errors import AttachError, ConfigError
 from moe_plugin.metrics import LayerLoad, LoadWindow
+from moe_plugin.metrics.alarms import Alarm, Limits
 from moe_plugin.types import LoadRecord
 
 
@@ -34,12 +37,18 @@ class LoadMonitor(Callback):
     expert heatmap. Validation: MaxVio (arXiv 2408.15664), entropy and dead experts over the whole validation
     set are logged as `val/*`, so that checkpoints and sweepers can follow them.
 
+    Alarms: what is wrong with the load is said once, in words, with what to do about it: dead experts, a collapse, a
+    bias that swings, saturates or runs away, no improvement, a router without tokens, ranks that diverge, NaN.
+
     Works beside `LossFreeBalancing`, and alone: then it observes the model's routers and changes nothing.
 
     Args:
         every_n_steps: Optimizer steps between scalars; None for the trainer's `log_every_n_steps`.
         image_every_n_steps: Optimizer steps between heatmaps; None for growing intervals (the 1st, 2nd, 4th,
             8th, ... window), about ten in a run of any length. 0 for no heatmaps.
+        on_alarm: 'warn' with a `LoadAlarmWarning`, 'raise' a `LoadAlarmError`, or call a function with the `Alarm` on
+            the first rank; None looks for nothing.
+        alarm_limits: How long something must last before it is worth an alarm.
 
     Attributes:
         first_record: The load of the first optimizer step, on the host: how the model was before balancing.
@@ -48,10 +57,16 @@ class LoadMonitor(Callback):
         bias_ranges: The range of each layer's bias when it was last logged.
 
     Raises:
-        ConfigError: A setting is negative, or `every_n_steps` is 0.
+        ConfigError: A setting is negative, `every_n_steps` is 0, or 'on_alarm' is none of these.
     """
 
-    def __init__(self, every_n_steps: int | None = None, image_every_n_steps: int | None = None) -> None:
+    def __init__(
+        self,
+        every_n_steps: int | None = None,
+        image_every_n_steps: int | None = None,
+        on_alarm: OnAlarm = "warn",
+        alarm_limits: Limits = Limits(),  # noqa: B008 (frozen)
+    ) -> None:
         """Check the settings."""
         _check_interval("every_n_steps", every_n_steps, least=1)
         _check_interval("image_every_n_steps", image_every_n_steps, least=0)
@@ -67,6 +82,13 @@ class LoadMonitor(Callback):
         self._validation: ValidationCounts | None = None
         self._last_record: LoadRecord | None = None
         self._observer: Attachment | None = None
+        self._watch = AlarmWatch(on_alarm, alarm_limits)
+        self._sample = RouterSample()
+
+    @property
+    def alarms(self) -> list[Alarm]:
+        """Everything that was found wrong so far."""
+        return self._watch.alarms
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Observe the routers if nothing else has them counted.
@@ -90,10 +112,13 @@ class LoadMonitor(Callback):
             if hasattr(writer, "add_custom_scalars"):
                 writer.add_custom_scalars(DASHBOARD)
 
-    def on_train_batch_start(self, *_: Any) -> None:
-        """Steps count from here on."""
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+        """Steps count from here on; routers are looked at in the step that ends a window."""
         if self._observer is not None:
             self._observer.batch_starts()
+        balanced = _balanced(pl_module)
+        if self._ends_window(trainer, balanced.step + 1):
+            self._sample.start_(balanced)
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """The load of a step whose loss is not finite tells nothing."""
@@ -111,7 +136,9 @@ class LoadMonitor(Callback):
         """Take in the optimizer step of this batch, if it made one."""
         if self._observer is not None:
             self._observer.batch_ends()
-        record = _balanced(pl_module).record
+        balanced = _balanced(pl_module)
+        self._sample.stop_(balanced)
+        record = balanced.record
         if record is None or record is self._last_record:
             return
         assert self._window is not None
@@ -120,18 +147,18 @@ class LoadMonitor(Callback):
         if self.first_record is None:
             self.first_record = LoadRecord(record.step, _on_host(record.counts), _on_host(record.bias))
             self._offer(trainer, self._training_pictures, self._window.layer_loads(), _logged_step(trainer))
-        every_n_steps = self.every_n_steps or trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
-        if every_n_steps and record.step % every_n_steps == 0:
-            self._log_training(trainer, record, _logged_step(trainer))
+        if self._ends_window(trainer, record.step):
+            self._log_training(trainer, balanced, record, _logged_step(trainer))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the steps since the last window, and the last pictures."""
         if self._observer is not None:
             self._observer.stop()
-        record = _balanced(pl_module).record
+        balanced = _balanced(pl_module)
+        record = balanced.record
         if record is not None and self._window is not None and self._window.batches:
             # Lightning has moved on by one since the last batch.
-            self._log_training(trainer, record, step=_logged_step(trainer) - 1)
+            self._log_training(trainer, balanced, record, step=_logged_step(trainer) - 1)
         self._training_pictures.write_waiting(self._writers(trainer))
         self._validation_pictures.write_waiting(self._writers(trainer))
 
@@ -172,7 +199,11 @@ class LoadMonitor(Callback):
         if "first_record" in state_dict:
             self.first_record = LoadRecord(**state_dict["first_record"])
 
-    def _log_training(self, trainer: Trainer, record: LoadRecord, step: int) -> None:
+    def _ends_window(self, trainer: Trainer, update: int) -> bool:
+        every_n_steps = self.every_n_steps or trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
+        return bool(every_n_steps) and update % every_n_steps == 0
+
+    def _log_training(self, trainer: Trainer, balanced: Balanced, record: LoadRecord, step: int) -> None:
         assert self._window is not None
         self.training_load = self._window.layer_loads()
         self.bias_ranges = _ranges(record.bias)
@@ -181,6 +212,13 @@ class LoadMonitor(Callback):
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=step)
         self._offer(trainer, self._training_pictures, self.training_load, step)
+        self._watch.window_ends(
+            balanced,
+            self.training_load,
+            self.bias_ranges,
+            self._sample.take(),
+            is_first_rank=trainer.is_global_zero,
+        )
 
     def _offer(
         self, trainer: Trainer, pictures: LoadPictures, loads: Mapping[str, LayerLoad], step: int

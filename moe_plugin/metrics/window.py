@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import fmean, pstdev
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from moe_plugin.metrics.accumulated import MaxViolationBatch, MaxViolationGlobal
 from moe_plugin.metrics.dead import dead_experts
 from moe_plugin.metrics.entropy import load_entropy
 from moe_plugin.metrics.layers import stack_layers
+from moe_plugin.metrics.oscillation import StepCorrelation
 
 PENDING_BATCHES = 64
 """Batches held on the device before they are moved to the host in one copy."""
@@ -30,6 +32,9 @@ class LayerLoad:
         entropy: Entropy of the summed counts in nats over `ln E`: 1 is even.
         dead_experts: Experts without a token in the whole window.
         tokens_per_expert: The summed counts.
+        steps: Batches in the window.
+        empty_steps: Those in which the layer saw no token.
+        step_correlation: Of the load errors of a batch with those of the batch before, see `StepCorrelation`.
     """
 
     max_violation_batch: float
@@ -37,6 +42,15 @@ class LayerLoad:
     entropy: float
     dead_experts: int
     tokens_per_expert: tuple[int, ...]
+    steps: int = 0
+    empty_steps: int = 0
+    step_correlation: float = 0.0
+
+    @property
+    def coefficient_of_variation(self) -> float:
+        """Standard deviation over the experts of the summed counts, over their mean; 0 without tokens."""
+        mean = fmean(self.tokens_per_expert)
+        return pstdev(self.tokens_per_expert) / mean if mean else 0.0
 
 
 class LoadWindow:
@@ -56,6 +70,7 @@ class LoadWindow:
         sizes = list(num_experts.values())
         self._batch = MaxViolationBatch(sizes, sync_on_compute=False)
         self._total = MaxViolationGlobal(sizes, sync_on_compute=False)
+        self._correlation = StepCorrelation(sizes)
         self._pending: list[Tensor] = []
         self.batches = 0
 
@@ -76,20 +91,25 @@ class LoadWindow:
         self._pending.clear()
         self._batch.reset()
         self._total.reset()
+        self._correlation.reset_()
         self.batches = 0
 
     def layer_loads(self) -> dict[str, LayerLoad]:
         """The load of each layer over the window."""
         self._settle_()
         total_LE, sizes_L = self._total.tokens_per_expert_LE, self._total.num_experts_L
-        violations = zip(self._batch.per_layer().tolist(), self._total.per_layer().tolist(), strict=True)
-        entropies, dead = load_entropy(total_LE, sizes_L).tolist(), dead_experts(total_LE, sizes_L).tolist()
-        return {
-            name: LayerLoad(*violation, entropy, zeros, tuple(tokens[:experts]))
-            for (name, experts), violation, entropy, zeros, tokens in zip(
-                self.num_experts.items(), violations, entropies, dead, total_LE.tolist(), strict=True
-            )
-        }
+        measures = zip(
+            self._batch.per_layer().tolist(),
+            self._total.per_layer().tolist(),
+            load_entropy(total_LE, sizes_L).tolist(),
+            dead_experts(total_LE, sizes_L).tolist(),
+            [tuple(row[:experts]) for row, experts in zip(total_LE.tolist(), sizes_L.tolist(), strict=True)],
+            [self.batches] * len(self.num_experts),
+            (self.batches - self._batch.batches_L).tolist(),
+            self._correlation.by_layer().tolist(),
+            strict=True,
+        )
+        return dict(zip(self.num_experts, (LayerLoad(*each) for each in measures), strict=True))
 
     def _settle_(self) -> None:
         if self._pending:
@@ -99,6 +119,7 @@ class LoadWindow:
     def _update_(self, tokens_NLE: Tensor) -> None:
         self._batch.update(tokens_NLE)
         self._total.update(tokens_NLE)
+        self._correlation.add_(tokens_NLE)
 
 
 def layer_loads(counts: Mapping[str, Tensor]) -> dict[str, LayerLoad]:
