@@ -13,10 +13,12 @@ import lightning
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.optim import Optimizer
 
 from moe_plugin.errors import ConfigError
 from moe_plugin.experts import ExpertShape, GroupedExperts, MoEBlock, SwiGLU
 from moe_plugin.models.attention import CausalSelfAttention
+from moe_plugin.models.clipping import clip_gradients_
 from moe_plugin.models.optimizer import AdamWWarmupCosine
 from moe_plugin.models.sharding import shard_
 from moe_plugin.models.transformer import (
@@ -97,6 +99,18 @@ class TokenModel(lightning.LightningModule):
         optimizer = self.optimizer.optimizer(self.parameters(), fused=scaler is None)
         schedule = self.optimizer.schedule(optimizer, int(total_steps))
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def configure_gradient_clipping(
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """Clips as Lightning does, which cannot do it by norm over several device meshes."""
+        if self.device_mesh is None or gradient_clip_algorithm == "value":
+            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
+        elif gradient_clip_val:
+            clip_gradients_(self.parameters(), gradient_clip_val)
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
         tokens = batch["tokens"]
