@@ -11,6 +11,10 @@ class ConfigError(MoEPluginError):
     """A setting has a value that is not allowed."""
 
 
+class RunError(MoEPluginError):
+    """A run failed, or jobs of a sweep, for a reason that was told where it happened."""
+
+
 class AttachError(MoEPluginError):
     """A model's routers cannot be balanced as asked."""
 

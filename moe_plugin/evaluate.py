@@ -62,6 +62,7 @@ def read_config(words: Sequence[str]) -> DictConfig:
     for key, value in changes.items():
         change_(config, key, value)
     config.strategy = {"devices": 1, "lightning": "auto"}
+    config.trainer.num_nodes = 1
     return config
 
 

@@ -8,9 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from moe_plugin.launch.command import run
+from moe_plugin.launch.command import one_line_errors, run
+from moe_plugin.launch.environment import is_first_node, is_launched
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -19,7 +20,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Words after the program's name; by default the program's own.
     """
-    run(sys.argv[1:] if arguments is None else arguments, train)
+    if is_launched():
+        train_by_hand(sys.argv[1:] if arguments is None else arguments)
+    else:
+        run(sys.argv[1:] if arguments is None else arguments, train)
+
+
+def train_by_hand(arguments: Sequence[str]) -> None:
+    """Runs the command line in a process that torchrun has started."""
+    from moe_plugin.launch import by_hand
+    from moe_plugin.launch.job import train as train_here
+
+    if not by_hand.is_follower():
+        try:
+            run(arguments, train)
+        finally:
+            by_hand.release()
+    elif config := by_hand.receive():
+        with one_line_errors():
+            train_here(config)
 
 
 def train(composed: DictConfig) -> float | None:
@@ -31,18 +50,25 @@ def train(composed: DictConfig) -> float | None:
     Returns:
         The metric that a sweeper optimises, ``optimized_metric`` of the run's summary; None after a dry run.
     """
+    from moe_plugin.launch import by_hand
     from moe_plugin.launch.check import without_hydra
+    from moe_plugin.launch.folder import prepare_
     from moe_plugin.launch.job import train as train_here
-    from moe_plugin.launch.processes import is_launched, number_of_processes, run_in_processes
+    from moe_plugin.launch.last_checkpoint import find_checkpoint
+    from moe_plugin.launch.processes import number_of_processes, run_in_processes
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     config = without_hydra(composed, folder)
-    OmegaConf.save(config, folder / "config.yaml")
-    processes = number_of_processes(config)
-    if processes == 1 or is_launched():
+    config.ckpt_path = find_checkpoint(config.ckpt_path, folder)
+    if is_first_node(config):
+        prepare_(folder, config)
+    if is_launched():
+        by_hand.share(config)
+        train_here(config)
+    elif number_of_processes(config) * config.trainer.num_nodes == 1:
         train_here(config)
     else:
-        run_in_processes(folder, processes)
+        run_in_processes(folder, config)
     summary = folder / "summary.json"
     return json.loads(summary.read_text())[config.optimized_metric] if summary.exists() else None
 

@@ -25,7 +25,8 @@ def _run_rank(rank: int, world_size: int, port: int, function: Callable, results
     try:
         function(rank, results, *args)
     finally:
-        dist.destroy_process_group()
+        if dist.is_initialized():  # a whole job ends its own
+            dist.destroy_process_group()
 
 
 def _free_port() -> int:

@@ -186,7 +186,10 @@ class TestWrongUse:
             (["data.source.sources.letters=nope/*.txt"], "'data.source.sources.letters'"),
             (["data.source.sources={other: x}"], "'data.source.sources'"),
             (["data.source.sources=???"], "'data.source.sources' must be given"),
-            (["ckpt_path=nope.ckpt"], "'ckpt_path' must be an existing checkpoint, got 'nope.ckpt'."),
+            (
+                ["ckpt_path=nope.ckpt"],
+                "'ckpt_path' must be an existing checkpoint or 'last', got 'nope.ckpt'.",
+            ),
             (["strategy.devices=0"], "'strategy.devices' must be >= 1, got 0."),
             (["-m", "seed=1,x"], "'seed' must be a whole number, got 'x'."),
         ],

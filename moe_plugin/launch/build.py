@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -9,7 +10,9 @@ from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+
+from moe_plugin.launch.time_limit import TimeLimit
 
 
 def build_model(config: DictConfig) -> LightningModule:
@@ -36,23 +39,36 @@ def build_callbacks(config: DictConfig) -> list[Callback]:
     return [callback for callback in callbacks if shows_progress or not isinstance(callback, ProgressBar)]
 
 
+def to_plain(value: Any) -> Any:
+    """Returns a value of the configuration without omegaconf's types."""
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
 def build_loggers(config: DictConfig) -> list[Logger]:
     """Returns the loggers, the first of them the one that metrics' x-axes come from."""
     return [instantiate(node) for node in (config.logger or {}).values() if node is not None]
 
 
-def build_trainer(config: DictConfig, **objects: Any) -> Trainer:
+def build_trainer(config: DictConfig, *, callbacks: Sequence[Callback], **objects: Any) -> Trainer:
     """Returns the trainer.
 
     Args:
         config: The run's configuration.
-        **objects: ``callbacks``, ``logger``: what is no plain value of the configuration.
+        callbacks: Its callbacks; one for `max_time` is added.
+        **objects: Other arguments, such as ``logger``.
     """
-    strategy = config.strategy.lightning
+    max_time = config.trainer.max_time
+    time_limit = [] if max_time is None else [TimeLimit(to_plain(max_time))]
+    strategy, val_check_interval = config.strategy.lightning, config.trainer.val_check_interval
+    if isinstance(val_check_interval, int):  # ours counts steps, Lightning's micro-batches
+        val_check_interval *= config.trainer.accumulate_grad_batches
     return instantiate(
         config.trainer,
         devices=config.strategy.devices,
         strategy=strategy if isinstance(strategy, str) else instantiate(strategy),
+        val_check_interval=val_check_interval,
+        max_time=None,  # `TimeLimit` sees to it
+        callbacks=[*callbacks, *time_limit],
         _convert_="all",
         **objects,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -16,8 +17,9 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from moe_plugin.errors import ConfigError, MoEPluginError
 from moe_plugin.launch.build import build_callbacks, build_data, build_model_on_meta, build_trainer
 from moe_plugin.launch.explain import locate, one_line
+from moe_plugin.launch.last_checkpoint import LAST
 from moe_plugin.launch.noise import quiet
-from moe_plugin.launch.processes import number_of_processes
+from moe_plugin.launch.processes import check_processes, number_of_processes
 from moe_plugin.launch.schema import Paths, Settings, Strategy
 from moe_plugin.launch.signature import check_arguments
 
@@ -50,14 +52,28 @@ def check(config: DictConfig) -> None:
     check_checkpoint(run.ckpt_path)
     check_end(run)
     check_batch(run)
+    elsewhere = is_for_a_queue(config)
+    if not elsewhere:
+        check_processes(run)
     with quiet():
         for key, build in BUILDERS.items():
-            attempt(build, run, config, key)
+            if not (elsewhere and key == "trainer"):
+                attempt(build, run, config, key)
+
+
+def is_for_a_queue(config: DictConfig) -> bool:
+    """Says whether jobs will run on other machines than this one, through submitit."""
+    return "submitit" in str(OmegaConf.select(config, "hydra.launcher._target_"))
 
 
 def check_types(config: DictConfig) -> None:
     """Checks every key and scalar against what takes it."""
     groups = {"strategy": Strategy, "paths": Paths}
+    if OmegaConf.is_list(config.strategy.devices):
+        raise ConfigError(
+            f"'strategy.devices' must be a whole number or 'auto', got {config.strategy.devices}; "
+            "CUDA_VISIBLE_DEVICES picks GPUs."
+        )
     settings = {field.name: config[field.name] for field in dataclasses.fields(Settings)}
     check_arguments(Settings, settings, "")
     for key, schema in groups.items():
@@ -112,9 +128,9 @@ def check_missing(run: DictConfig) -> None:
 
 
 def check_checkpoint(path: str | None) -> None:
-    """Checks that the checkpoint to go on from is there."""
-    if path is not None and not Path(path).exists():
-        raise ConfigError(f"'ckpt_path' must be an existing checkpoint, got {path!r}.")
+    """Checks that the checkpoint to go on from is there; a run's own last one may be still to come."""
+    if path not in (None, LAST) and not Path(path).exists():
+        raise ConfigError(f"'ckpt_path' must be an existing checkpoint or '{LAST}', got {path!r}.")
 
 
 def check_end(run: DictConfig) -> None:
@@ -128,14 +144,19 @@ def check_end(run: DictConfig) -> None:
 
 def check_batch(run: DictConfig) -> None:
     """Checks that a global batch divides into equal micro-batches."""
-    devices, accumulated = number_of_processes(run), run.trainer.accumulate_grad_batches
-    for key, value in (("strategy.devices", devices), ("trainer.accumulate_grad_batches", accumulated)):
+    factors = {
+        "strategy.devices": number_of_processes(run),
+        "trainer.num_nodes": run.trainer.num_nodes,
+        "trainer.accumulate_grad_batches": run.trainer.accumulate_grad_batches,
+    }
+    for key, value in factors.items():
         if value < 1:
             raise ConfigError(f"'{key}' must be >= 1, got {value}.")
-    if run.data.batch_size % (devices * accumulated):
+    parts = math.prod(factors.values())
+    if run.data.batch_size % parts:
         raise ConfigError(
-            f"'data.batch_size' must be a multiple of strategy.devices x trainer.accumulate_grad_batches "
-            f"({devices} x {accumulated} = {devices * accumulated}), got {run.data.batch_size}."
+            f"'data.batch_size' must be a multiple of {' x '.join(factors)} "
+            f"({' x '.join(map(str, factors.values()))} = {parts}), got {run.data.batch_size}."
         )
 
 

@@ -8,17 +8,19 @@ import re
 import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
-from moe_plugin.errors import MoEPluginError
+from moe_plugin.errors import ConfigError, MoEPluginError, RunError
 from moe_plugin.launch.compose import HYDRA_VERSION, compose_jobs, conf_dir
+from moe_plugin.launch.environment import is_launched
 from moe_plugin.launch.explain import one_line
+from moe_plugin.launch.sweep import reported_sweep, sweep_job
 
-WRONG_USE = 2
+FAILED, WRONG_USE = 1, 2
 
 
 def run(arguments: Sequence[str], task: Callable[[DictConfig], object]) -> None:
@@ -31,25 +33,39 @@ def run(arguments: Sequence[str], task: Callable[[DictConfig], object]) -> None:
         task: Takes the composed configuration; what it returns goes to the sweeper.
 
     Raises:
-        SystemExit: With code 2 and one line on stderr when the arguments are wrong; nothing was created then.
+        SystemExit: With code 2 and one line on stderr when the arguments are wrong; nothing was created then. With
+            code 1 when a run failed, or any job of a sweep.
     """
     arguments = [quote_option(word) for word in arguments]
     args = get_args_parser().parse_intermixed_args(arguments)
     if is_run(args) and all(is_counted(job) for job in check_all(args)):
         return
 
+    words = [*switches(arguments, args.overrides), *args.overrides]
+    main = hydra.main(config_path=str(conf_dir()), config_name="config", version_base=HYDRA_VERSION)
+    with command_line(words), reported_sweep() if is_sweep(args) else nullcontext():
+        main(sweep_job(task) if is_sweep(args) else single_job(task))()
+
+
+def single_job(task: Callable[[DictConfig], object]) -> Callable[[DictConfig], object]:
+    """Returns the task with a user's errors in one line."""
+
     @functools.wraps(task)
     def job(config: DictConfig) -> object:
         with one_line_errors():
             return task(config)
 
-    with command_line([*switches(arguments, args.overrides), *args.overrides]):
-        hydra.main(config_path=str(conf_dir()), config_name="config", version_base=HYDRA_VERSION)(job)()
+    return job
 
 
 def is_run(args: Namespace) -> bool:
     """Says whether jobs will run, rather than help or a configuration be shown."""
     return not (args.help or args.hydra_help or args.cfg or args.info or args.shell_completion)
+
+
+def is_sweep(args: Namespace) -> bool:
+    """Says whether the command line asks for several jobs."""
+    return is_run(args) and (args.multirun or "hydra.mode=MULTIRUN" in args.overrides)
 
 
 def switches(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
@@ -70,9 +86,12 @@ def quote_option(word: str) -> str:
 
 def check_all(args: Namespace) -> list[DictConfig]:
     """Composes and checks each job, and returns their configurations; the first that is wrong ends the program."""
-    multirun = args.multirun or "hydra.mode=MULTIRUN" in args.overrides
     with one_line_errors():
-        configs = list(compose_jobs(args.overrides, multirun=multirun, config_dir=args.config_dir))
+        if is_sweep(args) and is_launched():
+            raise ConfigError(
+                "'-m' must be used without torchrun: each job of a sweep starts its own processes."
+            )
+        configs = list(compose_jobs(args.overrides, multirun=is_sweep(args), config_dir=args.config_dir))
         # Torch and Lightning are imported only now: a misspelt key is answered at once.
         from moe_plugin.launch.check import check
 
@@ -100,7 +119,7 @@ def one_line_errors() -> Iterator[None]:
         if os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         print(f"error: {one_line(str(error))}", file=sys.stderr)
-        raise SystemExit(WRONG_USE) from error
+        raise SystemExit(FAILED if isinstance(error, RunError) else WRONG_USE) from error
 
 
 @contextmanager

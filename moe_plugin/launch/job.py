@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from lightning.pytorch import Callback, seed_everything
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
 from omegaconf import DictConfig
 from rich.console import Console
@@ -24,6 +24,9 @@ from moe_plugin.launch.build import (
     build_trainer,
 )
 from moe_plugin.launch.noise import quiet
+from moe_plugin.launch.random_state import RandomState
+from moe_plugin.launch.signals import StopSignals
+from moe_plugin.launch.stop import StopAtSignal, told_when_stopped
 from moe_plugin.launch.throughput import Throughput
 from moe_plugin.models.size import measure
 from moe_plugin.report import RunSummary, run_report, tensorboard_command, write_summary
@@ -36,24 +39,33 @@ def train(config: DictConfig) -> None:
         config: A run's resolved configuration; ``paths.output`` is its folder.
     """
     folder, clock = Path(config.paths.output), Throughput()
-    with quiet():
+    with StopSignals() as signals, quiet():
         seed_everything(config.seed, workers=True, verbose=False)
         data, model = build_data(config), build_model(config)
-        callbacks = [*build_callbacks(config), clock]
+        callbacks = [*build_callbacks(config), clock, RandomState(), StopAtSignal(signals)]
         trainer = build_trainer(config, callbacks=callbacks, logger=build_loggers(config))
-        trainer.fit(model, data, ckpt_path=config.ckpt_path)
-        if config.trainer.fast_dev_run:
-            return
-        # The whole split, however much of it the validations during training look at.
-        trainer.limit_val_batches = 1.0
-        (metrics,) = trainer.validate(model, data, verbose=False)
-    if trainer.is_global_zero:
-        write_manifest(data, folder)
-        summary = summarise(config, metrics, clock)
-        write_summary(summary, folder)
-        print_report(summary, callbacks, folder)
-    if dist.is_initialized():  # the next job of a sweep may want another group, or none
-        dist.destroy_process_group()
+        with told_when_stopped(signals, trainer, folder):
+            metrics = fit_and_validate(trainer, model, data, config)
+        if trainer.is_global_zero and metrics:
+            write_manifest(data, folder)
+            summary = summarise(config, metrics, clock)
+            write_summary(summary, folder)
+            print_report(summary, callbacks, folder)
+        if dist.is_initialized():  # the next job of a sweep may want another group, or none
+            dist.destroy_process_group()
+
+
+def fit_and_validate(
+    trainer: Trainer, model: LightningModule, data: LightningDataModule, config: DictConfig
+) -> Mapping[str, float]:
+    """Returns the metrics of the whole validation split after training; none after a dry run."""
+    trainer.fit(model, data, ckpt_path=config.ckpt_path)
+    if config.trainer.fast_dev_run:
+        return {}
+    # The whole split, however much of it the validations during training look at.
+    trainer.limit_val_batches = 1.0
+    (metrics,) = trainer.validate(model, data, verbose=False)
+    return metrics
 
 
 def validate_checkpoint(config: DictConfig) -> dict[str, Any]:

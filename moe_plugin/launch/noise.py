@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 
 # Lightning's tips, the devices it sees, the seed, each process's start, the stop reason, and how it reads checkpoints
 # (the user's own, with data and callback states): the app says what matters itself.
@@ -30,22 +30,42 @@ WARNINGS = (
     r"GPU available but not used",
     # Lightning 2.6 with torch 2.13: its own use of a deprecated check.
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
+    # A run that goes on in its folder keeps its earlier table beside the new one.
+    r"Experiment logs directory .* exists and is not empty",
     # An evaluation needs none of the callbacks that only act in training.
     r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
+)
+
+
+# torchrun's agent, on each signal and failed process: our own line says it.
+AGENT_LOGGERS = (
+    "torch.distributed.elastic.agent.server.api",
+    "torch.distributed.elastic.multiprocessing.api",
 )
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silences the messages above within its block, and no others."""
-    levels = {name: logging.getLogger(name).level for name in LOGGERS}
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), level(LOGGERS, logging.WARNING):
         for message in WARNINGS:
             warnings.filterwarnings("ignore", message=message)
-        for name in LOGGERS:
-            logging.getLogger(name).setLevel(logging.WARNING)
-        try:
-            yield
-        finally:
-            for name, level in levels.items():
-                logging.getLogger(name).setLevel(level)
+        yield
+
+
+def quiet_agent() -> AbstractContextManager[None]:
+    """Silences torchrun's agent within its block."""
+    return level(AGENT_LOGGERS, logging.CRITICAL)
+
+
+@contextmanager
+def level(names: Sequence[str], minimum: int) -> Iterator[None]:
+    """Lets through only messages of at least a level within its block."""
+    before = {name: logging.getLogger(name).level for name in names}
+    for name in names:
+        logging.getLogger(name).setLevel(minimum)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            logging.getLogger(name).setLevel(value)

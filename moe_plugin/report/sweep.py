@@ -13,41 +13,48 @@ from rich.table import Table
 
 from moe_plugin.errors import ConfigError
 from moe_plugin.report.atomic import write_atomically
+from moe_plugin.report.stopped import STOPPED_FILE, read_stopped
 from moe_plugin.report.summary import SUMMARY_FILE, RunSummary, read_summary
 
 SWEEP_FILE = "sweep_summary.csv"
+FINISHED = "finished"
 MEASURES = [field.name for field in fields(RunSummary)]
 HIGHER_IS_BETTER = {"tokens_per_second"}
 
 
 def gather_sweep(folder: Path) -> list[dict[str, Any]]:
-    """One row for each finished job of a multirun folder, in the order of the jobs.
+    """One row for each job of a multirun folder that has ended, in the order of the jobs.
 
     Args:
-        folder: Holds a folder per job, in each of them `summary.json` and Hydra's `.hydra/overrides.yaml`.
+        folder: Holds a folder per job, in each of them `summary.json` or, of a job that failed or was stopped,
+            `stopped.txt`, and Hydra's `.hydra/overrides.yaml`.
 
     Returns:
-        Rows with the keys `job`, each override's key, then the measures of `RunSummary`. All rows have the
-        same keys in the same order; an override that a job does not have is None.
+        Rows with the keys `job`, `status` (`finished`, or the line of `stopped.txt`), each override's key, then the
+        measures of `RunSummary`. All rows have the same keys in the same order; an override that a job does not have
+        is None, and so are the measures of a job that has not finished.
     """
-    paths = sorted(folder.rglob(SUMMARY_FILE), key=lambda path: _natural(path.parent.relative_to(folder)))
-    jobs = [(path.parent, _overrides(path.parent)) for path in paths]
+    ended = {path.parent for name in (SUMMARY_FILE, STOPPED_FILE) for path in folder.rglob(name)}
+    jobs = [
+        (job, _overrides(job)) for job in sorted(ended, key=lambda job: _natural(job.relative_to(folder)))
+    ]
     keys = list(dict.fromkeys(key for _, overrides in jobs for key in overrides if key not in MEASURES))
     return [
         {
             "job": str(job.relative_to(folder)),
+            "status": read_stopped(job) or FINISHED,
             **{key: overrides.get(key) for key in keys},
-            **asdict(read_summary(job / SUMMARY_FILE)),
+            **_measures(job),
         }
         for job, overrides in jobs
     ]
 
 
 def write_sweep_summary(folder: Path) -> Path | None:
-    """Write `sweep_summary.csv` with all jobs finished so far into the multirun folder, in one move.
+    """Write `sweep_summary.csv` with all jobs that have ended so far into the multirun folder, in one move.
 
     Returns:
-        The file; None if no job is finished, and then nothing is written.
+        The file; None if no job has ended, and then nothing is written.
     """
     rows = gather_sweep(folder)
     if not rows:
@@ -62,7 +69,7 @@ def write_sweep_summary(folder: Path) -> Path | None:
 
 
 def sweep_table(folder: Path, metric: str = "val_loss") -> Table:
-    """The jobs of a sweep, best first.
+    """The jobs of a sweep, best first, with the overrides in which they differ.
 
     Args:
         folder: The multirun folder.
@@ -77,17 +84,25 @@ def sweep_table(folder: Path, metric: str = "val_loss") -> Table:
     table = Table(
         title=f"{folder.name}: {len(rows)} jobs by {metric}", title_justify="left", title_style="bold"
     )
-    overrides = [key for key in (rows[0] if rows else {}) if key not in {"job", *MEASURES}]
+    overrides = [key for key in (rows[0] if rows else {}) if key not in {"job", "status", *MEASURES}]
+    swept = [key for key in overrides if len({row[key] for row in rows}) > 1]
     shown = [metric, *(key for key in MEASURES[:6] if key != metric)]
     table.add_column("job")
-    for key in (*overrides, *shown):
+    for key in (*swept, *shown):
         table.add_column(
             key, justify="right" if key in MEASURES else "left", style="bold" if key == metric else None
         )
+    table.add_column("status")
     for place, row in enumerate(rows):
-        cells = [row["job"], *(str(row[key] or "") for key in overrides), *(_cell(row[key]) for key in shown)]
-        table.add_row(*cells, style="green" if place == 0 else None)
+        cells = [row["job"], *(str(row[key] or "") for key in swept), *(_cell(row[key]) for key in shown)]
+        finished = row["status"] == FINISHED
+        table.add_row(*cells, row["status"], style="red" if not finished else "green" if place == 0 else None)
     return table
+
+
+def _measures(job: Path) -> dict[str, Any]:
+    path = job / SUMMARY_FILE
+    return asdict(read_summary(path)) if path.exists() else dict.fromkeys(MEASURES)
 
 
 def _overrides(job: Path) -> dict[str, str]:

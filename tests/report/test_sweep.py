@@ -36,7 +36,7 @@ class TestGatherSweep:
         assert [row["rule.rate"] for row in rows] == ["auto", "0.01", "0.1"]
         assert [row["extra"] for row in rows] == [None, None, "x"]
         assert [row["seed"] for row in rows] == [0, 3, 0]
-        assert list(rows[0])[:4] == ["job", "rule.rate", "extra", "val_loss"]
+        assert list(rows[0])[:5] == ["job", "status", "rule.rate", "extra", "val_loss"]
 
 
 class TestWriteSweepSummary:
