@@ -34,7 +34,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "callbacks": CALLBACKS,
     "__init__": CALLBACKS - {"plots"},
 }
-APPLICATION = {"models", "data", "train", "evaluate", "report", "launch", "compare", "conf"}
+APPLICATION = {"models", "data", "train", "evaluate", "report", "launch", "compare", "conf", "inspection"}
 
 NO_FRAMEWORK = {"lightning", "pytorch_lightning", "hydra", "omegaconf", "transformers", "matplotlib"}
 MAY_NOT_IMPORT_FROM_OUTSIDE: dict[str, set[str]] = {
