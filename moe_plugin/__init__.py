@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moe_plugin.callbacks.calibration import Calibration
     from moe_plugin.callbacks.load_monitor import LoadMonitor
     from moe_plugin.callbacks.loss_free import LossFreeBalancing
+    from moe_plugin.sharding import shard_
 
 __all__ = [
     "PID",
@@ -34,6 +35,7 @@ __all__ = [
     "RateSchedule",
     "Sign",
     "balance_",
+    "shard_",
 ]
 __version__ = "0.1.0"
 
@@ -51,6 +53,7 @@ _HOMES = {
     "RateSchedule": "moe_plugin.balancing.schedule",
     "Sign": "moe_plugin.balancing.rules",
     "balance_": "moe_plugin.balance",
+    "shard_": "moe_plugin.sharding",
 }
 
 

@@ -14,7 +14,17 @@ PACKAGE = Path(__file__).parents[1] / "moe_plugin"
 
 PURE = {"errors", "types"}
 TENSORS = {"routing", "balancing", "metrics", "losses"}
-ATTACHED = {"experts", "adapters", "balance", "balanced", "frozen", "sidecar", "warm_start", "export"}
+ATTACHED = {
+    "experts",
+    "adapters",
+    "balance",
+    "balanced",
+    "frozen",
+    "sidecar",
+    "warm_start",
+    "export",
+    "sharding",
+}
 CALLBACKS = PURE | TENSORS | ATTACHED | {"plots", "callbacks"}
 
 # What each part of the package may import of ours; a part that is not here may import everything.
@@ -27,9 +37,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "sidecar": set(),
     "frozen": PURE | {"adapters"},
     "balance": PURE | {"routing", "balancing", "adapters", "frozen", "balanced"},
-    "balanced": PURE | {"balancing", "adapters", "sidecar", "warm_start", "export"},
+    "balanced": PURE | {"balancing", "adapters", "sidecar", "warm_start", "export", "sharding"},
     "warm_start": PURE | {"balancing", "adapters", "metrics"},
     "export": PURE | {"adapters", "sidecar"},
+    "sharding": PURE | {"adapters"},
     "plots": PURE | {"metrics"},
     "callbacks": CALLBACKS,
     "__init__": CALLBACKS - {"plots"},

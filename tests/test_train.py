@@ -191,6 +191,8 @@ class TestWrongUse:
                 "'ckpt_path' must be an existing checkpoint or 'last', got 'nope.ckpt'.",
             ),
             (["strategy.devices=0"], "'strategy.devices' must be >= 1, got 0."),
+            (["strategy=fsdp1"], "needs a GPU, and there is none. Set strategy=fsdp."),
+            (["strategy.compile=gcc"], "'strategy.compile' must be null or one of"),
             (["-m", "seed=1,x"], "'seed' must be a whole number, got 'x'."),
         ],
     )
@@ -244,11 +246,31 @@ class TestEvaluate:
         assert "Did you mean 'trainer.accelerator'?" in capsys.readouterr().err
 
 
+SWITCHED = ["strategy.meta_init=true", "strategy.activation_checkpointing=true"]
+
+
 class TestStrategies:
-    @pytest.mark.parametrize("strategy", ["ddp", "fsdp"])
-    def test_two_processes_train_as_one_does(self, strategy: str) -> None:
+    @pytest.mark.parametrize("words", [["strategy=ddp"], ["strategy=fsdp", "model.tie_embeddings=true"]])
+    def test_two_processes_train_as_one_does(self, words: list[str]) -> None:
+        train.main([*SMALL, *words[1:], "name=one"])
+        train.main([*SMALL, *words, "name=two"])
+        self.assert_same("two", "one")
+
+    def test_switches_change_nothing_from_strategy_to_strategy(self) -> None:
+        train.main([*SMALL, *SWITCHED[:1], "name=one"])
+        train.main([*SMALL, *SWITCHED, "strategy=fsdp", "name=two"])
+        self.assert_same("two", "one")
+
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+    def test_compiled_layers_train_as_others_do(self) -> None:
         train.main([*SMALL, "name=one"])
-        train.main([*SMALL, "name=two", f"strategy={strategy}", "strategy.devices=2"])
-        (one,), (two,) = Path("runs/one").iterdir(), Path("runs/two").iterdir()
-        assert summary(two)["val_loss"] == pytest.approx(summary(one)["val_loss"], rel=1e-5)
-        assert summary(two)["max_violation_global"] == summary(one)["max_violation_global"]
+        train.main([*SMALL, "name=two", "strategy.compile=aot_eager"])
+        self.assert_same("two", "one")
+
+    @staticmethod
+    def assert_same(name: str, other: str) -> None:
+        numbers, expected = (
+            summary(folder) for run in (name, other) for folder in Path("runs", run).iterdir()
+        )
+        assert numbers["val_loss"] == pytest.approx(expected["val_loss"], rel=1e-5)
+        assert numbers["max_violation_global"] == expected["max_violation_global"]

@@ -28,8 +28,17 @@ def expert_matmul(rows_PI: Tensor, weights_EIO: Tensor, offsets_E: Tensor) -> Te
         The products, (P, O).
     """
     if _can_group(rows_PI, weights_EIO):
-        return _DenseGradient.apply(functional.grouped_mm(rows_PI, weights_EIO, offs=offsets_E))
+        grouped = _grouped if rows_PI.dtype == torch.bfloat16 else _grouped_untraced
+        return grouped(rows_PI, weights_EIO, offsets_E)  # pyright: ignore[reportCallIssue]
     return _matmul_loop(rows_PI, weights_EIO, offsets_E)
+
+
+def _grouped(rows_PI: Tensor, weights_EIO: Tensor, offsets_E: Tensor) -> Tensor:
+    return _DenseGradient.apply(functional.grouped_mm(rows_PI, weights_EIO, offs=offsets_E))
+
+
+# torch.compile takes grouped_mm in bf16 only: a graph ends here in any other dtype.
+_grouped_untraced = torch.compiler.disable(_grouped)
 
 
 def _can_group(rows_PI: Tensor, weights_EIO: Tensor) -> bool:

@@ -11,13 +11,25 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
 from omegaconf import DictConfig, OmegaConf
+from torch.distributed._composable.checkpoint_activation import checkpoint
 
+from moe_plugin.launch.compile_layers import CompileLayers
 from moe_plugin.launch.time_limit import TimeLimit
+from moe_plugin.sharding import find_layers
 
 
 def build_model(config: DictConfig) -> LightningModule:
     """Returns the model, on the device that is torch's default here."""
     return instantiate(config.model)
+
+
+def build_model_for(config: DictConfig) -> LightningModule:
+    """Returns the model as the strategy wants it: with storage or without yet, its layers checkpointed or not."""
+    strategy = config.strategy
+    model = build_model_on_meta(config) if strategy.get("meta_init") else build_model(config)
+    for layer in find_layers(model) if strategy.get("activation_checkpointing") else []:
+        checkpoint(layer)
+    return model
 
 
 def build_model_on_meta(config: DictConfig) -> LightningModule:
@@ -32,9 +44,11 @@ def build_data(config: DictConfig) -> LightningDataModule:
 
 
 def build_callbacks(config: DictConfig) -> list[Callback]:
-    """Returns the balancing callback, if there is one, and then the others; no progress bar where none is wanted."""
+    """Returns the balancing callback, if there is one, and the others; no progress bar where none is wanted."""
     nodes = [config.balancing.callback, *(config.callbacks or {}).values()]
     callbacks = [instantiate(node) for node in nodes if node is not None]
+    if config.strategy.get("compile") is not None:
+        callbacks.append(CompileLayers(config.strategy.compile))
     shows_progress = config.trainer.enable_progress_bar
     return [callback for callback in callbacks if shows_progress or not isinstance(callback, ProgressBar)]
 

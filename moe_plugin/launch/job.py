@@ -20,6 +20,7 @@ from moe_plugin.launch.build import (
     build_data,
     build_loggers,
     build_model,
+    build_model_for,
     build_model_on_meta,
     build_trainer,
 )
@@ -41,7 +42,7 @@ def train(config: DictConfig) -> None:
     folder, clock = Path(config.paths.output), Throughput()
     with StopSignals() as signals, quiet():
         seed_everything(config.seed, workers=True, verbose=False)
-        data, model = build_data(config), build_model(config)
+        data, model = build_data(config), build_model_for(config)
         callbacks = [*build_callbacks(config), clock, RandomState(), StopAtSignal(signals)]
         trainer = build_trainer(config, callbacks=callbacks, logger=build_loggers(config))
         with told_when_stopped(signals, trainer, folder):

@@ -19,10 +19,14 @@ class Settings:
 
 @dataclass
 class Strategy:
-    """Where a run takes place: how many processes, and Lightning's strategy (``"auto"`` or a ``_target_`` node)."""
+    """Where a run takes place: the number of processes, the switches, and ``"auto"`` or a ``_target_`` node."""
 
     devices: int | Literal["auto"]
     lightning: Any
+    activation_checkpointing: bool = False
+    compile: str | None = None
+    meta_init: bool = False
+    tensor_parallel_size: int = 1
 
 
 @dataclass

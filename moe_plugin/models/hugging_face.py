@@ -67,17 +67,6 @@ class HuggingFaceModel(TokenModel):
             network, context_length=context_length, optimizer=optimizer, auxiliary_loss=auxiliary_loss
         )
 
-    def configure_model(self) -> None:
-        """Refuses what would shard the model.
-
-        Raises:
-            ConfigError: The strategy has a device mesh (`ModelParallelStrategy`).
-        """
-        if self.device_mesh is not None:
-            raise ConfigError(
-                "'strategy' must be single or ddp for models of transformers, got one that shards."
-            )
-
 
 class HuggingFaceNetwork(nn.Module):
     """Token ids to logits by a model of transformers."""

@@ -20,7 +20,6 @@ from moe_plugin.experts import ExpertShape, GroupedExperts, MoEBlock, SwiGLU
 from moe_plugin.models.attention import CausalSelfAttention
 from moe_plugin.models.clipping import clip_gradients_
 from moe_plugin.models.optimizer import AdamWWarmupCosine
-from moe_plugin.models.sharding import shard_
 from moe_plugin.models.transformer import (
     ActivationCheckpointing,
     AuxiliaryLoss,
@@ -28,6 +27,7 @@ from moe_plugin.models.transformer import (
     TransformerLayer,
 )
 from moe_plugin.routing import Router
+from moe_plugin.sharding import materialize_, shard_
 
 Batch = dict[str, Tensor]
 
@@ -61,6 +61,12 @@ class TokenModel(lightning.LightningModule):
         self.context_length = context_length
         self.optimizer = optimizer or AdamWWarmupCosine()
         self.auxiliary_loss = auxiliary_loss
+
+    def configure_model(self) -> None:
+        """Shards the network where the strategy has a device mesh, and draws parameters that have no storage yet."""
+        if self.device_mesh is not None:
+            shard_(self.network, self.device_mesh)
+        materialize_(self.network, self.trainer.strategy.root_device)
 
     def forward(self, token_ids_BS: Tensor) -> Tensor:
         """Predicts the next token: logits (B, S, V)."""
@@ -209,11 +215,6 @@ class LanguageModel(TokenModel):
             optimizer=optimizer,
             auxiliary_loss=auxiliary_loss,
         )
-
-    def configure_model(self) -> None:
-        """Shards the network where the strategy has a device mesh (`ModelParallelStrategy`)."""
-        if self.device_mesh is not None:
-            shard_(self.network, self.device_mesh)
 
 
 def moe_block(

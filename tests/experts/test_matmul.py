@@ -56,3 +56,15 @@ class TestExpertMatmul:
         rows = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
         weights = torch.randn(3, 3, 4, dtype=torch.float64, requires_grad=True)
         assert torch.autograd.gradcheck(lambda r, w: expert_matmul(r, w, offsets([2, 0, 3])), (rows, weights))
+
+    @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+    def test_compiled_caller_has_the_same_gradient(self):
+        weights, sizes = torch.randn(2, 8, 8, requires_grad=True), offsets([1, 3])
+
+        def loss(rows):
+            return expert_matmul(rows * 2, weights, sizes).square().sum()
+
+        rows = torch.randn(4, 8)
+        (expected,) = torch.autograd.grad(loss(rows), weights)
+        (actual,) = torch.autograd.grad(torch.compile(loss, backend="aot_eager")(rows), weights)
+        torch.testing.assert_close(actual, expected)

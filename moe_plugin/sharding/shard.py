@@ -1,0 +1,56 @@
+"""FSDP2 for any model: one unit per repeated layer, one for the rest."""
+
+from __future__ import annotations
+
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+
+from moe_plugin.adapters.routing_style import BIAS_NAMES
+from moe_plugin.errors import ConfigError
+from moe_plugin.sharding.layers import find_layers
+
+
+def shard_(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Shards the parameters of ``model`` over the data-parallel ranks, in place; doing it twice does no harm.
+
+    Parameters, gradients and optimizer states are spread layer by layer (FSDP2, `torch.distributed.fsdp.fully_shard`).
+    To be called where Lightning's `ModelParallelStrategy` wants it, before the optimizer is made:
+
+    Example:
+        >>> class Project(lightning.LightningModule):  # doctest: +SKIP
+        ...     def configure_model(self):
+        ...         if self.device_mesh is not None:
+        ...             moe_plugin.shard_(self.model, self.device_mesh)
+
+    Selection biases that the model owns as parameters stay whole on every rank: they are a few bytes that change
+    between steps, and no gradient reaches them.
+
+    Args:
+        model: The network that ``training_step`` calls, on any device including meta. Its layers are found by their
+            structure, see `find_layers`; a model that repeats nothing becomes a single unit.
+        mesh: Of one dimension, or with one named ``data_parallel``, which is taken then.
+
+    Raises:
+        ConfigError: 'model' is a LightningModule, whose own forward training doesn't call, or 'mesh' has several
+            dimensions and none of that name.
+    """
+    if hasattr(model, "training_step"):
+        raise ConfigError(
+            f"'model' must be the network that training_step calls, got {type(model).__name__} itself. Pass the "
+            f"module that it holds: shard_(self.model, self.device_mesh)."
+        )
+    if isinstance(model, FSDPModule):
+        return
+    ignored = {p for name, p in model.named_parameters() if name.rpartition(".")[2] in BIAS_NAMES}
+    for unit in [*find_layers(model), model]:
+        fully_shard(unit, mesh=_data_parallel(mesh), ignored_params=ignored)
+
+
+def _data_parallel(mesh: DeviceMesh) -> DeviceMesh:
+    names = mesh.mesh_dim_names or ()
+    if "data_parallel" in names:
+        return mesh["data_parallel"]
+    if mesh.ndim > 1:
+        raise ConfigError(f"'mesh' must have one dimension or one named 'data_parallel', got {mesh}.")
+    return mesh
