@@ -45,7 +45,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "callbacks": CALLBACKS,
     "__init__": CALLBACKS - {"plots"},
 }
-APPLICATION = {"models", "data", "train", "evaluate", "report", "launch", "compare", "conf", "inspection"}
+APPLICATION = {
+    *("models", "data", "train", "evaluate", "report", "launch", "compare", "conf", "inspection", "plan"),
+}
 
 NO_FRAMEWORK = {"lightning", "pytorch_lightning", "hydra", "omegaconf", "transformers", "matplotlib"}
 MAY_NOT_IMPORT_FROM_OUTSIDE: dict[str, set[str]] = {

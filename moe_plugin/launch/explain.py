@@ -14,12 +14,14 @@ from moe_plugin.launch.signature import unknown_key
 from moe_plugin.launch.words import parse
 
 
-def explain_composition(error: HydraException | OmegaConfBaseException, overrides: Sequence[str]) -> str:
+def explain_composition(
+    error: HydraException | OmegaConfBaseException, overrides: Sequence[str], config_name: str = "config"
+) -> str:
     """Returns one line for an error raised while composing."""
     text = str(error)
     found = re.match(r"Could not override '([^']+)'", text)
     if found and found[1] in {override.key_or_group for override in parse(overrides)}:
-        return explain_key(found[1], overrides, one_line(f"{text} {error.__cause__ or ''}"))
+        return explain_key(found[1], overrides, one_line(f"{text} {error.__cause__ or ''}"), config_name)
     if found := re.search(
         r"Could not find '([^']+)/([^'/]+)'\s+Available options in '[^']+':(.*?)Config search path",
         text,
@@ -30,19 +32,20 @@ def explain_composition(error: HydraException | OmegaConfBaseException, override
     return one_line(f"{text} {error.__cause__ or ''}")
 
 
-def explain_key(key: str, overrides: Sequence[str], reason: str) -> str:
+def explain_key(key: str, overrides: Sequence[str], reason: str, config_name: str) -> str:
     """Returns the line for a key that the configuration doesn't have, with the nearest that it has.
 
     Args:
         key: What could not be set.
         overrides: All words.
         reason: Hydra's own, for a key that is there but doesn't take the value.
+        config_name: The file that is composed.
     """
     value, word = {
         o.key_or_group: (o.value(), word) for word, o in zip(overrides, parse(overrides), strict=True)
     }[key]
     others = [other for other in overrides if other != word]
-    parent = OmegaConf.select(compose("config", others), key.rpartition(".")[0] or "")
+    parent = OmegaConf.select(compose(config_name, others), key.rpartition(".")[0] or "")
     known = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
     return reason if key.rpartition(".")[2] in known else unknown_key(key, value, known)
 
