@@ -1,29 +1,21 @@
 """Expert parallelism: each rank holds some of the experts, and tokens travel to theirs and back.
 
 Works on every module of stacked experts that maps hidden states, expert ids and gate weights to hidden states: ours,
-and those of transformers. The module's own forward runs on each rank, on fewer experts and on the rows received.
-
-Shape legend: T tokens, D model width, K experts selected per token, E experts, P = T * K token-expert pairs, Q rows
-received.
+and those of transformers.
 """
 
 from __future__ import annotations
 
 import inspect
-from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard
-from torch.nn import functional
 
 from moe_plugin.errors import ConfigError
-from moe_plugin.experts.all_to_all import plan_exchange
-from moe_plugin.experts.dispatch import combine, plan_dispatch
-from moe_plugin.experts.grouped import GroupedExperts, compute_dtype
-from moe_plugin.types import Routing
+from moe_plugin.experts.grouped import GroupedExperts
+from moe_plugin.experts.parallel_forward import ExpertParallelForward
 
 
 def expert_mesh(data_parallel: DeviceMesh, size: int) -> DeviceMesh:
@@ -69,88 +61,39 @@ def parallelize_experts_(module: nn.Module, mesh: DeviceMesh) -> set[nn.Paramete
         ConfigError: There are no such experts, or their number is not a multiple of the ranks.
     """
     ranks = mesh if mesh.ndim == 1 else mesh["expert_parallel"]
+    layers = find_expert_layers(module, ranks.size())
+    for experts in layers:
+        if not isinstance(experts.forward, ExpertParallelForward):
+            _parallelize_(experts, ranks)
+            if mesh.ndim == 2:
+                _fully_shard_(experts, mesh["expert_data_parallel"])
+    return {parameter for experts in layers for parameter in experts.parameters()}
+
+
+def find_expert_layers(module: nn.Module, expert_parallel_size: int) -> list[nn.Module]:
+    """Finds the layers of experts that `parallelize_experts_` spreads.
+
+    Args:
+        module: A model or a part of it, on any device including meta.
+        expert_parallel_size: Ranks that hold all experts together.
+
+    Raises:
+        ConfigError: There are none, or their number of experts is not a multiple of the size.
+    """
     layers = {name: layer for name, layer in module.named_modules() if _is_expert_layer(layer)}
     if not layers:
         raise ConfigError(
             f"'{type(module).__name__}' must have experts stacked in 3-D parameters, got none that can be spread "
             "over ranks. Choose a strategy without expert parallelism."
         )
-    for name, experts in layers.items():
-        _check_divides(name, experts, ranks.size())
-    for experts in layers.values():
-        if not isinstance(experts.forward, ExpertParallelForward):
-            _parallelize_(experts, ranks)
-            if mesh.ndim == 2:
-                _fully_shard_(experts, mesh["expert_data_parallel"])
-    return {parameter for experts in layers.values() for parameter in experts.parameters()}
-
-
-class ExpertParallelForward:
-    """Takes the place of the forward of a layer of experts of which this rank holds some."""
-
-    def __init__(self, experts: nn.Module, ranks: DeviceMesh) -> None:
-        """Remembers the layer as it is, before any wrapper.
-
-        Args:
-            experts: The layer.
-            ranks: Mesh of one dimension.
-        """
-        self._experts = experts
-        self._class = type(experts)
-        self._num_experts: int = experts.num_experts  # pyright: ignore[reportAttributeAccessIssue]
-        self._ranks = ranks
-        self._signature = inspect.signature(experts.forward)
-
-    @torch.compiler.disable
-    def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Applies the selected experts to each token: (T, D), as the layer's own forward does."""
-        x_TD, expert_ids_TK, weights_TK = self._unpack(*self._signature.bind(*args, **kwargs).args)
-        dispatch = plan_dispatch(expert_ids_TK, self._num_experts)
-        rows_per_expert_E = dispatch.offsets_E.diff(prepend=dispatch.offsets_E.new_zeros(1))
-        exchange = plan_exchange(rows_per_expert_E, self._ranks.get_group())
-        rows_QD = exchange.to_experts(x_TD.index_select(0, dispatch.token_ids_P))
-        y_PD = exchange.to_tokens(self._apply_own_experts(rows_QD, exchange.expert_ids_Q))
-        return combine(y_PD, weights_TK.to(y_PD.dtype), dispatch)
-
-    def _unpack(self, x_TD: Tensor, *routing: Any) -> tuple[Tensor, Tensor, Tensor]:
-        if isinstance(self._experts, GroupedExperts):
-            # Cast before the journey, which then carries half the bytes under autocast.
-            return x_TD.to(compute_dtype(x_TD)), routing[0].expert_ids_TK, routing[0].weights_TK
-        if routing[0].is_floating_point():
+    for name, layer in layers.items():
+        num_experts: int = layer.num_experts  # pyright: ignore[reportAssignmentType]
+        if num_experts % expert_parallel_size:
             raise ConfigError(
-                f"'{self._class.__name__}' must take hidden states, expert ids and gate weights in this order to be "
-                f"spread over ranks, got {routing[0].dtype} for the ids. Choose a strategy without expert parallelism."
+                f"'expert_parallel_size' must divide the experts of '{name}' ({num_experts}), got "
+                f"{expert_parallel_size}."
             )
-        return x_TD, *routing
-
-    def _apply_own_experts(self, rows_QD: Tensor, expert_ids_Q: Tensor) -> Tensor:
-        if not len(rows_QD):
-            # With a row to work on, which is then dropped, this rank takes part in the backward like the others, and
-            # its experts have a gradient: zero.
-            rows_1D, ids_1 = functional.pad(rows_QD, (0, 0, 0, 1)), functional.pad(expert_ids_Q, (0, 1))
-            return self._apply_own_experts(rows_1D, ids_1)[:0]
-        ids_Q1, ones_Q1 = expert_ids_Q[:, None], rows_QD.new_ones(len(rows_QD), 1)
-        local = self._own_experts()
-        if isinstance(local, GroupedExperts):
-            return local.forward(rows_QD, Routing(ones_Q1, ids_Q1, scores_TE=ones_Q1))
-        return local.forward(rows_QD, ids_Q1, ones_Q1)
-
-    def _own_experts(self) -> nn.Module:
-        """The experts of this rank as a layer of their own, for one forward: the same code on fewer experts."""
-        local = self._class.__new__(self._class)
-        state = {name: value for name, value in vars(self._experts).items() if name != "forward"}
-        parameters = {name: self._own_part(p) for name, p in self._experts.named_parameters(recurse=False)}
-        vars(local).update(state, _parameters=parameters, num_experts=self._num_experts // self._ranks.size())
-        return local
-
-    def _own_part(self, parameter: nn.Parameter) -> Tensor:
-        assert isinstance(parameter, DTensor)
-        part, num_ranks = parameter.to_local(), self._ranks.size()
-        if part.requires_grad:
-            # The tokens of all ranks have gone into it, so its gradient is that of the sum of their losses. Here, and
-            # not on the parameter, which wrappers replace.
-            part.register_hook(lambda gradient: gradient / num_ranks)
-        return part
+    return list(layers.values())
 
 
 def _is_expert_layer(module: nn.Module) -> bool:
@@ -162,14 +105,6 @@ def _is_expert_layer(module: nn.Module) -> bool:
     if not is_stacked or any(parameter.shape[0] != num_experts for parameter in module.parameters()):
         return False
     return len(inspect.signature(module.forward).parameters) == 3
-
-
-def _check_divides(name: str, experts: nn.Module, num_ranks: int) -> None:
-    num_experts: int = experts.num_experts  # pyright: ignore[reportAssignmentType]
-    if num_experts % num_ranks:
-        raise ConfigError(
-            f"'expert_parallel_size' must divide the experts of '{name}' ({num_experts}), got {num_ranks}."
-        )
 
 
 def _parallelize_(experts: nn.Module, ranks: DeviceMesh) -> None:
