@@ -40,7 +40,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "balanced": PURE | {"balancing", "adapters", "sidecar", "warm_start", "export", "sharding"},
     "warm_start": PURE | {"balancing", "adapters", "metrics"},
     "export": PURE | {"adapters", "sidecar"},
-    "sharding": PURE | {"adapters"},
+    "sharding": PURE | {"adapters", "experts"},
     "plots": PURE | {"metrics"},
     "callbacks": CALLBACKS,
     "__init__": CALLBACKS - {"plots"},

@@ -192,6 +192,11 @@ class TestWrongUse:
             ),
             (["strategy.devices=0"], "'strategy.devices' must be >= 1, got 0."),
             (["strategy=fsdp1"], "needs a GPU, and there is none. Set strategy=fsdp."),
+            (
+                ["strategy=fsdp_ep", "strategy.expert_parallel_size=3"],
+                "must divide the number of processes (2), got 3.",
+            ),
+            (["strategy=fsdp_ep", "experts.num_experts=5"], "must divide the experts of 'network.layers.0"),
             (["strategy.compile=gcc"], "'strategy.compile' must be null or one of"),
             (["-m", "seed=1,x"], "'seed' must be a whole number, got 'x'."),
         ],
@@ -256,9 +261,10 @@ class TestStrategies:
         train.main([*SMALL, *words, "name=two"])
         self.assert_same("two", "one")
 
-    def test_switches_change_nothing_from_strategy_to_strategy(self) -> None:
+    @pytest.mark.parametrize("strategy", ["fsdp", "fsdp_ep"])
+    def test_switches_change_nothing_from_strategy_to_strategy(self, strategy: str) -> None:
         train.main([*SMALL, *SWITCHED[:1], "name=one"])
-        train.main([*SMALL, *SWITCHED, "strategy=fsdp", "name=two"])
+        train.main([*SMALL, *SWITCHED, f"strategy={strategy}", "name=two"])
         self.assert_same("two", "one")
 
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")

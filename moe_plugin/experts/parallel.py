@@ -39,7 +39,10 @@ def expert_mesh(data_parallel: DeviceMesh, size: int) -> DeviceMesh:
         )
     if size == ranks:
         return data_parallel
-    return data_parallel._unflatten(0, (ranks // size, size), ("expert_data_parallel", "expert_parallel"))
+    mesh = data_parallel._unflatten(0, (ranks // size, size), ("expert_data_parallel", "expert_parallel"))
+    # DTensor looks for the flat mesh, to gather a parameter or sum a norm in one collective instead of two.
+    mesh._flatten()
+    return mesh
 
 
 def parallelize_experts_(module: nn.Module, mesh: DeviceMesh) -> set[nn.Parameter]:

@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from moe_plugin.errors import ConfigError, MoEPluginError
 from moe_plugin.launch.build import build_callbacks, build_data, build_model_on_meta, build_trainer
+from moe_plugin.launch.expert_parallel import check_experts
 from moe_plugin.launch.explain import locate, one_line
 from moe_plugin.launch.last_checkpoint import LAST
 from moe_plugin.launch.noise import quiet
@@ -177,4 +178,5 @@ BUILDERS: dict[str, Callable[[DictConfig], object]] = {
     "trainer": lambda run: build_trainer(run, logger=False, callbacks=build_callbacks(run)),
     "data": build_data,
     "model": build_model_on_meta,
+    "strategy": check_experts,
 }

@@ -27,6 +27,7 @@ class Strategy:
     compile: str | None = None
     meta_init: bool = False
     tensor_parallel_size: int = 1
+    expert_parallel_size: int | Literal["auto"] = 1
 
 
 @dataclass

@@ -65,7 +65,8 @@ class TokenModel(lightning.LightningModule):
     def configure_model(self) -> None:
         """Shards the network where the strategy has a device mesh, and draws parameters that have no storage yet."""
         if self.device_mesh is not None:
-            shard_(self.network, self.device_mesh)
+            experts_over = getattr(self.trainer.strategy, "expert_parallel_size", 1)
+            shard_(self.network, self.device_mesh, expert_parallel_size=experts_over)
         materialize_(self.network, self.trainer.strategy.root_device)
 
     def forward(self, token_ids_BS: Tensor) -> Tensor:

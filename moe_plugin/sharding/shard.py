@@ -8,10 +8,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from moe_plugin.adapters.routing_style import BIAS_NAMES
 from moe_plugin.errors import ConfigError
+from moe_plugin.experts import expert_mesh, parallelize_experts_
 from moe_plugin.sharding.layers import find_layers
 
 
-def shard_(model: nn.Module, mesh: DeviceMesh) -> None:
+def shard_(model: nn.Module, mesh: DeviceMesh, *, expert_parallel_size: int = 1) -> None:
     """Shards the parameters of ``model`` over the data-parallel ranks, in place; doing it twice does no harm.
 
     Parameters, gradients and optimizer states are spread layer by layer (FSDP2, `torch.distributed.fsdp.fully_shard`).
@@ -30,10 +31,12 @@ def shard_(model: nn.Module, mesh: DeviceMesh) -> None:
         model: The network that ``training_step`` calls, on any device including meta. Its layers are found by their
             structure, see `find_layers`; a model that repeats nothing becomes a single unit.
         mesh: Of one dimension, or with one named ``data_parallel``, which is taken then.
+        expert_parallel_size: Ranks among which the experts of each layer are divided, and their tokens exchanged; see
+            `moe_plugin.experts.parallelize_experts_`.
 
     Raises:
         ConfigError: 'model' is a LightningModule, whose own forward training doesn't call, or 'mesh' has several
-            dimensions and none of that name.
+            dimensions and none of that name, or the experts cannot be divided so.
     """
     if hasattr(model, "training_step"):
         raise ConfigError(
@@ -43,6 +46,8 @@ def shard_(model: nn.Module, mesh: DeviceMesh) -> None:
     if isinstance(model, FSDPModule):
         return
     ignored = {p for name, p in model.named_parameters() if name.rpartition(".")[2] in BIAS_NAMES}
+    if expert_parallel_size > 1:
+        ignored |= parallelize_experts_(model, expert_mesh(_data_parallel(mesh), expert_parallel_size))
     for unit in [*find_layers(model), model]:
         fully_shard(unit, mesh=_data_parallel(mesh), ignored_params=ignored)
 

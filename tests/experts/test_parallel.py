@@ -104,7 +104,10 @@ def _mesh(ranks: int):
 
 
 def _difference(actual: torch.Tensor, expected: torch.Tensor) -> float:
-    return (actual - expected).abs().max().item() if expected.numel() else float(actual.numel())
+    """The largest, in units of the largest value where that is above one."""
+    if not expected.numel():
+        return float(actual.numel())
+    return ((actual - expected).abs().max() / expected.abs().max().clamp(min=1)).item()
 
 
 def _compare_on_rank(rank, results, layer, loads, size=None):
