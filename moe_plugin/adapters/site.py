@@ -34,7 +34,7 @@ class Site:
         spread_is_due: Whether it is measured in this step.
         gaps_EG: How far scores were from being selected since the last update; int64, None if not measured.
         observer: Takes each selection and its bool (T,) mask of real tokens, which then do not count; None lets them.
-        witness: Is shown each selection of a training forward that counts, unless that is compiled; None for nobody.
+        witness: Is shown each selection that counts, unless the forward is compiled; None for nobody.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Site:
         if self.observer is not None:
             self.observer(Selection(*(tensor.detach() for tensor in selection)), valid_T)
             return
-        if not torch.compiler.is_compiling() and self.witness is not None and training:
+        if not torch.compiler.is_compiling() and self.witness is not None:
             self.witness(Selection(*(tensor.detach() for tensor in selection)), valid_T)
         self._to_device(ids_TK.device)
         # A second graph for the steps between would be compiled, which costs more than measuring.

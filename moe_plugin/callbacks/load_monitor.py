@@ -11,17 +11,23 @@ from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
 from moe_plugin.balance import Balanced, balance_, find_balanced
 from moe_plugin.callbacks.attachment import Attachment
+from moe_plugin.callbacks.image_log import log_image, tensorboard_writers
 from moe_plugin.callbacks.load_alarms import AlarmWatch, OnAlarm
-from moe_plugin.callbacks.load_pictures import LoadPictures, counts_of, image_writers
+from moe_plugin.callbacks.load_film import LoadFilm
+from moe_plugin.callbacks.load_pictures import LoadPictures, counts_of
 from moe_plugin.callbacks.load_tags import DASHBOARD, training_scalars, validation_scalars
 from moe_plugin.callbacks.loss_free import LossFreeBalancing
 from moe_plugin.callbacks.router_sample import RouterSample
+from moe_plugin.callbacks.run_card import active_parameters, run_card
+from moe_plugin.callbacks.specialisation import Specialisation, kinds_of
+from moe_plugin.callbacks.token_clock import TokenClock
 from moe_plugin.callbacks.validation_counts import ValidationCounts
 from moe_plugin.errors import AttachError, ConfigError
 from moe_plugin.metrics import LayerLoad, LoadWindow
@@ -33,9 +39,10 @@ class LoadMonitor(Callback):
     """Logs how balanced the load over experts is, in training and in validation.
 
     Training: every `every_n_steps` optimizer steps the load of the steps since then goes to every logger as
-    scalars (`load/*` over all layers, `load_layers/*` by layer), and now and then to TensorBoard as a layer x
-    expert heatmap. Validation: MaxVio (arXiv 2408.15664), entropy and dead experts over the whole validation
-    set are logged as `val/*`, so that checkpoints and sweepers can follow them.
+    scalars (`load/*` over all layers, `load_layers/*` by layer), and now and then as pictures to loggers that take
+    images: layer x expert load, and load and bias over time by layer. Validation: MaxVio (arXiv 2408.15664),
+    entropy and dead experts over the whole validation set are logged as `val/*`, so that checkpoints and sweepers
+    can follow them, and pictures show which domains and token classes experts take, and which work together.
 
     Alarms: what is wrong with the load is said once, in words, with what to do about it: dead experts, a collapse, a
     bias that swings, saturates or runs away, no improvement, a router without tokens, ranks that diverge, NaN.
@@ -84,6 +91,12 @@ class LoadMonitor(Callback):
         self._observer: Attachment | None = None
         self._watch = AlarmWatch(on_alarm, alarm_limits)
         self._sample = RouterSample()
+        self._film: LoadFilm | None = None
+        self._clock = TokenClock()
+        self._specialisation = Specialisation()
+        self._expert_share = 0.0
+        self._constants: dict[str, float] = {}
+        self._token_classes: Tensor | None = None
 
     @property
     def alarms(self) -> list[Alarm]:
@@ -102,15 +115,21 @@ class LoadMonitor(Callback):
             self._observer.setup(pl_module)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lay out TensorBoard's custom scalars."""
+        """Lay out TensorBoard's custom scalars, and write down what the run is."""
         if self._observer is not None:
             self._observer.start(trainer)
         balanced = _balanced(pl_module)
         self._window = LoadWindow({name: site.num_experts for name, site in balanced.items()})
         self._last_record = balanced.record
-        for writer in self._writers(trainer):
-            if hasattr(writer, "add_custom_scalars"):
-                writer.add_custom_scalars(DASHBOARD)
+        self._film = LoadFilm(list(balanced))
+        size = active_parameters(pl_module)
+        if size is not None:
+            self._expert_share = size.expert_share
+            self._constants = {"load/active_parameters": float(size.active)}
+        for writer in tensorboard_writers(self._loggers(trainer)):
+            writer.add_custom_scalars(DASHBOARD)
+            writer.add_text("run", run_card(trainer, pl_module, balanced), global_step=0)
+        self._clock.go()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Steps count from here on; routers are looked at in the step that ends a window."""
@@ -159,21 +178,37 @@ class LoadMonitor(Callback):
         if record is not None and self._window is not None and self._window.batches:
             # Lightning has moved on by one since the last batch.
             self._log_training(trainer, balanced, record, step=_logged_step(trainer) - 1)
-        self._training_pictures.write_waiting(self._writers(trainer))
-        self._validation_pictures.write_waiting(self._writers(trainer))
+        if self._training_pictures.write_waiting(self._loggers(trainer)) and record is not None:
+            self._draw_film(trainer, record, _logged_step(trainer) - 1)
+        self._validation_pictures.write_waiting(self._loggers(trainer))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Forget what was counted in evaluation mode before."""
-        self._validation = ValidationCounts(_balanced(pl_module))
+        self._clock.pause()
+        balanced = _balanced(pl_module)
+        self._validation = ValidationCounts(balanced)
+        if self._loggers(trainer) and self.image_every_n_steps != 0 and not trainer.sanity_checking:
+            data: Any = getattr(trainer, "datamodule", None)
+            names, self._token_classes = getattr(data, "token_classes", ([], None))
+            kinds = {"domain": list(getattr(data, "domains", [])), "token class": list(names)}
+            self._specialisation.start_(balanced, {kind: names for kind, names in kinds.items() if names})
+
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any
+    ) -> None:
+        """See what kinds of tokens come."""
+        self._specialisation.batch_starts(kinds_of(batch, self._token_classes))
 
     def on_validation_batch_end(self, *_: Any) -> None:
         """Keep the counts of the batch."""
         assert self._validation is not None
         self._validation.take_()
+        self._specialisation.batch_ends()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log the load over the whole validation set."""
         assert self._validation is not None
+        self._specialisation.stop_(_balanced(pl_module))
         if trainer.sanity_checking:
             return
         window = LoadWindow({name: site.num_experts for name, site in _balanced(pl_module).items()})
@@ -184,9 +219,21 @@ class LoadMonitor(Callback):
         is_fitting = trainer.state.fn == TrainerFn.FITTING
         # After a fit the step is that of its last batch, counted from zero like all steps that are logged.
         step = _logged_step(trainer) if is_fitting else max(trainer.global_step - 1, 0)
-        self._offer(trainer, self._validation_pictures, self.validation_load, step)
+        is_drawn = self._offer(trainer, self._validation_pictures, self.validation_load, step)
         if not is_fitting:
-            self._validation_pictures.write_waiting(self._writers(trainer))
+            is_drawn |= self._validation_pictures.write_waiting(self._loggers(trainer))
+        if is_drawn:
+            for tag, image in self._specialisation.images():
+                log_image(self._loggers(trainer), tag, image, step)
+        kept = self._specialisation.kept_choices()
+        if kept is not None and is_fitting:
+            for logger in self._loggers(trainer):
+                logger.log_metrics({"val/kept_choices": kept}, step=step)
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Training goes on."""
+        if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
+            self._clock.go()
 
     def state_dict(self) -> dict[str, Any]:
         """The load of the first step, so that a resumed run still knows how it began."""
@@ -208,30 +255,44 @@ class LoadMonitor(Callback):
         self.training_load = self._window.layer_loads()
         self.bias_ranges = _ranges(record.bias)
         self._window.reset_()
-        scalars = training_scalars(self.training_load, self.bias_ranges)
+        decisions = self._sample.take()
+        scalars = training_scalars(self.training_load, self.bias_ranges, decisions, self._expert_share)
+        scalars |= self._constants | {
+            "load/tokens_per_second": self._clock.rate(_tokens(balanced, self.training_load))
+        }
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=step)
-        self._offer(trainer, self._training_pictures, self.training_load, step)
-        self._watch.window_ends(
-            balanced,
-            self.training_load,
-            self.bias_ranges,
-            self._sample.take(),
-            is_first_rank=trainer.is_global_zero,
+        assert self._film is not None
+        if self._loggers(trainer) and self.image_every_n_steps != 0:
+            self._film.add_(step, self.training_load, record.bias)
+        if self._offer(trainer, self._training_pictures, self.training_load, step):
+            self._draw_film(trainer, record, step)
+        new = self._watch.window_ends(
+            balanced, self.training_load, self.bias_ranges, decisions, is_first_rank=trainer.is_global_zero
         )
+        for writer in tensorboard_writers(self._loggers(trainer)) if new else ():
+            writer.add_text("alarms", "\n\n".join(map(str, new)), global_step=step)
+
+    def _draw_film(self, trainer: Trainer, record: LoadRecord, step: int) -> None:
+        assert self._film is not None
+        for tag, image in self._film.images():
+            log_image(self._loggers(trainer), tag, image, step)
+        for writer in tensorboard_writers(self._loggers(trainer)):
+            for name, bias_E in record.bias.items():
+                writer.add_histogram(f"bias/{name}", bias_E.float().cpu(), global_step=step, bins="auto")
 
     def _offer(
         self, trainer: Trainer, pictures: LoadPictures, loads: Mapping[str, LayerLoad], step: int
-    ) -> None:
+    ) -> bool:
         if self.image_every_n_steps == 0:
-            return
+            return False
         violation = fmean(load.max_violation_global for load in loads.values())
         dead = sum(load.dead_experts for load in loads.values())
         title = f"load over ideal load, step {trainer.global_step}: MaxVio {violation:.2f}, {dead} dead"
-        pictures.offer(self._writers(trainer), step, counts_of(loads), title)
+        return pictures.offer(self._loggers(trainer), step, counts_of(loads), title)
 
-    def _writers(self, trainer: Trainer) -> list[Any]:
-        return image_writers(trainer.loggers) if trainer.is_global_zero else []
+    def _loggers(self, trainer: Trainer) -> list[Logger]:
+        return trainer.loggers if trainer.is_global_zero else []
 
 
 def _balanced(pl_module: LightningModule) -> Balanced:
@@ -242,6 +303,11 @@ def _balanced(pl_module: LightningModule) -> Balanced:
             "a part of the model only?"
         )
     return balanced
+
+
+def _tokens(balanced: Balanced, loads: Mapping[str, LayerLoad]) -> int:
+    """Tokens of a window over all ranks: each chose `top_k` experts of every layer."""
+    return max(sum(loads[name].tokens_per_expert) // site.top_k for name, site in balanced.items())
 
 
 def _logged_step(trainer: Trainer) -> int:

@@ -6,12 +6,12 @@ Shape legend: L MoE layers, E experts (of the layer that has most).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
+from moe_plugin.callbacks.image_log import log_image, tensorboard_writers
 from moe_plugin.metrics import LayerLoad, stack_layers
 from moe_plugin.plots import load_heatmap
 
@@ -36,35 +36,28 @@ class LoadPictures:
         self._last_step: int | None = None
         self._waiting: tuple[int, dict[str, Tensor], str] | None = None
 
-    def offer(self, writers: Iterable[Any], step: int, counts: Mapping[str, Tensor], title: str) -> None:
-        """Write a picture if one is due, else keep it in case it is the last."""
+    def offer(self, loggers: Iterable[Logger], step: int, counts: Mapping[str, Tensor], title: str) -> bool:
+        """Write a picture if one is due, and say so, else keep it in case it is the last."""
         self._offered += 1
         self._waiting = (step, dict(counts), title)
-        if self._is_due(step):
-            self.write_waiting(writers)
+        return self._is_due(step) and self.write_waiting(loggers)
 
-    def write_waiting(self, writers: Iterable[Any]) -> None:
-        """Write the picture offered last, unless it is written already."""
+    def write_waiting(self, loggers: Iterable[Logger]) -> bool:
+        """Write the picture offered last, unless it is written already; says whether it was."""
         if self._waiting is None:
-            return
+            return False
         (step, counts, title), self._waiting = self._waiting, None
         self._last_step = step
-        image = load_heatmap(counts, title)
-        for writer in writers:
-            writer.add_image(f"{self._tag}/experts", image, global_step=step, dataformats="CHW")
-            if hasattr(writer, "add_tensor"):
-                writer.add_tensor(f"{self._tag}/tokens_per_expert", _rectangle(counts), global_step=step)
+        loggers = list(loggers)
+        log_image(loggers, f"{self._tag}/experts", load_heatmap(counts, title), step)
+        for writer in tensorboard_writers(loggers):
+            writer.add_tensor(f"{self._tag}/tokens_per_expert", _rectangle(counts), global_step=step)
+        return True
 
     def _is_due(self, step: int) -> bool:
         if self._every_n_steps is None:
             return self._offered.bit_count() == 1
         return self._last_step is None or step - self._last_step >= self._every_n_steps
-
-
-def image_writers(loggers: Iterable[Logger]) -> list[Any]:
-    """The TensorBoard writers among the loggers."""
-    writers = [getattr(logger, "experiment", None) for logger in loggers]
-    return [writer for writer in writers if hasattr(writer, "add_image")]
 
 
 def counts_of(loads: Mapping[str, LayerLoad]) -> dict[str, Tensor]:

@@ -103,6 +103,11 @@ class CorpusDataModule(LightningDataModule):
         """Names of the domains; a batch's `domain` indexes them."""
         return self.corpus.domains
 
+    @property
+    def token_classes(self) -> tuple[list[str], Tensor | None]:
+        """Names of classes of tokens, and the class of each token id, int64 (V,); none where the tokenizer has none."""
+        return getattr(self.tokenizer, "token_classes", ([], None))
+
     @cached_property
     def train_sequences(self) -> Sequences:
         """What an epoch draws from.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
 from typing import Protocol
@@ -41,9 +42,30 @@ class Bytes:
         """The name is all there is."""
         return "bytes"
 
+    @property
+    def token_classes(self) -> tuple[list[str], Tensor]:
+        """Names of the classes of bytes, and the class of each; int64 (256,)."""
+        return list(BYTE_CLASSES), torch.tensor([_class_of(byte) for byte in range(256)])
+
     def fit(self, texts: Iterable[str]) -> Encode:
         """Returns the encoding, the same for any `texts`."""
         return _encode_bytes
+
+
+BYTE_CLASSES = ("letter", "capital", "digit", "space", "newline", "punctuation", "other")
+
+
+def _class_of(byte: int) -> int:
+    character = chr(byte)
+    tests = (
+        "a" <= character <= "z",
+        "A" <= character <= "Z",
+        "0" <= character <= "9",
+        character in " \t",
+        character in "\r\n",
+        character in string.punctuation,
+    )
+    return next((place for place, is_so in enumerate(tests) if is_so), len(tests))
 
 
 def _encode_bytes(texts: Sequence[str]) -> Tensor:

@@ -6,7 +6,8 @@ Shape legend: N batches, L MoE layers, E experts (of the layer that has most).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from math import isnan
 from statistics import fmean, pstdev
 
 import torch
@@ -17,6 +18,7 @@ from moe_plugin.metrics.dead import dead_experts
 from moe_plugin.metrics.entropy import load_entropy
 from moe_plugin.metrics.layers import stack_layers
 from moe_plugin.metrics.oscillation import StepCorrelation
+from moe_plugin.metrics.rank_groups import RANKS, rank_violation
 
 PENDING_BATCHES = 64
 """Batches held on the device before they are moved to the host in one copy."""
@@ -35,6 +37,8 @@ class LayerLoad:
         steps: Batches in the window.
         empty_steps: Those in which the layer saw no token.
         step_correlation: Of the load errors of a batch with those of the batch before, see `StepCorrelation`.
+        rank_violations: MaxVio of each batch over this many ranks of expert parallelism, averaged over the batches;
+            without numbers of ranks over which the experts do not divide.
     """
 
     max_violation_batch: float
@@ -45,6 +49,7 @@ class LayerLoad:
     steps: int = 0
     empty_steps: int = 0
     step_correlation: float = 0.0
+    rank_violations: Mapping[int, float] = field(default_factory=dict)
 
     @property
     def coefficient_of_variation(self) -> float:
@@ -71,6 +76,7 @@ class LoadWindow:
         self._batch = MaxViolationBatch(sizes, sync_on_compute=False)
         self._total = MaxViolationGlobal(sizes, sync_on_compute=False)
         self._correlation = StepCorrelation(sizes)
+        self._rank_violation_RL = torch.zeros(len(RANKS), len(sizes), dtype=torch.float64)
         self._pending: list[Tensor] = []
         self.batches = 0
 
@@ -92,6 +98,7 @@ class LoadWindow:
         self._batch.reset()
         self._total.reset()
         self._correlation.reset_()
+        self._rank_violation_RL.zero_()
         self.batches = 0
 
     def layer_loads(self) -> dict[str, LayerLoad]:
@@ -107,6 +114,7 @@ class LoadWindow:
             [self.batches] * len(self.num_experts),
             (self.batches - self._batch.batches_L).tolist(),
             self._correlation.by_layer().tolist(),
+            self._rank_violations(),
             strict=True,
         )
         return dict(zip(self.num_experts, (LayerLoad(*each) for each in measures), strict=True))
@@ -120,6 +128,16 @@ class LoadWindow:
         self._batch.update(tokens_NLE)
         self._total.update(tokens_NLE)
         self._correlation.add_(tokens_NLE)
+        sizes = list(self.num_experts.values())
+        for total_L, ranks in zip(self._rank_violation_RL, RANKS, strict=True):
+            total_L += rank_violation(tokens_NLE, sizes, ranks).sum(0)
+
+    def _rank_violations(self) -> list[dict[int, float]]:
+        means_LR = (self._rank_violation_RL / self._batch.batches_L.clamp(min=1)).T.tolist()
+        return [
+            {ranks: mean for ranks, mean in zip(RANKS, means, strict=True) if not isnan(mean)}
+            for means in means_LR
+        ]
 
 
 def layer_loads(counts: Mapping[str, Tensor]) -> dict[str, LayerLoad]:

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from moe_plugin.models.routed import RoutedExperts
+from moe_plugin.adapters.routed_experts import RoutedExperts
 from moe_plugin.models.transformer import Transformer
 
 

@@ -11,9 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from moe_plugin.adapters.routed_experts import find_routed_experts
 from moe_plugin.errors import ConfigError
 from moe_plugin.models.flops import attention_flops, matmul_flops
-from moe_plugin.models.routed import find_routed_experts
 
 _ADAM_BYTES = 8  # Two moments in fp32.
 _GIB = 2**30

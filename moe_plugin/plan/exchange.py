@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from moe_plugin.adapters.routed_experts import RoutedExperts, find_routed_experts
 from moe_plugin.experts import GroupedExperts
-from moe_plugin.models.routed import RoutedExperts, find_routed_experts
 from moe_plugin.plan.cluster import Cluster
 from moe_plugin.plan.model import autocast_of, selection_of, width_of
 from moe_plugin.plan.traffic import Transfer

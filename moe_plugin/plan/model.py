@@ -10,11 +10,11 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+from moe_plugin.adapters.routed_experts import RoutedExperts, find_routed_experts
 from moe_plugin.adapters.routing_style import GROUP_COUNT_NAMES
 from moe_plugin.balancing.counts import EXTRA_SLOTS
 from moe_plugin.errors import ConfigError
 from moe_plugin.models.flops import matmul_flops
-from moe_plugin.models.routed import RoutedExperts, find_routed_experts
 from moe_plugin.plan.reach import Selection
 from moe_plugin.sharding import find_layers
 

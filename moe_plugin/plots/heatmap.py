@@ -1,11 +1,11 @@
-"""A layer x expert picture of the load, drawn without matplotlib: cheap enough for a training loop.
+"""A grid of coloured cells with labels, drawn without matplotlib: cheap enough for a training loop.
 
-Shape legend: L MoE layers, E experts (of the layer that has most), H, W pixels.
+Shape legend: R rows, C columns, L MoE layers, E experts (of the layer that has most), H, W pixels.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_plugin.metrics import stack_layers
-from moe_plugin.plots.colors import DEAD, OCTAVES, load_colors, load_octaves
+from moe_plugin.plots.colors import DEAD, load_colors, load_octaves
 
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
@@ -25,7 +25,21 @@ INK = (52, 52, 60)
 FAINT = (130, 130, 140)
 PAPER = (255, 255, 255)
 FONT_PIXELS = 13
-_BAR_LABELS = {3: "8x", 2: "4x", 1: "2x", 0: "ideal", -1: "1/2", -2: "1/4", -3: "1/8"}
+LOAD_BAR = {3.0: "8x", 2.0: "4x", 1.0: "2x", 0.0: "ideal", -1.0: "1/2", -2.0: "1/4", -3.0: "1/8"}
+"""Labels of the colour bar, by place on the scale of `load_colors`."""
+
+
+@dataclass(frozen=True)
+class Axis:
+    """What rows or columns are: a name for all of them, and one for each."""
+
+    title: str
+    names: Sequence[str]
+
+    @classmethod
+    def numbered(cls, title: str, count: int) -> Axis:
+        """Named by their place, from 0."""
+        return cls(title, [str(place) for place in range(count)])
 
 
 @dataclass(frozen=True)
@@ -33,21 +47,22 @@ class Grid:
     """Where the cells of a heatmap lie, in pixels.
 
     Attributes:
-        layers: L.
-        experts: E.
+        rows: R.
+        columns: C.
         cell: Width and height of a cell, the gap to the next one included.
         origin: x and y of the first cell.
     """
 
-    layers: int
-    experts: int
+    rows: int
+    columns: int
     cell: tuple[int, int]
     origin: tuple[int, int] = (52, 30)
 
     @classmethod
-    def fit(cls, layers: int, experts: int) -> Grid:
+    def fit(cls, rows: int, columns: int, left: int = 52) -> Grid:
         """The largest cells with which the picture stays near 800 x 500, and never too small to see."""
-        return cls(layers, experts, cell=(_within(800 // experts, 4, 44), _within(480 // layers, 8, 36)))
+        cell = (_within(800 // columns, 4, 44), _within(480 // rows, 4 if rows > 60 else 8, 36))
+        return cls(rows, columns, cell, origin=(left, 30))
 
     @property
     def gap(self) -> int:
@@ -57,7 +72,7 @@ class Grid:
     @property
     def size(self) -> tuple[int, int]:
         """Width and height of all cells together."""
-        return self.experts * self.cell[0], self.layers * self.cell[1]
+        return self.columns * self.cell[0], self.rows * self.cell[1]
 
     @property
     def canvas(self) -> tuple[int, int]:
@@ -65,11 +80,11 @@ class Grid:
         (x, y), (width, height) = self.origin, self.size
         return max(x + width + 92, 380), max(y + height, 190) + 40
 
-    def center(self, layer: int, expert: int) -> tuple[int, int]:
+    def center(self, row: int, column: int) -> tuple[int, int]:
         """The middle of a cell, x and y."""
         return (
-            self.origin[0] + expert * self.cell[0] + (self.cell[0] - self.gap) // 2,
-            self.origin[1] + layer * self.cell[1] + (self.cell[1] - self.gap) // 2,
+            self.origin[0] + column * self.cell[0] + (self.cell[0] - self.gap) // 2,
+            self.origin[1] + row * self.cell[1] + (self.cell[1] - self.gap) // 2,
         )
 
 
@@ -86,23 +101,56 @@ def load_heatmap(counts: Mapping[str, Tensor], title: str = "") -> np.ndarray:
     Returns:
         uint8 (3, H, W), RGB.
     """
-    from PIL import Image, ImageDraw
-
     sizes_L = torch.tensor([len(count) for count in counts.values()])
     octaves_LE = load_octaves(stack_layers(counts), sizes_L)
-    grid = Grid.fit(*octaves_LE.shape)
+    layers, experts = octaves_LE.shape
+    return heatmap(
+        octaves_LE,
+        Axis.numbered("layer", layers),
+        Axis.numbered("expert", experts),
+        LOAD_BAR,
+        title,
+        dead="dead",
+    )
+
+
+def heatmap(
+    places_RC: np.ndarray,
+    rows: Axis,
+    columns: Axis,
+    bar: Mapping[float, str],
+    title: str = "",
+    dead: str | None = None,
+) -> np.ndarray:
+    """Draw cells in the colours of `load_colors`.
+
+    Args:
+        places_RC: Places on the scale from -3 to 3; -inf is drawn black and crossed out, NaN left out.
+        rows: What the rows are, from above.
+        columns: What the columns are.
+        bar: Labels of the colour bar by place on the scale.
+        title: A line above the picture.
+        dead: What a black cell means; None if there can be none.
+
+    Returns:
+        uint8 (3, H, W), RGB.
+    """
+    from PIL import Image, ImageDraw
+
+    left = max(52, 16 + round(max(_font().getlength(name) for name in (*rows.names, rows.title))))
+    grid = Grid.fit(*places_RC.shape, left=left)
     pixels = np.full((*reversed(grid.canvas), 3), PAPER, dtype=np.uint8)
-    _paint_cells_(pixels, load_colors(octaves_LE), grid)
+    _paint_cells_(pixels, load_colors(places_RC), grid)
     image = Image.fromarray(pixels)
     draw = ImageDraw.Draw(image)
-    _cross_out_(draw, np.isneginf(octaves_LE), grid)
-    _label_(draw, grid, title)
-    _color_bar_(draw, grid)
+    _cross_out_(draw, np.isneginf(places_RC), grid)
+    _label_(draw, grid, rows, columns, title)
+    _color_bar_(draw, grid, bar, dead)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
-def _paint_cells_(pixels: np.ndarray, colors_LE3: np.ndarray, grid: Grid) -> None:
-    cells = colors_LE3.repeat(grid.cell[1], axis=0).repeat(grid.cell[0], axis=1)
+def _paint_cells_(pixels: np.ndarray, colors_RC3: np.ndarray, grid: Grid) -> None:
+    cells = colors_RC3.repeat(grid.cell[1], axis=0).repeat(grid.cell[0], axis=1)
     if grid.gap:
         cells[grid.cell[1] - 1 :: grid.cell[1]] = PAPER
         cells[:, grid.cell[0] - 1 :: grid.cell[0]] = PAPER
@@ -110,39 +158,47 @@ def _paint_cells_(pixels: np.ndarray, colors_LE3: np.ndarray, grid: Grid) -> Non
     pixels[y : y + height, x : x + width] = cells
 
 
-def _cross_out_(draw: ImageDraw, dead_LE: np.ndarray, grid: Grid) -> None:
+def _cross_out_(draw: ImageDraw, dead_RC: np.ndarray, grid: Grid) -> None:
     arm = min(grid.cell) // 4
     if arm < 2:
         return
-    for layer, expert in np.argwhere(dead_LE).tolist():
-        x, y = grid.center(layer, expert)
+    for row, column in np.argwhere(dead_RC).tolist():
+        x, y = grid.center(row, column)
         draw.line((x - arm, y - arm, x + arm, y + arm), fill=PAPER)
         draw.line((x - arm, y + arm, x + arm, y - arm), fill=PAPER)
 
 
-def _label_(draw: ImageDraw, grid: Grid, title: str) -> None:
+def _label_(draw: ImageDraw, grid: Grid, rows: Axis, columns: Axis, title: str) -> None:
     (x, y), height = grid.origin, grid.size[1]
     font = _font()
     draw.text((x, y - 10), title, fill=INK, font=font, anchor="ls")
-    for layer in range(0, grid.layers, _stride(grid.cell[1], 16)):
-        draw.text((x - 7, grid.center(layer, 0)[1]), str(layer), fill=INK, font=font, anchor="rm")
-    for expert in range(0, grid.experts, _stride(grid.cell[0], 30)):
-        draw.text((grid.center(0, expert)[0], y + height + 5), str(expert), fill=INK, font=font, anchor="mt")
-    draw.text((x, y + height + 22), "expert", fill=FAINT, font=font, anchor="lt")
-    draw.text((x - 7, y - 10), "layer", fill=FAINT, font=font, anchor="rs")
+    widest = max(round(font.getlength(name)) for name in columns.names) + 12
+    for row in range(0, grid.rows, _stride(grid.cell[1], 16)):
+        draw.text((x - 7, grid.center(row, 0)[1]), rows.names[row], fill=INK, font=font, anchor="rm")
+    for column in range(0, grid.columns, _stride(grid.cell[0], max(30, widest))):
+        draw.text(
+            (grid.center(0, column)[0], y + height + 5),
+            columns.names[column],
+            fill=INK,
+            font=font,
+            anchor="mt",
+        )
+    draw.text((x, y + height + 22), columns.title, fill=FAINT, font=font, anchor="lt")
+    draw.text((x - 7, y - 10), rows.title, fill=FAINT, font=font, anchor="rs")
 
 
-def _color_bar_(draw: ImageDraw, grid: Grid) -> None:
+def _color_bar_(draw: ImageDraw, grid: Grid, bar: Mapping[float, str], dead: str | None) -> None:
     x, top, height = grid.origin[0] + grid.size[0] + 22, grid.origin[1], max(grid.size[1] - 26, 130)
-    ramp = load_colors(np.linspace(OCTAVES, -OCTAVES, height))
-    for row, color in enumerate(ramp.tolist()):
+    lowest, highest = min(bar), max(bar)
+    for row, color in enumerate(load_colors(np.linspace(highest, lowest, height)).tolist()):
         draw.line((x, top + row, x + 13, top + row), fill=tuple(color))
-    for octave, label in _BAR_LABELS.items():
-        row = top + (OCTAVES - octave) / (2 * OCTAVES) * (height - 1)
+    for place, label in bar.items():
+        row = top + (highest - place) / (highest - lowest) * (height - 1)
         draw.text((x + 20, row), label, fill=INK, font=_font(), anchor="lm")
-    below = top + height + 10
-    draw.rectangle((x, below, x + 13, below + 13), fill=DEAD)
-    draw.text((x + 20, below + 7), "dead", fill=INK, font=_font(), anchor="lm")
+    if dead is not None:
+        below = top + height + 10
+        draw.rectangle((x, below, x + 13, below + 13), fill=DEAD)
+        draw.text((x + 20, below + 7), dead, fill=INK, font=_font(), anchor="lm")
 
 
 @cache

@@ -17,10 +17,13 @@ from torch.utils.data import DataLoader
 from moe_plugin.balance import find_balanced
 from moe_plugin.callbacks.load_monitor import LoadMonitor
 from moe_plugin.callbacks.loss_free import LossFreeBalancing
+from moe_plugin.callbacks.run_card import active_parameters
 from moe_plugin.errors import AttachError, ConfigError
 from moe_plugin.experts import GroupedExperts, MoEBlock
 from moe_plugin.metrics import dead_experts, max_violation
 from moe_plugin.plots import load_heatmap
+from moe_plugin.plots.colors import load_colors, load_octaves
+from moe_plugin.plots.heatmap import Grid
 from moe_plugin.routing import Router, Sigmoid
 
 pytestmark = [
@@ -231,6 +234,59 @@ class TestPictures:
 
 
 class TestDashboard:
+    def test_slowdown_and_variation_equal_what_the_routers_chose(self, tmp_path):
+        model, _ = fit(LoadMonitor(), tmp_path)
+        chosen = model.chosen["train"][:5]
+        # Eight experts over eight ranks; the layer of four experts divides over none of the numbers of ranks.
+        violation = sum(max_violation(batch["blocks.0.router"]).item() for batch in chosen) / 5
+        size = active_parameters(model)
+        slowdown = 1 + size.expert_share * violation
+        assert scalars(tmp_path, "load/slowdown_ep8")[4] == pytest.approx(slowdown)
+        assert "load/slowdown_ep16" not in events(tmp_path).Tags()["scalars"]
+        tokens_E = sum(batch["blocks.1.router"] for batch in chosen).double()
+        variation = (tokens_E.std(correction=0) / tokens_E.mean()).item()
+        assert scalars(tmp_path, "load_layers/variation/blocks.1.router")[4] == pytest.approx(variation)
+        assert scalars(tmp_path, "load/active_parameters")[4] == size.active
+        assert scalars(tmp_path, "load/tokens_per_second")[4] > 0
+
+    def test_active_parameters_are_counted(self):
+        size = active_parameters(Model())
+        experts = [3 * 16 * 8 * n for n in SIZES.values()]
+        assert size.total - size.active == sum(
+            n - n * TOP_K // e for n, e in zip(experts, SIZES.values(), strict=True)
+        )
+
+    def test_films_histograms_and_run_card_are_written(self, tmp_path):
+        fit(LoadMonitor(), tmp_path)
+        tags = events(tmp_path).Tags()
+        for name in SIZES:
+            assert {f"load_over_time/{name}", f"bias_over_time/{name}"} <= set(tags["images"])
+            assert f"bias/{name}" in tags["histograms"]
+        card = events(tmp_path).Tensors("run/text_summary")[0].tensor_proto.string_val[0].decode()
+        assert "| 1 | `blocks.1.router` |" in card
+        assert "Proportional" in card
+
+    def test_last_row_of_the_film_is_the_last_window(self, tmp_path):
+        monitor = LoadMonitor()
+        fit(monitor, tmp_path, steps=15)
+        image = events(tmp_path).Images("load_over_time/blocks.1.router")[-1]
+        pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
+        grid = Grid.fit(3, 4)
+        tokens = torch.tensor([monitor.training_load["blocks.1.router"].tokens_per_expert])
+        colors = load_colors(load_octaves(tokens))[0]
+        for expert in range(4):
+            x, y = grid.center(2, expert)
+            assert pixels[y + 5, x + 9].tolist() == colors[expert].tolist()
+
+    def test_alarms_are_written_as_text(self, tmp_path):
+        class Collapse(lightning.Callback):
+            def on_train_batch_start(self, trainer, pl_module, *_):
+                pl_module.blocks[0].router.expert_bias[:2] = 9
+
+        fit(LoadMonitor(on_alarm=lambda alarm: None), tmp_path, callbacks=(Collapse,))
+        text = events(tmp_path).Tensors("alarms/text_summary")[0].tensor_proto.string_val[0].decode()
+        assert text.startswith("collapse at step 5: blocks.0.router")
+
     def test_layout_parses_and_its_charts_match_the_tags(self, tmp_path):
         import re
 

@@ -31,3 +31,11 @@ class TestBytePairs:
         monkeypatch.setattr("moe_plugin.data.tokenization.find_spec", lambda name: None)
         with pytest.raises(ConfigError, match=r"pip install 'moe_plugin\[hf\]'"):
             BytePairs()
+
+
+class TestByteClasses:
+    def test_every_byte_has_a_class_and_words_are_told_apart(self):
+        names, classes_V = Bytes().token_classes
+        assert len(classes_V) == 256
+        shown = [names[classes_V[byte]] for byte in b"aZ7 \n{\xff"]
+        assert shown == ["letter", "capital", "digit", "space", "newline", "punctuation", "other"]

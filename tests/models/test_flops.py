@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
+from moe_plugin.adapters.routed_experts import find_routed_experts
 from moe_plugin.experts import ExpertShape
 from moe_plugin.models.flops import attention_flops, matmul_flops
-from moe_plugin.models.routed import find_routed_experts
 from tests.models.small_models import language_model, token_batch
 
 

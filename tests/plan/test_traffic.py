@@ -12,10 +12,10 @@ from torch.distributed.fsdp import fully_shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from moe_plugin.adapters.routed_experts import find_routed_experts
 from moe_plugin.balance import balance_
 from moe_plugin.experts import ExpertShape
 from moe_plugin.experts.parallel import expert_mesh, parallelize_experts_
-from moe_plugin.models.routed import find_routed_experts
 from moe_plugin.plan.cluster import Group
 from moe_plugin.plan.exchange import row_exchange
 from moe_plugin.plan.layouts import DistributedDataParallel, ExpertParallel, FullySharded

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from moe_plugin.adapters.routed_experts import find_routed_experts
 from moe_plugin.errors import ConfigError
-from moe_plugin.models.routed import find_routed_experts
 from tests.models.small_models import language_model
 
 

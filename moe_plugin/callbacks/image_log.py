@@ -1,0 +1,37 @@
+"""Images to every Lightning logger that takes them: TensorBoard, Weights & Biases, MLflow.
+
+Shape legend: H, W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.loggers import Logger
+
+
+def log_image(loggers: Iterable[Logger], tag: str, image_3HW: np.ndarray, step: int) -> None:
+    """Write an image to each logger that takes one; the others are left alone.
+
+    Args:
+        loggers: The trainer's.
+        tag: Its name.
+        image_3HW: uint8, RGB.
+        step: Where on the x-axis it belongs.
+    """
+    for logger in loggers:
+        experiment = getattr(logger, "experiment", None)
+        if hasattr(experiment, "add_image"):
+            experiment.add_image(tag, image_3HW, global_step=step, dataformats="CHW")  # pyright: ignore
+        elif hasattr(logger, "log_image"):
+            logger.log_image(tag, [image_3HW.transpose(1, 2, 0)], step=step)  # pyright: ignore
+        elif hasattr(experiment, "log_image") and hasattr(logger, "run_id"):
+            experiment.log_image(logger.run_id, image_3HW.transpose(1, 2, 0), key=tag, step=step)  # pyright: ignore
+
+
+def tensorboard_writers(loggers: Iterable[Logger]) -> list[Any]:
+    """The TensorBoard writers among the loggers: they take histograms, tensors and layouts too."""
+    writers = [getattr(logger, "experiment", None) for logger in loggers]
+    return [writer for writer in writers if hasattr(writer, "add_custom_scalars")]
