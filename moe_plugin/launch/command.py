@@ -78,8 +78,8 @@ def switches(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
 
 def quote_option(word: str) -> str:
     """Puts options that are numbers in quotes, as Hydra wants them: ``experts=8,16`` becomes ``experts="8","16"``."""
-    group, _, options = word.partition("=")
-    if not re.fullmatch(r"\w+", group) or not (conf_dir() / group).is_dir():
+    group, equals, options = word.partition("=")
+    if not equals or not re.fullmatch(r"\w+", group) or not (conf_dir() / group).is_dir():
         return word
     return f"{group}=" + re.sub(r"(?<![^,])\d+(?![^,])", r'"\g<0>"', options)
 

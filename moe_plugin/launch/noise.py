@@ -7,14 +7,15 @@ import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
-# Lightning's tips, the devices it sees, the seed, each process's start, the stop reason, and how it reads checkpoints
-# (the user's own, with data and callback states): the app says what matters itself.
+# Lightning's tips, the devices it sees, the seed, each process's start, the stop reason, how it reads checkpoints
+# (the user's own, with data and callback states), SLURM's requeueing (ours): the app says what matters itself.
 LOGGERS = (
     "lightning.pytorch.utilities.rank_zero",
     "lightning.fabric.utilities.rank_zero",
     "lightning.fabric.utilities.distributed",
     "lightning.fabric.utilities.seed",
     "lightning.pytorch.trainer.connectors.checkpoint_connector",
+    "lightning.pytorch.trainer.connectors.signal_connector",
 )
 
 WARNINGS = (
@@ -28,6 +29,8 @@ WARNINGS = (
     r"The dirpath has changed from",
     # A CPU was asked for, or the strategy group takes the GPU by itself.
     r"GPU available but not used",
+    # On a SLURM machine without srun, on purpose.
+    r"The `srun` command is available on your system but is not used",
     # Lightning 2.6 with torch 2.13: its own use of a deprecated check.
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
     # A run that goes on in its folder keeps its earlier table beside the new one.

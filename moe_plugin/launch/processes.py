@@ -49,9 +49,9 @@ def check_processes(config: DictConfig) -> None:
             f"'strategy.devices' x trainer.num_nodes must be the processes that torchrun started "
             f"({os.environ['WORLD_SIZE']}), got {devices} x {nodes}."
         )
-    if nodes > 1 and not is_launched() and os.environ.get("SLURM_NTASKS") != str(nodes):
+    if nodes > 1 and not is_launched():
         raise ConfigError(
-            f"'trainer.num_nodes' must be 1 unless torchrun runs on each machine, or SLURM with one task on each, "
+            f"'trainer.num_nodes' must be 1 unless torchrun runs on each machine or hydra/launcher=slurm is given, "
             f"got {nodes}; docs/running.md has the lines."
         )
 

@@ -103,3 +103,17 @@ class TestComposeJobs:
 class TestConfDir:
     def test_holds_the_main_configuration(self) -> None:
         assert "defaults" in OmegaConf.load(conf_dir() / "config.yaml")
+
+
+class TestQuoteOption:
+    @pytest.mark.parametrize(
+        ("word", "quoted"),
+        [
+            ("experts=8", 'experts="8"'),
+            ("experts=8,16", 'experts="8","16"'),
+            ("seed=8", "seed=8"),
+            ("hydra", "hydra"),  # of --cfg hydra
+        ],
+    )
+    def test_number_that_names_an_option_is_quoted_and_nothing_else(self, word: str, quoted: str) -> None:
+        assert words(word) == [quoted]

@@ -9,6 +9,7 @@ from rich.console import Console
 
 from moe_plugin.errors import ConfigError
 from moe_plugin.report import RunSummary, gather_sweep, sweep_table, write_summary, write_sweep_summary
+from moe_plugin.report.stopped import write_stopped
 
 SUMMARY = RunSummary(2.2, 9.0, 0.5, 0.25, 0, 12345.6, 100.5, 0, 3_000_000, 1_000_000)
 
@@ -37,6 +38,11 @@ class TestGatherSweep:
         assert [row["extra"] for row in rows] == [None, None, "x"]
         assert [row["seed"] for row in rows] == [0, 3, 0]
         assert list(rows[0])[:5] == ["job", "status", "rule.rate", "extra", "val_loss"]
+
+    def test_job_that_was_stopped_has_a_row_that_says_why_and_no_measures(self, sweep):
+        write_stopped(sweep / "1", "failed: out of memory")
+        row = gather_sweep(sweep)[1]
+        assert (row["job"], row["status"], row["val_loss"]) == ("1", "failed: out of memory", None)
 
 
 class TestWriteSweepSummary:
@@ -69,6 +75,13 @@ class TestSweepTable:
         console.print(sweep_table(sweep))
         assert "rule.rate" in console.file.getvalue()
         assert "max_violation_global" in console.file.getvalue()
+
+    def test_table_leaves_out_what_is_the_same_for_all_jobs(self, tmp_path):
+        for seed in (1, 2):
+            job(tmp_path, str(seed), ["name=x", f"seed={seed}", "model.dim=8", f"rule.rate={seed}"])
+        headings = [column.header for column in sweep_table(tmp_path).columns]
+        assert "rule.rate" in headings
+        assert not {"name", "model.dim"} & set(headings)
 
     def test_unknown_metric_is_refused(self, sweep):
         with pytest.raises(ConfigError, match=r"'metric' must be one of .* got 'loss'"):
