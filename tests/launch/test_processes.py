@@ -54,6 +54,7 @@ class TestSignals:
 
 
 class TestByHand:
+    @pytest.mark.slow
     def test_torchrun_on_two_nodes_gives_one_run_of_one_configuration(self) -> None:
         nodes = ["--nnodes=2", "--nproc-per-node=1", "--rdzv-backend=c10d"]
         nodes.append(f"--rdzv-endpoint=localhost:{free_port()}")

@@ -19,7 +19,6 @@ Words = tuple[str, ...]
 CASES = {
     "mid-epoch": ((), "SIGTERM@train:2"),
     "accumulation, inside a window": (("trainer.accumulate_grad_batches=2",), "SIGTERM@train:4"),
-    "accumulation of four": (("trainer.accumulate_grad_batches=4",), "SIGTERM@train:7"),
     "where a validation is due": (("trainer.val_check_interval=3",), "SIGTERM@train:2"),
     "inside a validation": (("trainer.val_check_interval=3",), "SIGTERM@val:1"),
     "inside a validation, accumulation": (
@@ -28,7 +27,6 @@ CASES = {
     ),
     "last step of an epoch": (("data.max_train_tokens=512",), "SIGTERM@train:3"),
     "second epoch": (("data.max_train_tokens=512",), "SIGTERM@train:4"),
-    "one before the last": ((), "SIGTERM@train:4"),
 }
 
 
