@@ -22,7 +22,7 @@ from moe_plugin.errors import ConfigError, RunError
 from moe_plugin.launch.environment import for_processes, is_launched
 from moe_plugin.launch.noise import quiet_agent
 from moe_plugin.launch.signals import STOP_SIGNALS, STOPPED, StopSignals
-from moe_plugin.report.stopped import read_stopped
+from moe_plugin.report.stopped import can_go_on, read_stopped
 
 
 def number_of_processes(config: DictConfig) -> int:
@@ -60,7 +60,7 @@ def run_in_processes(run_folder: Path, config: DictConfig) -> None:
     """Runs the job whose ``config.yaml`` lies in the folder in several processes, and waits.
 
     Raises:
-        RunError: A process failed; its own message is above.
+        RunError: A process failed; for its fault if it was the user's, otherwise its own trace is above.
         SystemExit: A signal stopped the run; with code `STOPPED` if it can go on.
     """
     launch = elastic_launch(launch_config(config), sys.executable)
@@ -69,15 +69,14 @@ def run_in_processes(run_folder: Path, config: DictConfig) -> None:
             launch("-m", "moe_plugin.launch.worker", str(run_folder))
         except SignalException as error:  # the agent has passed it on to the processes and waited for them
             signals.received = error.sigval
-            raise SystemExit(STOPPED if read_stopped(run_folder) else 128 + error.sigval) from None
+            raise SystemExit(STOPPED if can_go_on(run_folder) else 128 + error.sigval) from None
         except ChildFailedError as error:
             codes = {failure.exitcode for failure in error.failures.values()}
             if STOPPED in codes:  # a signal came to one of the processes, and they agreed
                 raise SystemExit(STOPPED) from None
             rank, failure = error.get_first_failure()
-            raise RunError(
-                f"Process {rank} of the run in {run_folder} failed with exit code {failure.exitcode}."
-            ) from None
+            unknown = f"process {rank} of the run in {run_folder} failed with exit code {failure.exitcode}"
+            raise RunError(read_stopped(run_folder) or unknown) from None
 
 
 def launch_config(config: DictConfig) -> LaunchConfig:

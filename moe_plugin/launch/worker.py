@@ -7,17 +7,28 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from moe_plugin.launch.command import one_line_errors
+from moe_plugin.errors import MoEPluginError
+from moe_plugin.launch.explain import one_line
 from moe_plugin.launch.job import train
+from moe_plugin.report.stopped import write_stopped
+
+FAILED = 1
 
 
 def main(run_folder: Path) -> None:
-    """Trains what the folder's ``config.yaml`` says."""
+    """Trains what the folder's ``config.yaml`` says.
+
+    Raises:
+        SystemExit: The user's error is in ``stopped.txt``, for the parent to tell: all processes have the same.
+    """
     config = OmegaConf.load(run_folder / "config.yaml")
     assert isinstance(config, DictConfig)
-    train(config)
+    try:
+        train(config)
+    except MoEPluginError as error:
+        write_stopped(run_folder, one_line(str(error)))
+        raise SystemExit(FAILED) from error
 
 
 if __name__ == "__main__":
-    with one_line_errors():
-        main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]))

@@ -14,6 +14,11 @@ def write_stopped(folder: Path, line: str) -> None:
     write_atomically(folder / STOPPED_FILE, f"{line}\n")
 
 
+def can_go_on(folder: Path) -> bool:
+    """Whether the run was stopped with a checkpoint to go on from."""
+    return "ckpt_path=" in (read_stopped(folder) or "")
+
+
 def read_stopped(folder: Path) -> str | None:
     """Read what `write_stopped` wrote; None if the run was not stopped."""
     path = folder / STOPPED_FILE

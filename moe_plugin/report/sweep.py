@@ -96,7 +96,8 @@ def sweep_table(folder: Path, metric: str = "val_loss") -> Table:
     for place, row in enumerate(rows):
         cells = [row["job"], *(str(row[key] or "") for key in swept), *(_cell(row[key]) for key in shown)]
         finished = row["status"] == FINISHED
-        table.add_row(*cells, row["status"], style="red" if not finished else "green" if place == 0 else None)
+        status = row["status"].split()[0].rstrip(":")
+        table.add_row(*cells, status, style="red" if not finished else "green" if place == 0 else None)
     return table
 
 
