@@ -47,6 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 APPLICATION = {
     *("models", "data", "train", "evaluate", "report", "launch", "compare", "conf", "inspection", "plan"),
+    "simulate",
 }
 
 NO_FRAMEWORK = {"lightning", "pytorch_lightning", "hydra", "omegaconf", "transformers", "matplotlib"}

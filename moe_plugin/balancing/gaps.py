@@ -46,7 +46,7 @@ def count_gaps_(gaps_EG: Tensor, biased_TE: Tensor, top_k: int, valid_T: Tensor 
         gaps_EG: From `new_gaps`, on the device of the scores.
         biased_TE: Scores plus bias, not finite where a token may not select an expert; any leading shape.
         top_k: K.
-        valid_T: bool, True for tokens that count; None when all do.
+        valid_T: bool, True for tokens that count; or how often each counts, int64. None when all count once.
     """
     run = torch.ops.moe_plugin.count_gaps_ if torch.compiler.is_compiling() else _count_gaps
     run(gaps_EG, biased_TE, top_k, valid_T, torch.is_grad_enabled())
@@ -60,11 +60,13 @@ def _count_gaps(
         return
     biased_TE = biased_TE.reshape(-1, num_experts).float()
     gap_TE = biased_TE - biased_TE.topk(top_k + 1).values[:, -1:]
-    counted_TE = gap_TE.isfinite() if valid_T is None else gap_TE.isfinite() & valid_T.reshape(-1, 1)
+    counted_TE = gap_TE.isfinite().long()
+    if valid_T is not None:
+        counted_TE *= valid_T.reshape(-1, 1)
     # Comparisons alone, no logarithm: a gap falls into the same bin wherever in a tensor it stands.
     bins_TE = torch.bucketize(gap_TE.contiguous(), gap_edges(gap_TE.device))
     bins_TE += num_bins * torch.arange(num_experts, device=bins_TE.device)
-    gaps_EG.view(-1).scatter_add_(0, bins_TE.view(-1), counted_TE.view(-1).long())
+    gaps_EG.view(-1).scatter_add_(0, bins_TE.view(-1), counted_TE.view(-1))
 
 
 _LIBRARY.impl("count_gaps_", _count_gaps, "CompositeExplicitAutograd")
