@@ -228,7 +228,7 @@ class Balanced(Mapping[str, Site]):
         factor = self._schedule(self.step)
         if rule is None or factor == 0:
             return
-        rate = resolve_rate(rule.rate, self._spread(site, counts_E, tally)) * factor
+        rate = resolve_rate(rule, self._spread(site, counts_E, tally)) * factor
         before = self._states[site.name]
         memory = dict(before)
         step_E = rule.step(Load(counts_E, site.bias, gaps_EG), rate, memory)

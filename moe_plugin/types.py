@@ -19,11 +19,13 @@ class Routing(NamedTuple):
         weights_TK: Gate weights, computed from the unbiased scores; fp32.
         expert_ids_TK: Selected experts; int64.
         scores_TE: Unbiased scores of all experts; fp32.
+        logits_TE: What the scores were made from; fp32. None where no router was asked.
     """
 
     weights_TK: Tensor
     expert_ids_TK: Tensor
     scores_TE: Tensor
+    logits_TE: Tensor | None = None
 
 
 @dataclass(frozen=True)

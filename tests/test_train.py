@@ -123,7 +123,7 @@ class TestTrain:
             train.main(["--help"])
         out = capsys.readouterr().out
         assert "moe-train experiment=demo" in out
-        assert "router: deepseek_v3, mixtral" in out
+        assert "router: deepseek_v3, expert_choice" in out
 
 
 class TestSweep:
@@ -157,13 +157,44 @@ class TestRules:
         assert second_E.abs().max() > 2 * 2 * 0.001
 
 
+class TestBaselines:
+    def test_sweep_over_all_balancings_trains_with_each(self) -> None:
+        options = sorted(path.stem for path in (conf_dir() / "balancing").glob("*.yaml"))
+        train.main([*SMALL, "-m", f"balancing={','.join(options)}", "trainer.max_steps=1"])
+        with (run_folder() / "sweep_summary.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        assert sorted(row["balancing"] for row in rows) == options
+        assert all(math.isfinite(float(row["val_loss"])) for row in rows)
+
+    def test_routers_that_need_no_balancing_are_measured(self) -> None:
+        train.main(
+            [*SMALL, "-m", "router=sinkhorn,random,token_hash", "balancing=none", "trainer.max_steps=1"]
+        )
+        with (run_folder() / "sweep_summary.csv").open() as file:
+            violation = {row["router"]: float(row["max_violation_global"]) for row in csv.DictReader(file)}
+        assert violation["random"] < 0.5
+        assert violation["token_hash"] > violation["random"]
+
+    def test_expert_choice_trains_without_a_monitor(self) -> None:
+        words = ["router=expert_choice", "balancing=none", "callbacks.load_monitor=null"]
+        train.main([*SMALL, *words])
+        assert math.isfinite(summary(run_folder())["val_loss"])
+
+    def test_random_router_survives_recomputation(self) -> None:
+        words = ["router=random", "balancing=none", "model.num_layers=2"]
+        train.main([*SMALL, *words])
+        train.main([*SMALL, *words, "name=recomputed", "model.activation_checkpointing=non_reentrant"])
+        (recomputed,) = Path("runs/recomputed").iterdir()
+        assert summary(recomputed)["val_loss"] == summary(run_folder())["val_loss"]
+
+
 class TestWrongUse:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
             (["foo=1"], "'foo' (got 1) is not a key of the configuration."),
             (["trainer.max_step=3"], "Did you mean 'trainer.max_steps'?"),
-            (["router=foo"], "'router' must be one of deepseek_v3, mixtral"),
+            (["router=foo"], "'router' must be one of deepseek_v3, expert_choice"),
             (["seed=x"], "'seed' must be a whole number, got 'x'."),
             (["count_only=maybe"], "'count_only' must be true or false, got 'maybe'."),
             (["trainer.max_steps=abc"], "'trainer.max_steps' must be a whole number, got 'abc'."),

@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor
 
 from moe_plugin.balancing.check import check_not_negative
 
+if TYPE_CHECKING:
+    from moe_plugin.balancing.rules.rule import Rule
+
 AUTO_FRACTION = 0.05
-"""`rate: auto` moves a bias by this fraction of the spread of its site's scores."""
+"""`rate: auto` is this fraction of the spread of a site's scores, unless the rule has an `auto_fraction` of its own."""
 
 
 def check_rate(rate: float | str) -> None:
@@ -20,11 +25,13 @@ def check_rate(rate: float | str) -> None:
         check_not_negative("rate", rate, "a number >= 0 or 'auto'")
 
 
-def resolve_rate(rate: float | str, spread: Tensor) -> float | Tensor:
-    """The rate in units of the scores.
+def resolve_rate(rule: Rule, spread: Tensor) -> float | Tensor:
+    """The rate of a rule in units of the scores.
 
     Args:
-        rate: A number in score units (the papers' meaning), or 'auto'.
+        rule: Its rate is a number in score units (the papers' meaning), or 'auto'.
         spread: Mean over tokens of the standard deviation of a token's scores over the experts; fp32 scalar.
     """
-    return spread * AUTO_FRACTION if isinstance(rate, str) else float(rate)
+    if isinstance(rule.rate, str):
+        return spread * getattr(rule, "auto_fraction", AUTO_FRACTION)
+    return float(rule.rate)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from moe_plugin.experts.block import MoEBlock
+from moe_plugin.experts.expert_choice import ExpertChoiceBlock
 from moe_plugin.experts.grouped import GroupedExperts
 from moe_plugin.experts.linear import Linear
 from moe_plugin.experts.parallel import expert_mesh, parallelize_experts_
@@ -10,6 +11,7 @@ from moe_plugin.experts.shape import ExpertShape
 from moe_plugin.experts.swiglu import SwiGLU
 
 __all__ = [
+    "ExpertChoiceBlock",
     "ExpertShape",
     "GroupedExperts",
     "Linear",

@@ -16,10 +16,11 @@ from torch import Tensor, nn
 
 from moe_plugin.errors import ConfigError
 from moe_plugin.experts import ExpertShape
+from moe_plugin.losses import AuxiliaryLoss, load_statistics
 from moe_plugin.models.language_model import TokenModel
 from moe_plugin.models.optimizer import AdamWWarmupCosine
-from moe_plugin.models.transformer import AuxiliaryLoss
 from moe_plugin.routing import Router
+from moe_plugin.routing.rankings import tell_tokens_
 from moe_plugin.types import Routing
 
 
@@ -87,14 +88,15 @@ class HuggingFaceNetwork(nn.Module):
         self, tokens_BS: Tensor, auxiliary_loss: AuxiliaryLoss | None = None
     ) -> tuple[Tensor, Tensor]:
         """Logits (B, S, V), and the auxiliary losses of the layers added up."""
+        tell_tokens_(self, tokens_BS)
         with _routings_in(self) as routings:
             logits_BSV = self.model(input_ids=tokens_BS, use_cache=False).logits
         auxiliary = logits_BSV.new_zeros((), dtype=torch.float32)
         if auxiliary_loss is not None:
-            for router, routing in routings:
-                probabilities_TE = router.score.probabilities(routing.scores_TE)
-                routing = routing._replace(scores_TE=probabilities_TE)
-                auxiliary = auxiliary + auxiliary_loss(routing, router.num_experts)
+            scored = [
+                (routing, router.score.probabilities(routing.scores_TE)) for router, routing in routings
+            ]
+            auxiliary = auxiliary_loss([load_statistics(*each, len(tokens_BS)) for each in scored])
         return logits_BSV, auxiliary
 
 
@@ -151,5 +153,10 @@ def replace_routers_(model: nn.Module, router: partial[Router], experts: ExpertS
     for name, host in hosts.items():
         parent, _, attribute = name.rpartition(".")
         dim = host.get_parameter("weight").shape[-1]
-        ours = HostRouter(router(dim, experts.num_experts, **sizes))
-        setattr(model.get_submodule(parent), attribute, ours)
+        ours = router(dim, experts.num_experts, **sizes)
+        if not isinstance(ours, Router):
+            raise ConfigError(
+                f"'router' must be one that chooses experts for tokens in {type(model).__name__}, got "
+                f"{type(ours).__name__}. Take router=sigmoid_top_k."
+            )
+        setattr(model.get_submodule(parent), attribute, HostRouter(ours))

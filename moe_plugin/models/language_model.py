@@ -16,17 +16,13 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from moe_plugin.errors import ConfigError
-from moe_plugin.experts import ExpertShape, GroupedExperts, MoEBlock, SwiGLU
+from moe_plugin.experts import ExpertChoiceBlock, ExpertShape, GroupedExperts, MoEBlock, SwiGLU
+from moe_plugin.losses import AuxiliaryLoss
 from moe_plugin.models.attention import CausalSelfAttention
 from moe_plugin.models.clipping import clip_gradients_
 from moe_plugin.models.optimizer import AdamWWarmupCosine
-from moe_plugin.models.transformer import (
-    ActivationCheckpointing,
-    AuxiliaryLoss,
-    Transformer,
-    TransformerLayer,
-)
-from moe_plugin.routing import Router
+from moe_plugin.models.transformer import ActivationCheckpointing, Transformer, TransformerLayer
+from moe_plugin.routing import ExpertChoiceRouter, Router
 from moe_plugin.sharding import materialize_, shard_
 
 Batch = dict[str, Tensor]
@@ -72,6 +68,11 @@ class TokenModel(lightning.LightningModule):
     def forward(self, token_ids_BS: Tensor) -> Tensor:
         """Predicts the next token: logits (B, S, V)."""
         return self.network(token_ids_BS)[0]
+
+    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
+        """Tells the auxiliary loss where the micro-batches of an optimizer step begin."""
+        if self.auxiliary_loss is not None and batch_idx % self.trainer.accumulate_grad_batches == 0:
+            self.auxiliary_loss.start_window_()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy plus auxiliary loss."""
@@ -220,17 +221,17 @@ class LanguageModel(TokenModel):
 
 def moe_block(
     dim: int, router: partial[Router], experts: ExpertShape, residual_gain: float = 1.0
-) -> MoEBlock:
+) -> MoEBlock | ExpertChoiceBlock:
     """An expert layer of the given sizes, with its router and shared experts."""
     sizes: dict[str, Any] = {"top_k": experts.top_k, **router.keywords}
     shared = None
     if experts.num_shared:
         shared = SwiGLU(dim, experts.num_shared * experts.hidden_dim, residual_gain=residual_gain)
-    return MoEBlock(
-        router(dim, experts.num_experts, **sizes),
-        GroupedExperts(experts.num_experts, dim, experts.hidden_dim, residual_gain=residual_gain),
-        shared,
-    )
+    gate = router(dim, experts.num_experts, **sizes)
+    grouped = GroupedExperts(experts.num_experts, dim, experts.hidden_dim, residual_gain=residual_gain)
+    if isinstance(gate, ExpertChoiceRouter):
+        return ExpertChoiceBlock(gate, grouped, shared)
+    return MoEBlock(gate, grouped, shared)
 
 
 def _validate_sizes(**sizes: int) -> None:

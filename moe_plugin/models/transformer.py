@@ -5,7 +5,7 @@ Shape legend: B batch, S sequence, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -15,11 +15,12 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from moe_plugin.experts import Linear, MoEBlock
+from moe_plugin.losses import AuxiliaryLoss, LoadStatistics, load_statistics
 from moe_plugin.models.attention import CausalSelfAttention, Rotary, rotary_table
 from moe_plugin.routing import Router
+from moe_plugin.routing.rankings import tell_tokens_
 from moe_plugin.types import Routing
 
-AuxiliaryLoss = Callable[[Routing, int], Tensor]
 ActivationCheckpointing = Literal["reentrant", "non_reentrant"]
 
 
@@ -49,56 +50,48 @@ class TransformerLayer(nn.Module):
         self.activation_checkpointing = activation_checkpointing
 
     def forward(
-        self, x_BSD: Tensor, rotary: Rotary, auxiliary_loss: AuxiliaryLoss | None = None
-    ) -> tuple[Tensor, Tensor]:
+        self, x_BSD: Tensor, rotary: Rotary, *, measure: bool = False
+    ) -> tuple[Tensor, LoadStatistics | None]:
         """Runs the layer.
 
         Args:
             x_BSD: Residual stream.
             rotary: See `rotary_table`.
-            auxiliary_loss: Balancing loss of one router.
+            measure: Also say what the router decided, for auxiliary losses.
 
         Returns:
-            The residual stream, and the auxiliary loss of this layer: a scalar, 0 without a router or a loss.
-            An output rather than state kept on the side, so that it has its gradient under checkpointing.
+            The residual stream, and the router's decisions; None without a router, or unless `measure`.
         """
         if self.activation_checkpointing is None or not torch.is_grad_enabled():
-            return self._forward(x_BSD, rotary, auxiliary_loss)
-        reentrant = self.activation_checkpointing == "reentrant"
-        # Nothing in the layer is random, so there is no generator state to keep.
-        return checkpoint(
-            self._forward, x_BSD, rotary, auxiliary_loss, use_reentrant=reentrant, preserve_rng_state=False
-        )
+            x_BSD, *statistics = self._forward(x_BSD, rotary, measure)
+        else:
+            reentrant = self.activation_checkpointing == "reentrant"
+            # Nothing in the layer is random, so there is no generator state to keep.
+            x_BSD, *statistics = checkpoint(
+                self._forward, x_BSD, rotary, measure, use_reentrant=reentrant, preserve_rng_state=False
+            )  # pyright: ignore[reportGeneralTypeIssues]
+        return x_BSD, LoadStatistics(*statistics) if statistics else None
 
-    def _forward(
-        self, x_BSD: Tensor, rotary: Rotary, auxiliary_loss: AuxiliaryLoss | None
-    ) -> tuple[Tensor, Tensor]:
+    def _forward(self, x_BSD: Tensor, rotary: Rotary, measure: bool) -> tuple[Tensor, ...]:
+        """The residual stream, followed by the parts of `LoadStatistics`: flat, as checkpointing wants outputs."""
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary)
-        auxiliary = x_BSD.new_zeros((), dtype=torch.float32)
-        if auxiliary_loss is None:
-            return x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD)), auxiliary
+        if not measure or not isinstance(self.feed_forward, MoEBlock):
+            return (x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD)),)
         with _routing_of(self.feed_forward) as routings:
             x_BSD = x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD))
-        for router, routing in routings:
-            probabilities_TE = router.score.probabilities(routing.scores_TE)
-            auxiliary = auxiliary + auxiliary_loss(
-                routing._replace(scores_TE=probabilities_TE), router.num_experts
-            )
-        return x_BSD, auxiliary
+        ((router, routing),) = routings
+        return x_BSD, *load_statistics(routing, router.score.probabilities(routing.scores_TE), len(x_BSD))
 
 
 @contextmanager
-def _routing_of(feed_forward: nn.Module) -> Iterator[list[tuple[Router, Routing]]]:
-    """What the feed-forward network's router decides while the context is open."""
+def _routing_of(block: MoEBlock) -> Iterator[list[tuple[Router, Routing]]]:
+    """What the block's router decides while the context is open."""
     routings: list[tuple[Router, Routing]] = []
-    if not isinstance(feed_forward, MoEBlock):
-        yield routings
-        return
 
     def record(router: Any, _: object, routing: Any) -> None:
         routings.append((router, routing))
 
-    hook = feed_forward.router.register_forward_hook(record)
+    hook = block.router.register_forward_hook(record)
     try:
         yield routings
     finally:
@@ -135,17 +128,20 @@ class Transformer(nn.Module):
 
         Args:
             token_ids_BS: Token ids, int64.
-            auxiliary_loss: Balancing loss of one router.
+            auxiliary_loss: Loss on what the routers decide.
 
         Returns:
-            logits_BSV, and the sum of the auxiliary losses over the layers: a scalar, fp32.
+            logits_BSV, and the auxiliary loss: a scalar, fp32; 0 without routers or a loss.
         """
+        tell_tokens_(self, token_ids_BS)
         x_BSD = self.embedding(token_ids_BS)
         rotary = rotary_table(token_ids_BS.shape[1], self.head_dim, token_ids_BS.device)
-        auxiliary = x_BSD.new_zeros((), dtype=torch.float32)
+        measured: list[LoadStatistics] = []
         for layer in self.layers:
-            x_BSD, layer_auxiliary = layer(x_BSD, rotary, auxiliary_loss)
-            auxiliary = auxiliary + layer_auxiliary
+            x_BSD, statistics = layer(x_BSD, rotary, measure=auxiliary_loss is not None)
+            measured += [statistics] if statistics is not None else []
+        zero = x_BSD.new_zeros((), dtype=torch.float32)
+        auxiliary = auxiliary_loss(measured) if auxiliary_loss is not None and measured else zero
         x_BSD = self.norm(x_BSD)
         if self.head is None:
             return functional.linear(x_BSD, self.embedding.weight), auxiliary

@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+from moe_plugin.routing.expert_choice import ExpertChoiceRouter
 from moe_plugin.routing.router import Router
-from moe_plugin.routing.scores import Score, Sigmoid, SoftmaxAfterTopK, SoftmaxBeforeTopK, SqrtSoftplus
+from moe_plugin.routing.scores import (
+    LogSigmoid,
+    Score,
+    Sigmoid,
+    SoftmaxAfterTopK,
+    SoftmaxBeforeTopK,
+    SqrtSoftplus,
+)
 from moe_plugin.routing.selection import limit_to_groups, select_top_k
 
 __all__ = [
+    "ExpertChoiceRouter",
+    "LogSigmoid",
     "Router",
     "Score",
     "Sigmoid",

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_plugin.errors import ConfigError
+from moe_plugin.routing.rankings.ranking import Ranking
 from moe_plugin.routing.scores import Score
 from moe_plugin.routing.selection import limit_to_groups, select_top_k
 from moe_plugin.types import Routing
@@ -42,6 +43,7 @@ class Router(nn.Module):
         scale: float = 1.0,
         num_groups: int = 1,
         top_k_groups: int = 1,
+        ranking: Ranking | None = None,
     ) -> None:
         """Creates the router.
 
@@ -54,6 +56,7 @@ class Router(nn.Module):
             scale: Factor on the gate weights, applied last.
             num_groups: Groups of consecutive experts; 1 for no group limit.
             top_k_groups: Groups a token may choose its experts from.
+            ranking: What experts are selected by in place of their scores, see `moe_plugin.routing.rankings`.
 
         Raises:
             ConfigError: The numbers do not fit together.
@@ -69,6 +72,7 @@ class Router(nn.Module):
         self.scale = scale
         self.num_groups = num_groups
         self.top_k_groups = top_k_groups
+        self.ranking = ranking
         self.weight = nn.Parameter(torch.empty(num_experts, dim))
         self.register_buffer("expert_bias", torch.empty(num_experts, dtype=torch.float32))
         self.reset_parameters()
@@ -88,10 +92,14 @@ class Router(nn.Module):
             Gate weights and scores in fp32, expert ids in int64.
         """
         with torch.autocast(x_TD.device.type, enabled=False):
-            scores_TE = self.score.scores(functional.linear(x_TD.float(), self.weight.float()))
-            expert_ids_TK = self._select(scores_TE.detach() + self.expert_bias)
+            logits_TE = functional.linear(x_TD.float(), self.weight.float())
+            scores_TE = self.score.scores(logits_TE)
+            ranked_TE = scores_TE.detach()
+            if self.ranking is not None:
+                ranked_TE = self.ranking(ranked_TE, x_TD, training=self.training)
+            expert_ids_TK = self._select(ranked_TE + self.expert_bias)
             weights_TK = self._gate_weights(scores_TE.gather(-1, expert_ids_TK))
-        return Routing(weights_TK, expert_ids_TK, scores_TE)
+        return Routing(weights_TK, expert_ids_TK, scores_TE, logits_TE)
 
     def extra_repr(self) -> str:
         """Sizes and score, for `print(model)`."""

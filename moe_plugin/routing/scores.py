@@ -50,6 +50,23 @@ class Sigmoid:
 
 
 @dataclass(frozen=True)
+class LogSigmoid:
+    """As `Sigmoid`, but selection compares logarithms: a selection bias is then the logarithm of a factor."""
+
+    def scores(self, logits_TE: Tensor) -> Tensor:
+        """Logarithm of the sigmoid of the logits."""
+        return functional.logsigmoid(logits_TE)
+
+    def weights(self, selected_scores_TK: Tensor) -> Tensor:
+        """The sigmoids."""
+        return selected_scores_TK.exp()
+
+    def probabilities(self, scores_TE: Tensor) -> Tensor:
+        """The sigmoids divided by their sum over the experts."""
+        return scores_TE.softmax(dim=-1)
+
+
+@dataclass(frozen=True)
 class SqrtSoftplus:
     """Each expert scored on its own, in (0, inf): the square root of the logit's softplus."""
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 EXPECTED, BATCH = LINES[1], "#f2a154"
-LOWEST, HIGHEST = 0.01, 20.0
+LOWEST, HIGHEST = 0.01, 150.0
 
 
 def trial_picture(trials: Trials, setting: Setting, out: Path) -> Path:
@@ -27,7 +27,9 @@ def trial_picture(trials: Trials, setting: Setting, out: Path) -> Path:
 
     rules = list(next(iter(trials.values())))
     with matplotlib.style.context(STYLE):
-        figure = Figure((2.0 * len(rules) + 1, 1.9 * len(trials) + 0.9), layout="constrained", facecolor="white")
+        figure = Figure(
+            (2.0 * len(rules) + 1, 1.9 * len(trials) + 0.9), layout="constrained", facecolor="white"
+        )
         grid = figure.subplots(len(trials), len(rules), sharex=True, sharey=True, squeeze=False)
         for axes, (source, by_rule) in zip(grid, trials.items(), strict=True):
             for ax, (rule, trial) in zip(axes, by_rule.items(), strict=True):
@@ -49,17 +51,26 @@ def _draw(ax: Axes, trial: Trial, setting: Setting) -> None:
     ax.set_yticks([0.01, 0.1, 1, 10], ["0.01", "0.1", "1", "10"])
     ax.grid(axis="y", color=RULE, linewidth=0.6)
     ax.plot(steps, trial.batch, color=BATCH, linewidth=0.8, label="of each batch")
-    ax.plot(steps, trial.expected, color=EXPECTED, linewidth=1.6, label="expected: a batch without its sampling noise")
-    ax.axhline(setting.floor, color=FAINT, linewidth=1, linestyle=(0, (4, 2)), label="floor that sampling sets a batch")
+    ax.plot(
+        steps,
+        trial.expected,
+        color=EXPECTED,
+        linewidth=1.6,
+        label="expected: a batch without its sampling noise",
+    )
+    ax.axhline(
+        setting.floor,
+        color=FAINT,
+        linewidth=1,
+        linestyle=(0, (4, 2)),
+        label="floor that sampling sets a batch",
+    )
     reached = "never" if trial.steps_to_balance is None else f"at step {trial.steps_to_balance}"
     ax.text(0.97, 0.95, f"< {BALANCED} {reached}\nsettles at {trial.tail_expected:.3f}", transform=ax.transAxes,
             ha="right", va="top", fontsize=8, color=INK)  # fmt: skip
 
 
 def _explain(figure, ax: Axes, setting: Setting) -> None:
-    title = (
-        f"{setting.num_experts} experts, top-{setting.top_k}, {setting.tokens:,} tokens a batch, {setting.score}"
-    )
-    figure.suptitle(title, x=0.01, ha="left", fontsize=11, fontweight="bold")
+    figure.suptitle(str(setting), x=0.01, ha="left", fontsize=11, fontweight="bold")
     handles, labels = ax.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower left", ncols=3, frameon=False)

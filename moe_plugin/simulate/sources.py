@@ -1,8 +1,8 @@
 """Where made-up router logits come from: what a rule has to follow.
 
-A source holds a population of tokens. Each step it gives their logits and how often each token is drawn, so that a batch
-of a million costs no more than one of a thousand. Logits are a taste of each expert, plus one of each domain for each
-expert, plus noise of standard deviation 1.
+A source holds a population of tokens. Each step it gives their logits and how often each token is drawn, so that a
+batch of a million costs hardly more than one of a thousand. Logits are a taste for each expert, plus one of each domain
+for each expert, plus noise of standard deviation 1.
 
 Shape legend: N tokens of the population, E experts, G domains.
 """
@@ -144,9 +144,7 @@ class _BurstyStream(Stream):
         self.advance_(0, torch.empty(0))
 
     def advance_(self, step: int, counts_E: Tensor) -> None:
-        self.weights_G = (
-            self.burst * torch.randn(self.weights_G.shape, generator=self.generator)
-        ).exp()
+        self.weights_G = (self.burst * torch.randn(self.weights_G.shape, generator=self.generator)).exp()
 
 
 @dataclass(frozen=True)

@@ -8,26 +8,24 @@ from rich.table import Table
 
 from moe_plugin.simulate.trial import BALANCED, Setting, Trial
 
+COLUMNS = (
+    f"steps to {BALANCED}",
+    "MaxVio expected",
+    "MaxVio batch",
+    "batch / floor",
+    "step / spread",
+    "range / spread",
+)
 Trials = Mapping[str, Mapping[str, Trial]]
 """By source, then by rule."""
 
 
 def trial_table(trials: Trials, setting: Setting) -> Table:
     """One row per rule, one section per source; the smallest MaxVio of a section is bold."""
-    table = Table(
-        title=f"{setting.num_experts} experts, top-{setting.top_k}, {setting.tokens:,} tokens a batch, {setting.score}, "
-        f"sampling floor of MaxVio {setting.floor:.3f}"
-    )
-    for heading in ("scores", "rule"):
-        table.add_column(heading)
-    for heading in (
-        f"steps to MaxVio < {BALANCED}",
-        "MaxVio expected",
-        "MaxVio batch",
-        "batch / floor",
-        "step / spread",
-        "range / spread",
-    ):
+    table = Table(title=f"{setting}; sampling floor of MaxVio {setting.floor:.3f}")
+    table.add_column("scores", no_wrap=True)
+    table.add_column("rule", no_wrap=True)
+    for heading in COLUMNS:
         table.add_column(heading, justify="right")
     for source, by_rule in trials.items():
         best = min(by_rule, key=lambda rule: by_rule[rule].tail_expected)

@@ -63,6 +63,11 @@ class Setting:
         if self.top_k >= self.num_experts:
             raise ConfigError(f"'top_k' must be < num_experts ({self.num_experts}), got {self.top_k}.")
 
+    def __str__(self) -> str:
+        """The setting in one line."""
+        kind = type(self.score).__name__
+        return f"{self.num_experts} experts, top-{self.top_k}, {self.tokens:,} tokens a batch, {kind} scores"
+
     @property
     def floor(self) -> float:
         """MaxVio that sampling alone makes of perfectly balanced probabilities: about the largest of E deviations."""
@@ -115,7 +120,7 @@ def try_rule(rule: Rule, source: Source, setting: Setting) -> Trial:
         expected.append(max_violation(_counts(ids_NK, setting.num_experts)).item())
         batch.append(max_violation(counts_E).item())
         load = Load(counts_E, bias_E, _gaps(rule, scores_NE + bias_E, setting.top_k, drawn_N))
-        step_E = rule.step(load, resolve_rate(rule.rate, spread), memory).float()
+        step_E = rule.step(load, resolve_rate(rule, spread), memory).float()
         bias_E = bias_E + step_E
         moves.append(step_E.abs().mean().item())
         stream.advance_(step, counts_E)

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from moe_plugin.errors import ConfigError
 from moe_plugin.launch.compose import compose_jobs, conf_dir
 
-RENDERED_ELSEWHERE = {"hydra", "rule", "hardware"}
+RENDERED_ELSEWHERE = {"hydra", "rule", "hardware", "source"}
 OPTIONS = [
     f"{group.name}={option.stem}"
     for group in sorted(conf_dir().iterdir())
@@ -87,7 +87,7 @@ class TestComposeJobs:
             ),
             (
                 "router=foo",
-                "'router' must be one of deepseek_v3, mixtral, native, qwen3, sigmoid_top_k, switch; got 'foo'.",
+                "'router' must be one of deepseek_v3, expert_choice, log_sigmoid_top_k, mixtral",
             ),
             ("routers=x", "Did you mean 'router'?"),
             ("data=[1", "'data=[1'"),

@@ -7,7 +7,14 @@ import pytest
 import torch
 
 from moe_plugin.experts import MoEBlock, SwiGLU
-from moe_plugin.losses import LoadBalancingLoss
+from moe_plugin.losses import (
+    GlobalBatchLoss,
+    LoadBalancingLoss,
+    RouterZLoss,
+    SequenceLoss,
+    TotalLoss,
+    load_statistics,
+)
 from moe_plugin.routing import Sigmoid, SoftmaxAfterTopK
 from tests.models.small_models import VOCAB_SIZE, language_model, token_batch
 
@@ -16,6 +23,15 @@ def losses_and_gradients(model, batch):
     cross_entropy, auxiliary = model._losses(batch)
     (cross_entropy + auxiliary).backward()
     return cross_entropy, auxiliary, [parameter.grad for parameter in model.parameters()]
+
+
+def normalized(scores_TE):
+    return scores_TE / scores_TE.sum(-1, keepdim=True)
+
+
+def every_loss():
+    kinds = (LoadBalancingLoss, SequenceLoss, GlobalBatchLoss, RouterZLoss)
+    return TotalLoss({kind.__name__: kind(0.5) for kind in kinds})
 
 
 class TestTransformer:
@@ -78,7 +94,7 @@ class TestActivationCheckpointing:
     @pytest.mark.parametrize("mode", ["reentrant", "non_reentrant"])
     @pytest.mark.parametrize("score", [Sigmoid(), SoftmaxAfterTopK()], ids=repr)
     def test_losses_and_gradients_are_bit_equal_with_auxiliary_loss(self, mode, score):
-        plain = language_model(score, auxiliary_loss=LoadBalancingLoss(0.5))
+        plain = language_model(score, auxiliary_loss=every_loss())
         checkpointed = copy.deepcopy(plain)
         for layer in checkpointed.network.layers:
             layer.activation_checkpointing = mode
@@ -104,7 +120,8 @@ class TestAuxiliaryLoss:
             layer.feed_forward.router.register_forward_hook(lambda _, __, routing: routings.append(routing))
         _, auxiliary = model._losses(token_batch(4))
         assert len(routings) == 2
-        torch.testing.assert_close(auxiliary, sum(loss(routing, 4) for routing in routings))
+        by_layer = [load_statistics(routing, normalized(routing.scores_TE), 4) for routing in routings]
+        torch.testing.assert_close(auxiliary, sum(loss([statistics]) for statistics in by_layer))
 
     def test_logits_count_as_their_softmax(self):
         loss = LoadBalancingLoss(0.5)
@@ -112,8 +129,8 @@ class TestAuxiliaryLoss:
         router = model.network.layers[0].feed_forward.router
         router.register_forward_hook(lambda _, __, routing: routings.append(routing))
         _, auxiliary = model._losses(token_batch(4))
-        probabilities = routings[0]._replace(scores_TE=routings[0].scores_TE.softmax(-1))
-        torch.testing.assert_close(auxiliary, loss(probabilities, 4))
+        statistics = load_statistics(routings[0], routings[0].scores_TE.softmax(-1), 4)
+        torch.testing.assert_close(auxiliary, loss([statistics]))
 
     def test_hooks_are_gone_after_the_forward(self):
         model = language_model(auxiliary_loss=LoadBalancingLoss(0.5))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -27,6 +28,8 @@ class Multiplicative:
     Attributes:
         rate: Step of a factor, or 'auto'. The paper uses 0.001.
     """
+
+    auto_fraction: ClassVar[float] = 0.01
 
     rate: float | str = "auto"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -27,6 +28,8 @@ class PrimalDual:
         rate: First step in score units for an expert without tokens, or 'auto'.
         power: How fast the steps become smaller, 0 to 1.
     """
+
+    auto_fraction: ClassVar[float] = 0.3
 
     rate: float | str = "auto"
     power: float = 0.5

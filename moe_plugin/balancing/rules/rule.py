@@ -16,7 +16,8 @@ Memory = dict[str, Tensor]
 class Rule(Protocol):
     """Turns the load of one step into a step of the bias.
 
-    A rule that sets ``needs_gaps = True`` also sees how far scores were from being selected.
+    A rule that sets ``needs_gaps = True`` also sees how far scores were from being selected; one that sets an
+    ``auto_fraction`` has it, instead of `AUTO_FRACTION`, as its automatic rate.
     """
 
     @property

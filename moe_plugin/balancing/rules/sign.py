@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor
 
@@ -23,6 +24,8 @@ class Sign:
         rate: Step in score units, or 'auto'. The paper uses 0.001 with sigmoid scores.
         centred: Subtract the mean of the signs, so that the biases do not drift together.
     """
+
+    auto_fraction: ClassVar[float] = 0.01
 
     rate: float | str = "auto"
     centred: bool = True

@@ -1,0 +1,35 @@
+"""The loss that keeps router logits small."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_plugin.losses.auxiliary_loss import AuxiliaryLoss, check_coefficient
+from moe_plugin.losses.statistics import LoadStatistics
+
+
+@dataclass(frozen=True)
+class RouterZLoss(AuxiliaryLoss):
+    """`coefficient` times the mean over tokens of `logsumexp(logits) ** 2`: ST-MoE, arXiv 2202.08906, equation 5.
+
+    Attributes:
+        coefficient: Weight beside the cross-entropy; ST-MoE uses 0.001.
+    """
+
+    coefficient: float = 1e-3
+
+    def __post_init__(self) -> None:
+        """Checks the coefficient.
+
+        Raises:
+            ConfigError: It is negative, infinite or NaN.
+        """
+        check_coefficient(self.coefficient)
+
+    def __call__(self, layers: Sequence[LoadStatistics]) -> Tensor:
+        """The loss, see `AuxiliaryLoss`."""
+        return self.coefficient * torch.stack([s.square_log_z_B.mean() for s in layers]).sum()

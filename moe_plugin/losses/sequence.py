@@ -1,0 +1,40 @@
+"""DeepSeek's loss against imbalance within single sequences."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moe_plugin.losses.auxiliary_loss import AuxiliaryLoss, check_coefficient, load_times_probability
+from moe_plugin.losses.statistics import LoadStatistics
+
+
+@dataclass(frozen=True)
+class SequenceLoss(AuxiliaryLoss):
+    """`coefficient * sum_e f_e * P_e` of each sequence, mean over sequences: DeepSeek-V3, arXiv 2412.19437.
+
+    Equations 17 to 20, with `f_e = E / (K S) * selections of e in the sequence` and P_e the mean over its tokens of the
+    normalised scores. DeepSeek-V3 adds it with a very small coefficient to the bias, which balances over batches but
+    lets single sequences be uneven; with a large one it is the sequence-wise baseline of section 4.5.3.
+
+    Attributes:
+        coefficient: Weight beside the cross-entropy; DeepSeek-V3 uses 0.0001.
+    """
+
+    coefficient: float = 1e-4
+
+    def __post_init__(self) -> None:
+        """Checks the coefficient.
+
+        Raises:
+            ConfigError: It is negative, infinite or NaN.
+        """
+        check_coefficient(self.coefficient)
+
+    def __call__(self, layers: Sequence[LoadStatistics]) -> Tensor:
+        """The loss, see `AuxiliaryLoss`."""
+        losses = [load_times_probability(s.counts_BE, s.probability_BE).mean() for s in layers]
+        return self.coefficient * torch.stack(losses).sum()
