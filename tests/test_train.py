@@ -286,11 +286,23 @@ SWITCHED = ["strategy.meta_init=true", "strategy.activation_checkpointing=true"]
 
 
 class TestStrategies:
-    @pytest.mark.parametrize("words", [["strategy=ddp"], ["strategy=fsdp", "model.tie_embeddings=true"]])
+    @pytest.mark.parametrize("words", [["strategy=ddp"], ["strategy=fsdp_tp", "model.tie_embeddings=true"]])
     def test_two_processes_train_as_one_does(self, words: list[str]) -> None:
         train.main([*SMALL, *words[1:], "name=one"])
         train.main([*SMALL, *words, "name=two"])
         self.assert_same("two", "one")
+
+    def test_sharded_checkpoint_is_evaluated_like_the_run(self, capsys: pytest.CaptureFixture[str]) -> None:
+        train.main([*SMALL, "strategy=fsdp", "strategy.lightning.save_distributed_checkpoint=true"])
+        checkpoint = run_folder() / "checkpoints" / "last.ckpt"
+        assert checkpoint.is_dir()
+        evaluate.main([f"ckpt_path={checkpoint}"])
+        measures = json.loads((run_folder() / "eval_last.json").read_text())
+        assert measures["val_loss"] == pytest.approx(summary(run_folder())["val_loss"], rel=1e-6)
+        assert measures["max_violation_global"] == summary(run_folder())["max_violation_global"]
+        with pytest.raises(SystemExit, match="2"):
+            train.main([*SMALL, "experts=16", f"ckpt_path={checkpoint}"])
+        assert "layers.0.feed_forward: 8 in the checkpoint, 16 in the model" in capsys.readouterr().err
 
     @pytest.mark.parametrize("strategy", ["fsdp", "fsdp_ep"])
     def test_switches_change_nothing_from_strategy_to_strategy(self, strategy: str) -> None:

@@ -15,6 +15,7 @@ from torch.distributed._composable.checkpoint_activation import checkpoint
 
 from moe_plugin.launch.compile_layers import CompileLayers
 from moe_plugin.launch.time_limit import TimeLimit
+from moe_plugin.launch.whole_checkpoint import WholeCheckpointIO
 from moe_plugin.sharding import find_layers
 
 
@@ -83,6 +84,7 @@ def build_trainer(config: DictConfig, *, callbacks: Sequence[Callback], **object
         val_check_interval=val_check_interval,
         max_time=None,  # `TimeLimit` sees to it
         callbacks=[*callbacks, *time_limit],
+        plugins=[WholeCheckpointIO()],
         _convert_="all",
         **objects,
     )

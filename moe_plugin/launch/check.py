@@ -16,6 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from moe_plugin.errors import ConfigError, MoEPluginError
 from moe_plugin.launch.build import build_callbacks, build_data, build_model_on_meta, build_trainer
+from moe_plugin.launch.checkpoint_experts import check_checkpoint_experts
 from moe_plugin.launch.expert_parallel import check_experts
 from moe_plugin.launch.explain import locate, one_line
 from moe_plugin.launch.last_checkpoint import LAST
@@ -60,6 +61,8 @@ def check(config: DictConfig) -> None:
         for key, build in BUILDERS.items():
             if not (elsewhere and key == "trainer"):
                 attempt(build, run, config, key)
+        if run.ckpt_path not in (None, LAST):
+            check_checkpoint_experts(build_model_on_meta(run), run.ckpt_path)
 
 
 def is_for_a_queue(config: DictConfig) -> bool:
@@ -153,7 +156,8 @@ def check_batch(run: DictConfig) -> None:
     for key, value in factors.items():
         if value < 1:
             raise ConfigError(f"'{key}' must be >= 1, got {value}.")
-    parts = math.prod(factors.values())
+    # Ranks that split the computation of the same tokens share their part of the batch.
+    parts = max(1, math.prod(factors.values()) // run.strategy.get("tensor_parallel_size", 1))
     if run.data.batch_size % parts:
         raise ConfigError(
             f"'data.batch_size' must be a multiple of {' x '.join(factors)} "

@@ -36,7 +36,9 @@ class Throughput(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Counts a micro-batch: each sequence of S+1 tokens has S to predict."""
-        self.tokens += batch["tokens"][:, 1:].numel() * trainer.world_size
+        # Ranks that split the computation of the same tokens count once.
+        replicas = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
+        self.tokens += batch["tokens"][:, 1:].numel() * replicas
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stops the clock during a validation in the middle of training."""

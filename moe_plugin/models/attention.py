@@ -58,7 +58,7 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x_BSD: Tensor, rotary: Rotary) -> Tensor:
         """Maps (B, S, D) to (B, S, D)."""
-        q, k, v = self.qkv(x_BSD).unflatten(-1, (3, self.num_heads, self.head_dim)).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x_BSD).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
         y_BNSA = functional.scaled_dot_product_attention(
             rotate(q, rotary), rotate(k, rotary), v, is_causal=True
         )

@@ -12,6 +12,7 @@ from typing import Any
 import lightning
 from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import functional
 from torch.optim import Optimizer
 
@@ -21,6 +22,7 @@ from moe_plugin.losses import AuxiliaryLoss
 from moe_plugin.models.attention import CausalSelfAttention
 from moe_plugin.models.clipping import clip_gradients_
 from moe_plugin.models.optimizer import AdamWWarmupCosine
+from moe_plugin.models.tensor_parallel import tensor_parallel_
 from moe_plugin.models.transformer import ActivationCheckpointing, Transformer, TransformerLayer
 from moe_plugin.routing import ExpertChoiceRouter, Router
 from moe_plugin.sharding import materialize_, shard_
@@ -59,8 +61,9 @@ class TokenModel(lightning.LightningModule):
         self.auxiliary_loss = auxiliary_loss
 
     def configure_model(self) -> None:
-        """Shards the network where the strategy has a device mesh, and draws parameters that have no storage yet."""
+        """Spreads the network over the strategy's device mesh, if any, and draws parameters without storage."""
         if self.device_mesh is not None:
+            tensor_parallel_(self.network, self.device_mesh["tensor_parallel"])
             experts_over = getattr(self.trainer.strategy, "expert_parallel_size", 1)
             shard_(self.network, self.device_mesh, expert_parallel_size=experts_over)
         materialize_(self.network, self.trainer.strategy.root_device)
@@ -114,8 +117,15 @@ class TokenModel(lightning.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips as Lightning does, which cannot do it by norm over several device meshes."""
-        if self.device_mesh is None or gradient_clip_algorithm == "value":
+        """Clips as Lightning does, which cannot do it by norm over several device meshes or under FSDP1."""
+        root = self.trainer.strategy.model
+        if (
+            gradient_clip_val
+            and gradient_clip_algorithm != "value"
+            and isinstance(root, FullyShardedDataParallel)
+        ):
+            root.clip_grad_norm_(gradient_clip_val)
+        elif self.device_mesh is None or gradient_clip_algorithm == "value":
             super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
         elif gradient_clip_val:
             clip_gradients_(self.parameters(), gradient_clip_val)
