@@ -14,7 +14,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_plugin.adapters.attach import detach_
-from moe_plugin.adapters.site import Site
+from moe_plugin.adapters.site import Counted, Site
+from moe_plugin.balancing.budget import level_step
 from moe_plugin.balancing.counts import SPREAD_UNIT
 from moe_plugin.balancing.rate import resolve_rate
 from moe_plugin.balancing.reduce import all_reduce_
@@ -112,18 +113,21 @@ class Balanced(Mapping[str, Site]):
         Raises:
             EffectError: In the first update, if a site saw no tokens.
         """
-        gaps = {name: site.gaps_EG.clone() for name, site in self.items() if site.gaps_EG is not None}
-        tallies = [site.take_tally() for site in self.values()]
-        all_reduce_([*tallies, *gaps.values()], self.process_group)
+        counted = [site.take() for site in self.values()]
+        all_reduce_([tensor for each in counted for tensor in each if tensor is not None], self.process_group)
+        tallies = [each.tally for each in counted]
         self._count_steps_(self.step + 1)
         if self.step == 1:
             self._check_effect(tallies)
         healthy = self._healthy(tallies)
-        counts = {}
-        for site, tally in zip(self.values(), tallies, strict=True):
-            counts[site.name] = torch.where(healthy, tally[: site.num_experts], 0)
-            self._move_bias_(site, counts[site.name], tally, gaps.get(site.name))
-        self.record = LoadRecord(self.step, counts, {site.name: site.bias for site in self.values()})
+        counts, tokens = {}, {}
+        for site, each in zip(self.values(), counted, strict=True):
+            step = each._replace(tally=torch.where(healthy, each.tally, 0))
+            counts[site.name], tokens[site.name] = step.tally[: site.num_routed], site.tokens_in(step.tally)
+            self._move_bias_(site, step)
+            self._hold_budget_(site, step)
+        bias = {site.name: site.bias[: site.num_routed] for site in self.values()}
+        self.record = LoadRecord(self.step, counts, tokens, bias)
         return self.record
 
     def reject_if_(self, condition: Tensor) -> None:
@@ -223,31 +227,45 @@ class Balanced(Mapping[str, Site]):
 
         return export(self._model, self, self.step, model, None if path is None else Path(path))
 
-    def _move_bias_(self, site: Site, counts_E: Tensor, tally: Tensor, gaps_EG: Tensor | None) -> None:
+    def _move_bias_(self, site: Site, counted: Counted) -> None:
         rule = self._rules[site.name]
         factor = self._schedule(self.step)
         if rule is None or factor == 0:
             return
-        rate = resolve_rate(rule, self._spread(site, counts_E, tally)) * factor
-        before = self._states[site.name]
-        memory = dict(before)
-        step_E = rule.step(Load(counts_E, site.bias, gaps_EG), rate, memory)
-        # A step without tokens leaves no trace: neither in the bias nor in what the rule remembers.
+        counts_E = counted.tally[: site.num_experts]
+        rate = resolve_rate(rule, self._spread(site, counted.tally)) * factor
+        memory = dict(self._states[site.name])
+        shares_E = None
+        if site.shares is not None:
+            shares_E = torch.tensor(site.shares, dtype=torch.float64, device=counts_E.device)
+        step_E = rule.step(Load(counts_E, site.bias, counted.gaps_EG, shares_E), rate, memory)
         moves = counts_E.sum() > 0
         site.bias.add_(step_E.where(moves, 0.0))
+        self._remember_(site, memory, moves)
+
+    def _hold_budget_(self, site: Site, counted: Counted) -> None:
+        """Move the level of a dynamic router, whether its experts are balanced or only watched."""
+        if site.dynamic is not None and counted.budget_1G is not None:
+            tokens = site.tokens_in(counted.tally)
+            step = level_step(counted.budget_1G, tokens, site.dynamic.target_k)
+            site.dynamic.level.add_(step.where(tokens > 0, 0.0))
+
+    def _remember_(self, site: Site, memory: dict[str, Tensor], moves: Tensor) -> None:
+        """Take what a rule remembers, unless the step had no tokens: that leaves no trace."""
+        before = self._states[site.name]
         for key, value in memory.items():
             if value is not before.get(key):
                 memory[key] = value.where(moves, before.get(key, torch.zeros_like(value)))
         self._states[site.name] = memory
 
-    def _spread(self, site: Site, counts_E: Tensor, tally: Tensor) -> Tensor:
+    def _spread(self, site: Site, tally: Tensor) -> Tensor:
         """The score spread as last measured: it changes slowly, so that one step in `SPREAD_EVERY` measures it."""
         state = self._states[site.name]
         before = state.get(_SPREAD, torch.zeros((), device=tally.device))
         if site.measures_spread and (self.step - 1) % SPREAD_EVERY == 0:
-            tokens = (tally[: site.num_experts].sum() // site.top_k).clamp(min=1)
-            fresh = (tally[-1] / tokens / SPREAD_UNIT).float()
-            state[_SPREAD] = torch.where(counts_E.sum() > 0, fresh, before)
+            tokens = site.tokens_in(tally)
+            fresh = (tally[-1] / tokens.clamp(min=1) / SPREAD_UNIT).float()
+            state[_SPREAD] = torch.where(tokens > 0, fresh, before)
         return state.get(_SPREAD, before)
 
     def _count_steps_(self, step: int) -> None:

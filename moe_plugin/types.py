@@ -20,12 +20,17 @@ class Routing(NamedTuple):
         expert_ids_TK: Selected experts; int64.
         scores_TE: Unbiased scores of all experts; fp32.
         logits_TE: What the scores were made from; fp32. None where no router was asked.
+        used_TK: Which of the selected experts the token is really sent to; bool. None for all of them.
+        slack_TK: Where a token's number of experts varies, how far the router's level may fall before it is no longer
+            sent to the expert; fp32, positive where used.
     """
 
     weights_TK: Tensor
     expert_ids_TK: Tensor
     scores_TE: Tensor
     logits_TE: Tensor | None = None
+    used_TK: Tensor | None = None
+    slack_TK: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -34,10 +39,12 @@ class LoadRecord:
 
     Attributes:
         step: Number of updates so far, this one included.
-        counts: Tokens per expert over all ranks and micro-batches of the step; int64 (E,).
+        counts: Tokens per routed expert over all ranks and micro-batches of the step; int64 (E,).
+        tokens: Tokens of the step; int64 scalar.
         bias: The selection bias after the update; fp32 (E,). The live tensor, not a copy.
     """
 
     step: int
     counts: Mapping[str, Tensor]
+    tokens: Mapping[str, Tensor]
     bias: Mapping[str, Tensor]

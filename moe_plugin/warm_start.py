@@ -18,7 +18,7 @@ from moe_plugin.adapters.intercept import Selection
 from moe_plugin.adapters.site import Site
 from moe_plugin.balancing.calibrate import solve_bias
 from moe_plugin.balancing.reduce import all_reduce_
-from moe_plugin.errors import EffectError
+from moe_plugin.errors import ConfigError, EffectError
 from moe_plugin.metrics import max_violation
 
 Batches = Iterable[Any] | Callable[[nn.Module], object]
@@ -46,6 +46,7 @@ def warm_start(
     A bias changes what later layers see, so that all are solved for again in each pass. Scores of one pass are kept:
     T x E x 4 bytes per site. On several ranks each solves for its own batches, and the biases are averaged.
     """
+    check_solvable(sites)
     run = batches if callable(batches) else _runner(list(islice(batches, num_batches)))
     violations = []
     with _evaluating(model):
@@ -57,6 +58,20 @@ def warm_start(
                 site.bias.copy_(_mean_over_ranks(bias_E, process_group))
         violations.append(_observe(model, sites, run, process_group)[1])
     return {name: Violation(violations[0][name], violations[-1][name]) for name in sites}
+
+
+def check_solvable(sites: Mapping[str, Site]) -> None:
+    """Check that the load of all sites is a matter of their top-k alone.
+
+    Raises:
+        ConfigError: If tokens use different numbers of experts at one of them.
+    """
+    varying = [name for name, site in sites.items() if site.dynamic is not None or site.shares is not None]
+    if varying:
+        raise ConfigError(
+            f"Biases can be solved for only where every token uses as many experts, not at {varying}. Leave the "
+            "calibration out (null)."
+        )
 
 
 class _Observed:

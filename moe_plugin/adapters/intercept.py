@@ -15,11 +15,23 @@ from moe_plugin.adapters.selecting import FUNCTIONS, Call, read_call
 
 
 class Selection(NamedTuple):
-    """One expert selection as the host made it: the scores it ranked, and what it chose."""
+    """One expert selection as the host made it: the scores it ranked, and what it chose.
+
+    Attributes:
+        ranked_TE: Scores that were ranked.
+        selected_TK: Scores of the selected experts.
+        expert_ids_TK: The selected experts.
+        used_TK: Which of them the token is really sent to; None for all.
+    """
 
     ranked_TE: Tensor
     selected_TK: Tensor
     expert_ids_TK: Tensor
+    used_TK: Tensor | None = None
+
+    def detached(self) -> Selection:
+        """The same without gradients."""
+        return self._replace(ranked_TE=self.ranked_TE.detach(), selected_TK=self.selected_TK.detach())
 
 
 class Intercept(TorchFunctionMode):

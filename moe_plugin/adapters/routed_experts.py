@@ -18,12 +18,12 @@ class RoutedExperts:
     Attributes:
         module: What holds all their parameters, and nothing else.
         num_experts: Experts.
-        top_k: Experts per token.
+        top_k: Experts per token, in the mean where their number varies.
     """
 
     module: nn.Module
     num_experts: int
-    top_k: int
+    top_k: float
 
 
 def find_routed_experts(model: nn.Module) -> list[RoutedExperts]:
@@ -54,18 +54,18 @@ def _num_experts(module: nn.Module) -> int | None:
 
 def _has_router(block: nn.Module, experts: nn.Module, num_experts: int) -> bool:
     return any(
-        parameter.ndim == 2 and parameter.shape[0] == num_experts
+        parameter.ndim == 2 and num_experts in (parameter.shape[0], getattr(sibling, "num_routed", None))
         for sibling in block.children()
         if sibling is not experts
         for parameter in sibling.parameters()
     )
 
 
-def _top_k(block: nn.Module, experts: nn.Module, path: str) -> int:
+def _top_k(block: nn.Module, experts: nn.Module, path: str) -> float:
     for owner in _owners(block, experts):
-        for name in TOP_K_NAMES:
+        for name in ("target_k", *TOP_K_NAMES):
             value = getattr(owner, name, None)
-            if isinstance(value, int):
+            if isinstance(value, int | float):
                 return value
     raise ConfigError(
         f"'{path}' must have the number of experts per token beside it, got none of {', '.join(TOP_K_NAMES)}. "

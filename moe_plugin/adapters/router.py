@@ -62,7 +62,7 @@ class AdaptedMethod:
 
         assert self.adapter.route is not None, "a refused block is never attached"
         output = self.adapter.route(self.module, select_experts, *args, **kwargs)
-        site.record_(seen, training=self.module.training)
+        site.record_(seen, output, training=self.module.training)
         return output
 
 
@@ -99,7 +99,7 @@ def _watched(module: Any, forward: Callable[..., Any], args: tuple, kwargs: dict
     seen: list[Selection] = []
     with Intercept(site.kind, site.num_experts, site.top_k, bias_E, site.zeros_masked, seen):
         output = forward(*args, **kwargs)
-    site.record_(seen, training=module.training)
+    site.record_(seen, output, training=module.training)
     return output
 
 

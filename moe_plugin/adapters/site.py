@@ -6,17 +6,35 @@ Shape legend: T tokens, K experts selected per token, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from moe_plugin.adapters.intercept import Selection
 from moe_plugin.adapters.token_mask import TokenMask
+from moe_plugin.balancing.budget import count_slack_, new_budget
 from moe_plugin.balancing.counts import EXTRA_SLOTS, count_, new_poison, new_tally
-from moe_plugin.balancing.gaps import count_gaps_, new_gaps
+from moe_plugin.balancing.gaps import count_gaps_, gaps_of, new_gaps
 from moe_plugin.errors import EffectError
+from moe_plugin.routing import DynamicRouter, ZeroExpertRouter
+from moe_plugin.types import Routing
 
 Observer = Callable[[Selection, Tensor | None], None]
+
+
+class Counted(NamedTuple):
+    """What a site has counted in a step; all int64.
+
+    Attributes:
+        tally: See `moe_plugin.balancing.counts`.
+        gaps_EG: How far scores were from being selected, where the rule needs it.
+        budget_1G: How far selected experts were from being left out, where their number varies.
+    """
+
+    tally: Tensor
+    gaps_EG: Tensor | None
+    budget_1G: Tensor | None
 
 
 class Site:
@@ -25,7 +43,11 @@ class Site:
     Attributes:
         name: The router's module name in the model.
         num_experts: E.
-        top_k: K.
+        top_k: K, the most experts of a token where their number varies.
+        num_routed: Experts that compute something: the first ones, all of them in most models.
+        shares: The share of all selections that each expert should get; None for equal shares.
+        dynamic: The router itself, if it lets tokens use different numbers of experts at a held mean.
+        budget_1G: How far selected experts of a dynamic router were from being left out; int64.
         kind: The kind of call that selects, or 'adapter'.
         host_owns_bias: Whether the bias is the model's own tensor, saved in its checkpoints.
         zeros_masked: Whether the host marks experts outside the chosen groups by exact zeros.
@@ -57,6 +79,10 @@ class Site:
         self.router = router
         self.num_experts = num_experts
         self.top_k = top_k
+        self.num_routed = router.num_routed if isinstance(router, ZeroExpertRouter) else num_experts
+        self.shares = router.load_shares_E if isinstance(router, ZeroExpertRouter) else None
+        self.dynamic = router if isinstance(router, DynamicRouter) else None
+        self.budget_1G = None if self.dynamic is None else new_budget()
         self.kind = kind
         self.bias_owner = bias_owner
         self.bias_name = bias_name
@@ -87,16 +113,36 @@ class Site:
 
     @property
     def counts(self) -> Tensor:
-        """Tokens per expert in training forwards since the last update, on this rank; int64 (E,), live."""
-        return self.tally[: self.num_experts]
+        """Tokens per routed expert in training forwards since the last update, on this rank; int64 (E,), live."""
+        return self.tally[: self.num_routed]
 
     @property
     def eval_counts(self) -> Tensor:
-        """Tokens per expert in evaluation forwards on this rank; int64 (E,), live: the reader zeroes it."""
-        return self.eval_tally[: self.num_experts]
+        """Tokens per routed expert in evaluation forwards on this rank; int64 (E,), live until `forget_eval_`."""
+        return self.eval_tally[: self.num_routed]
 
-    def record_(self, seen: list[Selection], *, training: bool) -> None:
+    @property
+    def eval_tokens(self) -> Tensor:
+        """Tokens in evaluation forwards on this rank; int64 scalar."""
+        return self.tokens_in(self.eval_tally)
+
+    def forget_eval_(self) -> None:
+        """Count evaluation forwards anew."""
+        self.eval_tally.zero_()
+
+    def tokens_in(self, tally: Tensor) -> Tensor:
+        """The tokens that a tally of this site is of; int64 scalar."""
+        if self.dynamic is not None:
+            return tally[self.num_experts + 2]
+        return tally[: self.num_experts].sum() // self.top_k
+
+    def record_(self, seen: list[Selection], output: Any, *, training: bool) -> None:
         """Count what the router's forward selected: the last selection seen, or all of an adapter's.
+
+        Args:
+            seen: The selections.
+            output: What the router returned.
+            training: Whether it is in training mode.
 
         Raises:
             EffectError: If the forward made no recognisable selection.
@@ -108,13 +154,15 @@ class Site:
                 f"k={self.top_k}, so it cannot be balanced. Leave it out with 'sites'."
             )
         selection = _joined(seen) if self.kind == "adapter" else seen[-1]
+        if isinstance(output, Routing):
+            selection = selection._replace(used_TK=output.used_TK)
         ids_TK = selection.expert_ids_TK
         valid_T = self._valid(ids_TK) if self.masked else None
         if self.observer is not None:
-            self.observer(Selection(*(tensor.detach() for tensor in selection)), valid_T)
+            self.observer(selection.detached(), valid_T)
             return
         if not torch.compiler.is_compiling() and self.witness is not None:
-            self.witness(Selection(*(tensor.detach() for tensor in selection)), valid_T)
+            self.witness(selection.detached(), valid_T)
         self._to_device(ids_TK.device)
         # A second graph for the steps between would be compiled, which costs more than measuring.
         measures = self.measures_spread and training and (torch.compiler.is_compiling() or self.spread_is_due)
@@ -125,31 +173,35 @@ class Site:
             poison=self.poison if training else None,
             scores_TE=self.unbiased(selection.ranked_TE.detach()) if measures else None,
             valid_T=valid_T,
+            used_TK=selection.used_TK if self.dynamic is not None else None,
             training=training,
         )
-        if self.gaps_EG is not None and training:
-            ranked_TE = self.unbiased(selection.ranked_TE.detach())
-            count_gaps_(self.gaps_EG, ranked_TE + self.bias, self.top_k, valid_T)
+        if self.gaps_EG is not None and training and self.top_k < self.num_experts:
+            biased_TE = self.unbiased(selection.ranked_TE.detach()) + self.bias
+            count_gaps_(self.gaps_EG, gaps_of(biased_TE, self.top_k), valid_T)
+        if self.budget_1G is not None and training and output.slack_TK is not None:
+            count_slack_(self.budget_1G, output.slack_TK, valid_T)
 
     def measure_gaps_(self) -> None:
         """Count from now on how far scores are from being selected, which some rules need."""
         self.gaps_EG = new_gaps(self.num_experts).to(self.tally.device)
 
-    def take_tally(self) -> Tensor:
-        """The tally of this rank since the last call; int64 (E + EXTRA_SLOTS,). All counting restarts from zero."""
-        taken = self.tally.clone()
-        taken[self.num_experts] += self.poison.isnan()
+    def take(self) -> Counted:
+        """What this rank has counted since the last call; all counting restarts from zero."""
+        tally = self.tally.clone()
+        tally[self.num_experts] += self.poison.isnan()
+        tally[self.num_experts + 1] += tally[: self.num_experts].sum()
+        assert tally.numel() == self.num_experts + EXTRA_SLOTS
+        gaps_EG = None if self.gaps_EG is None else self.gaps_EG.clone()
+        budget_1G = None if self.budget_1G is None else self.budget_1G.clone()
         self.discard_()
-        taken[self.num_experts + 1] += taken[: self.num_experts].sum()
-        assert taken.numel() == self.num_experts + EXTRA_SLOTS
-        return taken
+        return Counted(tally, gaps_EG, budget_1G)
 
     def discard_(self) -> None:
-        """Forget what was counted since the last `take_tally`."""
-        self.tally.zero_()
-        self.poison.zero_()
-        if self.gaps_EG is not None:
-            self.gaps_EG.zero_()
+        """Forget what was counted since the last `take`."""
+        for counts in (self.tally, self.poison, self.gaps_EG, self.budget_1G):
+            if counts is not None:
+                counts.zero_()
 
     def unbiased(self, ranked_TE: Tensor) -> Tensor:
         """The scores behind what the host ranked: without its own bias, and -inf for experts of closed groups."""
@@ -165,8 +217,8 @@ class Site:
             self.tally = self.tally.to(device)
             self.eval_tally = self.eval_tally.to(device)
             self.poison = self.poison.to(device)
-            if self.gaps_EG is not None:
-                self.gaps_EG = self.gaps_EG.to(device)
+            self.gaps_EG = None if self.gaps_EG is None else self.gaps_EG.to(device)
+            self.budget_1G = None if self.budget_1G is None else self.budget_1G.to(device)
 
 
 def _joined(seen: list[Selection]) -> Selection:

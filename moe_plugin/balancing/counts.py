@@ -8,7 +8,8 @@ exact, order-independent sum:
     [0, E)  tokens per expert
     E       more than zero if the step must not count, as when a selected score was NaN or infinite
     E + 1   selections seen under a mask, padding included
-    E + 2   sum over tokens of the score spread, in units of 1 / SPREAD_UNIT
+    E + 2   tokens, counted only where they may use different numbers of experts
+    E + 3   sum over tokens of the score spread, in units of 1 / SPREAD_UNIT
 
 Whether a selected score was NaN or infinite is noted in a float, the poison, which costs two operations a call instead
 of six; it joins the tally when that is taken.
@@ -26,13 +27,13 @@ from torch import Tensor
 
 from moe_plugin.balancing.recompute import is_training_forward
 
-EXTRA_SLOTS = 3
+EXTRA_SLOTS = 4
 SPREAD_UNIT = 2**24
 
 _LIBRARY = torch.library.Library("moe_plugin", "DEF")
 _LIBRARY.define(
     "count_(Tensor(a!) tally, Tensor(b!)? poison, Tensor expert_ids_TK, Tensor selected_TK, Tensor? scores_TE,"
-    " Tensor? valid_T, bool training, bool grad_enabled) -> ()"
+    " Tensor? valid_T, Tensor? used_TK, bool training, bool grad_enabled) -> ()"
 )
 
 
@@ -54,6 +55,7 @@ def count_(
     poison: Tensor | None = None,
     scores_TE: Tensor | None = None,
     valid_T: Tensor | None = None,
+    used_TK: Tensor | None = None,
     training: bool,
 ) -> None:
     """Add one forward pass to ``tally``, in place.
@@ -68,12 +70,23 @@ def count_(
         poison: From `new_poison`, on the same device; changed in place. None to not look at the scores.
         scores_TE: Unbiased scores of all experts, to measure their spread; None to leave it out.
         valid_T: bool, True for tokens that count, one entry per token; None when all do.
+        used_TK: bool, True for selections that count, where tokens may use fewer than K experts; None when all do.
         training: Count only a forward that a backward follows.
     """
     # The grad mode is read here: inside a compiled graph gradients are always off when the operator runs.
     # Outside of one, the operator's dispatch would cost more than the counting.
     run = torch.ops.moe_plugin.count_ if torch.compiler.is_compiling() else _count
-    run(tally, poison, expert_ids_TK, selected_TK, scores_TE, valid_T, training, torch.is_grad_enabled())
+    run(
+        tally,
+        poison,
+        expert_ids_TK,
+        selected_TK,
+        scores_TE,
+        valid_T,
+        used_TK,
+        training,
+        torch.is_grad_enabled(),
+    )
 
 
 def _count(
@@ -83,25 +96,39 @@ def _count(
     selected_TK: Tensor,
     scores_TE: Tensor | None,
     valid_T: Tensor | None,
+    used_TK: Tensor | None,
     training: bool,
     grad_enabled: bool,
 ) -> None:
     if training and not is_training_forward(grad_enabled):
         return
     ids_N = expert_ids_TK.view(-1) if expert_ids_TK.is_contiguous() else expert_ids_TK.reshape(-1)
-    if valid_T is None:
+    if valid_T is None and used_TK is None:
         tally.scatter_add_(0, ids_N, _ones(ids_N.shape[0], tally.device))
     else:
-        num_experts = tally.numel() - EXTRA_SLOTS
-        tally[num_experts + 1].add_(ids_N.numel())
-        weights_TK = valid_T.reshape(-1, 1).to(tally.dtype).expand(-1, expert_ids_TK.shape[-1])
+        weights_TK = _weights(expert_ids_TK, valid_T, used_TK)
         tally.scatter_add_(0, ids_N, weights_TK.reshape(-1))
+        num_experts = tally.numel() - EXTRA_SLOTS
+        if valid_T is not None:
+            tally[num_experts + 1].add_(ids_N.numel())
+        if used_TK is not None:
+            tally[num_experts + 2].add_(len(weights_TK) if valid_T is None else valid_T.sum())
         selected_TK = selected_TK.reshape(weights_TK.shape).masked_fill(weights_TK == 0, 0.0)
     if poison is not None:
         poison_(poison, selected_TK)
     if scores_TE is not None:
         spread_T = _spread(scores_TE)
         tally[-1].add_((spread_T if valid_T is None else spread_T * valid_T.reshape(-1)).sum())
+
+
+def _weights(expert_ids_TK: Tensor, valid_T: Tensor | None, used_TK: Tensor | None) -> Tensor:
+    """1 for each selection that counts, else 0; int64 (T, K)."""
+    top_k = expert_ids_TK.shape[-1]
+    if used_TK is None:
+        assert valid_T is not None
+        return valid_T.reshape(-1, 1).long().expand(-1, top_k)
+    weights_TK = used_TK.reshape(-1, top_k).long()
+    return weights_TK if valid_T is None else weights_TK * valid_T.reshape(-1, 1)
 
 
 @lru_cache(maxsize=256)

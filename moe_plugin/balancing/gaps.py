@@ -21,9 +21,7 @@ _PER_OCTAVE = 2
 _OCTAVES = 20
 
 _LIBRARY = torch.library.Library("moe_plugin", "FRAGMENT")
-_LIBRARY.define(
-    "count_gaps_(Tensor(a!) gaps_EG, Tensor biased_TE, int top_k, Tensor? valid_T, bool grad_enabled) -> ()"
-)
+_LIBRARY.define("count_gaps_(Tensor(a!) gaps_EG, Tensor gap_TE, Tensor? valid_T, bool grad_enabled) -> ()")
 
 
 @cache
@@ -39,27 +37,33 @@ def new_gaps(num_experts: int) -> Tensor:
     return torch.zeros(num_experts, gap_edges(torch.device("cpu")).numel() + 1, dtype=torch.int64)
 
 
-def count_gaps_(gaps_EG: Tensor, biased_TE: Tensor, top_k: int, valid_T: Tensor | None = None) -> None:
+def gaps_of(biased_TE: Tensor, top_k: int) -> Tensor:
+    """The gap of each score, see above; fp32 (T, E).
+
+    Args:
+        biased_TE: Scores plus bias, not finite where a token may not select an expert; any leading shape.
+        top_k: K, fewer than E.
+    """
+    biased_TE = biased_TE.reshape(-1, biased_TE.shape[-1]).float()
+    return biased_TE - biased_TE.topk(top_k + 1).values[:, -1:]
+
+
+def count_gaps_(gaps_EG: Tensor, gap_TE: Tensor, valid_T: Tensor | None = None) -> None:
     """Add one training forward to ``gaps_EG``, in place; nothing in recomputation, under ``no_grad`` or in backward.
 
     Args:
         gaps_EG: From `new_gaps`, on the device of the scores.
-        biased_TE: Scores plus bias, not finite where a token may not select an expert; any leading shape.
-        top_k: K.
+        gap_TE: From `gaps_of`; those that are not finite do not count.
         valid_T: bool, True for tokens that count; or how often each counts, int64. None when all count once.
     """
     run = torch.ops.moe_plugin.count_gaps_ if torch.compiler.is_compiling() else _count_gaps
-    run(gaps_EG, biased_TE, top_k, valid_T, torch.is_grad_enabled())
+    run(gaps_EG, gap_TE, valid_T, torch.is_grad_enabled())
 
 
-def _count_gaps(
-    gaps_EG: Tensor, biased_TE: Tensor, top_k: int, valid_T: Tensor | None, grad_enabled: bool
-) -> None:
-    num_experts, num_bins = gaps_EG.shape
-    if not is_training_forward(grad_enabled) or top_k >= num_experts:
+def _count_gaps(gaps_EG: Tensor, gap_TE: Tensor, valid_T: Tensor | None, grad_enabled: bool) -> None:
+    if not is_training_forward(grad_enabled):
         return
-    biased_TE = biased_TE.reshape(-1, num_experts).float()
-    gap_TE = biased_TE - biased_TE.topk(top_k + 1).values[:, -1:]
+    num_experts, num_bins = gaps_EG.shape
     counted_TE = gap_TE.isfinite().long()
     if valid_T is not None:
         counted_TE *= valid_T.reshape(-1, 1)
@@ -67,6 +71,34 @@ def _count_gaps(
     bins_TE = torch.bucketize(gap_TE.contiguous(), gap_edges(gap_TE.device))
     bins_TE += num_bins * torch.arange(num_experts, device=bins_TE.device)
     gaps_EG.view(-1).scatter_add_(0, bins_TE.view(-1), counted_TE.view(-1))
+
+
+def balanced_gap(gaps_EG: Tensor, expected_E: Tensor) -> Tensor:
+    """The biased gap above which each expert has ``expected_E`` tokens, nearest to 0 where there are several.
+
+    Args:
+        gaps_EG: Histogram; int64 (..., E, G).
+        expected_E: Tokens per expert; float64 (..., E) or (..., 1).
+
+    Returns:
+        float64 (..., E); 0 where the histogram is empty.
+    """
+    edges = gap_edges(gaps_EG.device).double()
+    lower_G, upper_G = torch.cat([edges[:1], edges]), torch.cat([edges, edges[-1:]])
+    above_EG = gaps_EG.flip(-1).cumsum(-1).flip(-1)
+    all_E1 = above_EG[..., :1]
+    share_E1 = torch.minimum(expected_E[..., None], all_E1.double())
+
+    def at(reached_EG: Tensor) -> Tensor:
+        bin_E1 = (reached_EG.sum(-1, keepdim=True) - 1).clamp(min=0)
+        inside_E1 = gaps_EG.gather(-1, bin_E1)
+        part_E1 = (share_E1 - (above_EG.gather(-1, bin_E1) - inside_E1)) / inside_E1.clamp(min=1)
+        return torch.lerp(upper_G[bin_E1], lower_G[bin_E1], part_E1.clamp(0, 1))
+
+    most_E1, least_E1 = at(above_EG >= share_E1), at(above_EG > share_E1)
+    least_E1 = torch.where(all_E1 > share_E1, least_E1, edges[0])
+    nearest_E1 = torch.zeros_like(most_E1).clamp(least_E1, most_E1)
+    return torch.where(all_E1 > 0, nearest_E1, 0.0).squeeze(-1)
 
 
 _LIBRARY.impl("count_gaps_", _count_gaps, "CompositeExplicitAutograd")

@@ -70,7 +70,7 @@ class AlarmWatch:
         shared = _shared(balanced, decisions)
         for name, site in balanced.items():
             history = self._sites.setdefault(
-                name, SiteHistory(site.num_experts, site.top_k, self._limits.trend_steps)
+                name, SiteHistory(site.num_routed, site.top_k, self._limits.trend_steps)
             )
             history.add_(
                 SiteWindow(

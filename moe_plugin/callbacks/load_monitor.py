@@ -18,11 +18,12 @@ from torch.optim import Optimizer
 
 from moe_plugin.balance import Balanced, balance_, find_balanced
 from moe_plugin.callbacks.attachment import Attachment
+from moe_plugin.callbacks.experts_per_token import ExpertsPerToken
 from moe_plugin.callbacks.image_log import log_image, tensorboard_writers
 from moe_plugin.callbacks.load_alarms import AlarmWatch, OnAlarm
 from moe_plugin.callbacks.load_film import LoadFilm
 from moe_plugin.callbacks.load_pictures import LoadPictures, counts_of
-from moe_plugin.callbacks.load_tags import DASHBOARD, training_scalars, validation_scalars
+from moe_plugin.callbacks.load_tags import DASHBOARD, budget_scalars, training_scalars, validation_scalars
 from moe_plugin.callbacks.loss_free import LossFreeBalancing
 from moe_plugin.callbacks.router_sample import RouterSample
 from moe_plugin.callbacks.run_card import active_parameters, run_card
@@ -89,6 +90,7 @@ class LoadMonitor(Callback):
         self._validation: ValidationCounts | None = None
         self._last_record: LoadRecord | None = None
         self._observer: Attachment | None = None
+        self._experts_per_token = ExpertsPerToken()
         self._watch = AlarmWatch(on_alarm, alarm_limits)
         self._sample = RouterSample()
         self._film: LoadFilm | None = None
@@ -119,7 +121,7 @@ class LoadMonitor(Callback):
         if self._observer is not None:
             self._observer.start(trainer)
         balanced = _balanced(pl_module)
-        self._window = LoadWindow({name: site.num_experts for name, site in balanced.items()})
+        self._window = LoadWindow({name: site.num_routed for name, site in balanced.items()})
         self._last_record = balanced.record
         self._film = LoadFilm(list(balanced))
         size = active_parameters(pl_module)
@@ -163,8 +165,11 @@ class LoadMonitor(Callback):
         assert self._window is not None
         self._last_record = record
         self._window.add_(record.counts)
+        self._experts_per_token.add_(record)
         if self.first_record is None:
-            self.first_record = LoadRecord(record.step, _on_host(record.counts), _on_host(record.bias))
+            self.first_record = LoadRecord(
+                record.step, _on_host(record.counts), _on_host(record.tokens), _on_host(record.bias)
+            )
             self._offer(trainer, self._training_pictures, self._window.layer_loads(), _logged_step(trainer))
         if self._ends_window(trainer, record.step):
             self._log_training(trainer, balanced, record, _logged_step(trainer))
@@ -211,10 +216,12 @@ class LoadMonitor(Callback):
         self._specialisation.stop_(_balanced(pl_module))
         if trainer.sanity_checking:
             return
-        window = LoadWindow({name: site.num_experts for name, site in _balanced(pl_module).items()})
-        window.add_batches_(self._validation.reduced(trainer.strategy.root_device))
+        window = LoadWindow({name: site.num_routed for name, site in _balanced(pl_module).items()})
+        load = self._validation.reduced(trainer.strategy.root_device)
+        window.add_batches_(load.tokens_per_expert_NLE)
         self.validation_load = window.layer_loads()
         scalars = validation_scalars(self.validation_load)
+        scalars["val/experts_per_token"] = load.experts_per_token()
         pl_module.log_dict(scalars, sync_dist=trainer.world_size > 1)
         is_fitting = trainer.state.fn == TrainerFn.FITTING
         # After a fit the step is that of its last batch, counted from zero like all steps that are logged.
@@ -257,9 +264,9 @@ class LoadMonitor(Callback):
         self._window.reset_()
         decisions = self._sample.take()
         scalars = training_scalars(self.training_load, self.bias_ranges, decisions, self._expert_share)
-        scalars |= self._constants | {
-            "load/tokens_per_second": self._clock.rate(_tokens(balanced, self.training_load))
-        }
+        used = self._experts_per_token.take()
+        scalars |= self._constants | budget_scalars(used.experts_per_token)
+        scalars["load/tokens_per_second"] = self._clock.rate(used.tokens)
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=step)
         assert self._film is not None
@@ -303,11 +310,6 @@ def _balanced(pl_module: LightningModule) -> Balanced:
             "a part of the model only?"
         )
     return balanced
-
-
-def _tokens(balanced: Balanced, loads: Mapping[str, LayerLoad]) -> int:
-    """Tokens of a window over all ranks: each chose `top_k` experts of every layer."""
-    return max(sum(loads[name].tokens_per_expert) // site.top_k for name, site in balanced.items())
 
 
 def _logged_step(trainer: Trainer) -> int:

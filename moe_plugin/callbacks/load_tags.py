@@ -25,6 +25,7 @@ DASHBOARD = {
             [r"load/(confidence|flip_rate)$", r"val/kept_choices$"],
         ],
         "largest bias range": ["Multiline", [r"load/bias_range$"]],
+        "experts per token": ["Multiline", [r"(load|val)/experts_per_token$"]],
     },
     "Layers": {
         "MaxVio by layer": ["Multiline", [r"load_layers/max_violation/"]],
@@ -33,6 +34,7 @@ DASHBOARD = {
         "router confidence by layer": ["Multiline", [r"load_layers/confidence/"]],
         "choices the bias flips, by layer": ["Multiline", [r"load_layers/flip_rate/"]],
         "entropy by layer": ["Multiline", [r"load_layers/entropy/"]],
+        "experts per token by layer": ["Multiline", [r"load_layers/experts_per_token/"]],
         "dead experts by layer": ["Multiline", [r"load_layers/dead_experts/"]],
     },
 }
@@ -83,6 +85,14 @@ def slowdowns(loads: Mapping[str, LayerLoad], expert_share: float) -> dict[str, 
         for ranks, violation in load.rank_violations.items():
             by_ranks.setdefault(ranks, []).append(violation)
     return {f"load/slowdown_ep{ranks}": 1 + expert_share * fmean(each) for ranks, each in by_ranks.items()}
+
+
+def budget_scalars(experts_per_token: Mapping[str, float]) -> dict[str, float]:
+    """How many experts a token used: `load/experts_per_token` is the mean over layers, and each layer by itself."""
+    if not experts_per_token:
+        return {}
+    layers = {f"load_layers/experts_per_token/{name}": mean for name, mean in experts_per_token.items()}
+    return {"load/experts_per_token": fmean(experts_per_token.values()), **layers}
 
 
 def validation_scalars(loads: Mapping[str, LayerLoad]) -> dict[str, float]:

@@ -17,6 +17,7 @@ from moe_plugin.callbacks.attachment import Attachment
 from moe_plugin.callbacks.calibration import Calibration
 from moe_plugin.errors import ConfigError
 from moe_plugin.frozen import FrozenRouters, check_frozen_routers
+from moe_plugin.warm_start import check_solvable
 
 
 class LossFreeBalancing(Callback):
@@ -84,6 +85,7 @@ class LossFreeBalancing(Callback):
         """Listen to the optimizer, now that the strategy and the checkpoint are in place."""
         self._attachment.start(trainer)
         if self._calibration is not None:
+            check_solvable(self._attachment.balanced)
             self._calibration.start(trainer, pl_module)
 
     def on_train_batch_start(

@@ -44,7 +44,7 @@ def active_parameters(model: torch.nn.Module) -> ActiveParameters | None:
     if not experts:
         return None
     sizes = [(sum(p.numel() for p in each.module.parameters()), each) for each in experts]
-    routed = sum(size * each.top_k // each.num_experts for size, each in sizes)
+    routed = sum(int(size * each.top_k // each.num_experts) for size, each in sizes)
     return ActiveParameters(total, total - sum(size for size, _ in sizes) + routed, routed)
 
 
@@ -52,7 +52,7 @@ def run_card(trainer: Trainer, pl_module: LightningModule, balanced: Balanced) -
     """A run in Markdown: model, routers, training, machine."""
     size = active_parameters(pl_module)
     first = next(iter(balanced.values()))
-    experts = sorted({site.num_experts for site in balanced.values()})
+    experts = sorted({site.num_routed for site in balanced.values()})
     rows = {
         "model": type(pl_module).__name__,
         "routers": f"{len(balanced)} x {type(first.router).__name__}, {experts} experts, top {first.top_k}",

@@ -93,15 +93,21 @@ class Specialisation:
 
     def _look(self, name: str, site: Site, selection: Selection, valid_T: Tensor | None) -> None:
         ids_TK = selection.expert_ids_TK.flatten(0, -2)
+        used_TK = torch.ones_like(ids_TK, dtype=torch.bool)
+        if selection.used_TK is not None:
+            used_TK = selection.used_TK.flatten(0, -2)
         for kind, kinds_T in self._kinds_T.items():
             if kind in self._names and len(kinds_T) == len(ids_TK):
                 groups = len(self._names[kind])
                 valid = None if valid_T is None else valid_T.reshape(-1)
-                table = count_kinds(kinds_T, ids_TK, groups, site.num_experts, valid)
+                table = count_kinds(kinds_T, ids_TK, groups, site.num_experts, valid, used_TK)[
+                    :, : site.num_routed
+                ]
                 tables = self.counts[kind]
                 tables[name] = tables[name] + table if name in tables else table
         ids_TK = ids_TK[:TOKENS]
-        chosen_TE = torch.zeros(len(ids_TK), site.num_experts, device=ids_TK.device).scatter_(1, ids_TK, 1.0)
+        chosen_TE = torch.zeros(len(ids_TK), site.num_experts, device=ids_TK.device)
+        chosen_TE = chosen_TE.scatter_(1, ids_TK, used_TK[:TOKENS].float())[:, : site.num_routed]
         pairs_EE = chosen_TE.T @ chosen_TE
         self.pairs[name] = self.pairs[name] + pairs_EE if name in self.pairs else pairs_EE
         if self._is_first_batch:
@@ -109,15 +115,19 @@ class Specialisation:
 
 
 def count_kinds(
-    kinds_T: Tensor, expert_ids_TK: Tensor, groups: int, num_experts: int, valid_T: Tensor | None
+    kinds_T: Tensor,
+    expert_ids_TK: Tensor,
+    groups: int,
+    num_experts: int,
+    valid_T: Tensor | None,
+    used_TK: Tensor,
 ) -> Tensor:
-    """How often tokens of each kind chose each expert; int64 (G, E)."""
+    """How often tokens of each kind used each expert; int64 (G, E)."""
     kinds_T = kinds_T.to(expert_ids_TK.device)
     known_T = (kinds_T >= 0) & (kinds_T < groups)
-    cells = (kinds_T.unsqueeze(-1) * num_experts + expert_ids_TK)[
-        known_T if valid_T is None else known_T & valid_T.bool()
-    ]
-    return cells.flatten().bincount(minlength=groups * num_experts).view(groups, num_experts)
+    keep_T = known_T if valid_T is None else known_T & valid_T.bool()
+    cells = (kinds_T.unsqueeze(-1) * num_experts + expert_ids_TK)[keep_T.unsqueeze(-1) & used_TK]
+    return cells.bincount(minlength=groups * num_experts).view(groups, num_experts)
 
 
 def kinds_of(batch: Any, token_classes: Tensor | None) -> dict[str, Tensor]:

@@ -5,6 +5,8 @@ Shape legend: N batches, L MoE layers, E experts (of the layer that has most).
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,6 +16,23 @@ from moe_plugin.balance import Balanced
 from moe_plugin.balancing.reduce import all_reduce_
 from moe_plugin.metrics import stack_layers
 from moe_plugin.metrics.window import PENDING_BATCHES
+
+
+class ValidationLoad(NamedTuple):
+    """The load of each validation batch over all ranks; int64, on the host.
+
+    Attributes:
+        tokens_per_expert_NLE: Zero where a layer has fewer experts.
+        tokens_NL: Tokens that the layers saw.
+    """
+
+    tokens_per_expert_NLE: Tensor
+    tokens_NL: Tensor
+
+    def experts_per_token(self) -> float:
+        """The mean over all tokens and layers; NaN without tokens."""
+        selections_L = self.tokens_per_expert_NLE.sum((0, 2))
+        return (selections_L.double() / self.tokens_NL.sum(0)).mean().item()
 
 
 class ValidationCounts:
@@ -34,33 +53,36 @@ class ValidationCounts:
 
     def take_(self) -> None:
         """End a batch: keep what was counted since the last call."""
-        self._on_device.append(stack_layers(site.eval_counts for site in self._balanced.values()))
+        tokens_L = torch.stack([site.eval_tokens for site in self._balanced.values()])
+        counts_LE = stack_layers(site.eval_counts for site in self._balanced.values())
+        self._on_device.append(torch.cat([counts_LE, tokens_L[:, None]], dim=1))
         self._zero_()
         if len(self._on_device) == PENDING_BATCHES:
             self._to_host_()
 
-    def reduced(self, device: torch.device) -> Tensor:
-        """The counts of each batch over all ranks; int64 (N, L, E), on the host.
-
-        Every rank must call it.
+    def reduced(self, device: torch.device) -> ValidationLoad:
+        """The load of each batch over all ranks; every rank must call it.
 
         Args:
             device: Where the process group communicates.
         """
         self._to_host_()
-        tokens_NLE = torch.cat(self._on_host) if self._on_host else self._no_batches()
-        if not (dist.is_available() and dist.is_initialized()):
-            return tokens_NLE
+        counts = torch.cat(self._on_host) if self._on_host else self._no_batches()
+        if dist.is_available() and dist.is_initialized():
+            counts = self._over_ranks(counts, device)
+        return ValidationLoad(counts[..., :-1], counts[..., -1])
+
+    def _over_ranks(self, counts: Tensor, device: torch.device) -> Tensor:
         group = self._balanced.process_group
-        batches = torch.tensor(len(tokens_NLE), device=device)
+        batches = torch.tensor(len(counts), device=device)
         dist.all_reduce(batches, op=dist.ReduceOp.MAX, group=group)
-        tokens_NLE = pad(tokens_NLE, (0, 0, 0, 0, 0, int(batches) - len(tokens_NLE))).to(device)
-        all_reduce_([tokens_NLE], group)
-        return tokens_NLE.cpu()
+        counts = pad(counts, (0, 0, 0, 0, 0, int(batches) - len(counts))).to(device)
+        all_reduce_([counts], group)
+        return counts.cpu()
 
     def _zero_(self) -> None:
         for site in self._balanced.values():
-            site.eval_counts.zero_()
+            site.forget_eval_()
 
     def _to_host_(self) -> None:
         if self._on_device:
@@ -68,5 +90,5 @@ class ValidationCounts:
             self._on_device.clear()
 
     def _no_batches(self) -> Tensor:
-        sizes = [site.num_experts for site in self._balanced.values()]
-        return torch.zeros(0, len(sizes), max(sizes), dtype=torch.int64)
+        sizes = [site.num_routed for site in self._balanced.values()]
+        return torch.zeros(0, len(sizes), max(sizes) + 1, dtype=torch.int64)

@@ -9,6 +9,7 @@ from moe_plugin.experts.linear import Linear
 from moe_plugin.experts.parallel import expert_mesh, parallelize_experts_
 from moe_plugin.experts.shape import ExpertShape
 from moe_plugin.experts.swiglu import SwiGLU
+from moe_plugin.experts.zero import ZeroExperts
 
 __all__ = [
     "ExpertChoiceBlock",
@@ -17,6 +18,7 @@ __all__ = [
     "Linear",
     "MoEBlock",
     "SwiGLU",
+    "ZeroExperts",
     "expert_mesh",
     "parallelize_experts_",
 ]

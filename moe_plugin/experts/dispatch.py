@@ -1,6 +1,6 @@
 """Tokens to experts and back: the order in which token-expert pairs are processed.
 
-Shape legend: T tokens, K experts selected per token, E experts, P = T * K token-expert pairs, D model width.
+Shape legend: T tokens, K experts selected per token, E experts, P token-expert pairs (T * K if all are used), D width.
 """
 
 from __future__ import annotations
@@ -13,35 +13,48 @@ from torch.nn import functional
 
 
 class Dispatch(NamedTuple):
-    """Token-expert pairs sorted by expert, in token order within an expert.
+    """The used token-expert pairs sorted by expert, in token order within an expert.
 
     Attributes:
         token_ids_P: For each row, its token; int64.
-        rows_TK: For each pair, its row; int64.
+        rows_P: For each pair, in token order, its row; int64.
         offsets_E: End of each expert's rows; int32.
+        starts_T: Where each token's pairs begin; int64.
+        pairs_P: Which of the T * K pairs are used; int64. None for all.
     """
 
     token_ids_P: Tensor
-    rows_TK: Tensor
+    rows_P: Tensor
     offsets_E: Tensor
+    starts_T: Tensor
+    pairs_P: Tensor | None
 
 
-def plan_dispatch(expert_ids_TK: Tensor, num_experts: int) -> Dispatch:
-    """Sorts the token-expert pairs by expert, without waiting for the device.
+def plan_dispatch(expert_ids_TK: Tensor, num_experts: int, used_TK: Tensor | None = None) -> Dispatch:
+    """Sorts the token-expert pairs by expert; only where some are unused it waits for the device.
 
     Args:
         expert_ids_TK: Selected experts, int64.
         num_experts: Experts E.
+        used_TK: bool, False for pairs to leave out, which then take no room and no time; None keeps all.
     """
-    sorted_ids_P, pair_ids_P = expert_ids_TK.flatten().sort(stable=True)
-    rows_P = torch.empty_like(pair_ids_P)
-    rows_P.scatter_(0, pair_ids_P, torch.arange(pair_ids_P.numel(), device=pair_ids_P.device))
-    experts_E = torch.arange(num_experts, device=expert_ids_TK.device)
-    return Dispatch(
-        token_ids_P=pair_ids_P // expert_ids_TK.shape[-1],
-        rows_TK=rows_P.view_as(expert_ids_TK),
-        offsets_E=torch.searchsorted(sorted_ids_P, experts_E, right=True, out_int32=True),
-    )
+    num_tokens, top_k = expert_ids_TK.shape
+    ids_P = expert_ids_TK.flatten()
+    if used_TK is None:
+        pairs_P = None
+        starts_T = torch.arange(0, num_tokens * top_k, top_k, device=ids_P.device)
+    else:
+        pairs_P = used_TK.flatten().nonzero().squeeze(-1)
+        ids_P = ids_P.index_select(0, pairs_P)
+        used_T = used_TK.sum(-1)
+        starts_T = used_T.cumsum(0) - used_T
+    sorted_ids_P, order_P = ids_P.sort(stable=True)
+    rows_P = torch.empty_like(order_P)
+    rows_P.scatter_(0, order_P, torch.arange(order_P.numel(), device=order_P.device))
+    experts_E = torch.arange(num_experts, device=ids_P.device)
+    pair_ids_P = order_P if pairs_P is None else pairs_P.index_select(0, order_P)
+    offsets_E = torch.searchsorted(sorted_ids_P, experts_E, right=True, out_int32=True)
+    return Dispatch(pair_ids_P // top_k, rows_P, offsets_E, starts_T, pairs_P)
 
 
 def combine(y_PD: Tensor, weights_TK: Tensor, dispatch: Dispatch) -> Tensor:
@@ -58,4 +71,9 @@ def combine(y_PD: Tensor, weights_TK: Tensor, dispatch: Dispatch) -> Tensor:
     Returns:
         (T, D).
     """
-    return functional.embedding_bag(dispatch.rows_TK, y_PD, mode="sum", per_sample_weights=weights_TK)
+    weights_P = weights_TK.flatten()
+    if dispatch.pairs_P is not None:
+        weights_P = weights_P.index_select(0, dispatch.pairs_P)
+    return functional.embedding_bag(
+        dispatch.rows_P, y_PD, dispatch.starts_T, mode="sum", per_sample_weights=weights_P
+    )

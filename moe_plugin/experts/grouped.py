@@ -1,7 +1,7 @@
 """Routed SwiGLU experts with stacked weights: dropless, one grouped matrix product per projection.
 
 Shape legend: T tokens, D model width, H hidden width, E experts, K experts selected per token,
-P = T * K token-expert pairs.
+P token-expert pairs (T * K if all are used).
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ class GroupedExperts(nn.Module):
 
         Args:
             x_TD: Hidden states.
-            routing: Gate weights (T, K) and expert ids (T, K).
+            routing: Gate weights (T, K), expert ids (T, K), and which of them are used.
 
         Returns:
             (T, D) in the dtype of `x_TD`, or of the autocast where one is active.
         """
         dtype = compute_dtype(x_TD)
-        dispatch = plan_dispatch(routing.expert_ids_TK, self.num_experts)
+        dispatch = plan_dispatch(routing.expert_ids_TK, self.num_experts, routing.used_TK)
         x_PD = x_TD.to(dtype).index_select(0, dispatch.token_ids_P)
         gate_PH, up_PH = expert_matmul(x_PD, self.gate_up.to(dtype), dispatch.offsets_E).chunk(2, dim=-1)
         hidden_PH = functional.silu(gate_PH) * up_PH

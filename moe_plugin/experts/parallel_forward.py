@@ -43,24 +43,25 @@ class ExpertParallelForward:
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
         """Applies the selected experts to each token: (T, D), as the layer's own forward does."""
-        x_TD, expert_ids_TK, weights_TK = self._unpack(*self._signature.bind(*args, **kwargs).args)
-        dispatch = plan_dispatch(expert_ids_TK, self._num_experts)
+        x_TD, routing = self._unpack(*self._signature.bind(*args, **kwargs).args)
+        dispatch = plan_dispatch(routing.expert_ids_TK, self._num_experts, routing.used_TK)
         rows_per_expert_E = dispatch.offsets_E.diff(prepend=dispatch.offsets_E.new_zeros(1))
         exchange = plan_exchange(rows_per_expert_E, self._ranks.get_group())
         rows_QD = exchange.to_experts(x_TD.index_select(0, dispatch.token_ids_P))
         y_PD = exchange.to_tokens(self._apply_own_experts(rows_QD, exchange.expert_ids_Q))
-        return combine(y_PD, weights_TK.to(y_PD.dtype), dispatch)
+        return combine(y_PD, routing.weights_TK.to(y_PD.dtype), dispatch)
 
-    def _unpack(self, x_TD: Tensor, *routing: Any) -> tuple[Tensor, Tensor, Tensor]:
+    def _unpack(self, x_TD: Tensor, *routing: Any) -> tuple[Tensor, Routing]:
         if isinstance(self._experts, GroupedExperts):
             # Cast before the journey, which then carries half the bytes under autocast.
-            return x_TD.to(compute_dtype(x_TD)), routing[0].expert_ids_TK, routing[0].weights_TK
+            return x_TD.to(compute_dtype(x_TD)), routing[0]
         if routing[0].is_floating_point():
             raise ConfigError(
                 f"'{self._class.__name__}' must take hidden states, expert ids and gate weights in this order to be "
                 f"spread over ranks, got {routing[0].dtype} for the ids. Choose a strategy without expert parallelism."
             )
-        return x_TD, *routing
+        expert_ids_TK, weights_TK = routing
+        return x_TD, Routing(weights_TK, expert_ids_TK, scores_TE=weights_TK)
 
     def _apply_own_experts(self, rows_QD: Tensor, expert_ids_Q: Tensor) -> Tensor:
         if not len(rows_QD):

@@ -85,13 +85,17 @@ def validate_checkpoint(config: DictConfig) -> dict[str, Any]:
 def summarise(config: DictConfig, metrics: Mapping[str, float], clock: Throughput) -> RunSummary:
     """Returns the run in numbers."""
     size = measure(build_model_on_meta(config))
+    measures = validation_measures(metrics)
+    used = measures["mean_experts_per_token"]
     return RunSummary(
-        **validation_measures(metrics),
+        **measures,
         tokens_per_second=clock.tokens_per_second,
         seconds=clock.seconds,
         seed=config.seed,
         parameters_total=size.total_parameters,
         parameters_active=size.active_parameters,
+        target_experts_per_token=size.experts_per_token,
+        active_flops_per_token=None if used is None else size.active_flops(used),
     )
 
 
@@ -104,6 +108,7 @@ def validation_measures(metrics: Mapping[str, float]) -> dict[str, Any]:
         "max_violation_batch": metrics.get("val/max_violation_batch"),
         "max_violation_global": metrics.get("val/max_violation_global"),
         "dead_experts": None if dead is None else round(dead),
+        "mean_experts_per_token": metrics.get("val/experts_per_token"),
     }
 
 

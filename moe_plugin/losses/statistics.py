@@ -21,7 +21,7 @@ class LoadStatistics(NamedTuple):
 
     Attributes:
         probability_BE: Mean over a sequence's tokens of the router's probability for each expert; fp32, with gradient.
-        counts_BE: Selections of each expert; int64.
+        counts_BE: Selections of each expert, without those that a token does not use; int64.
         square_log_z_B: Mean over a sequence's tokens of the squared log-sum-exp of the logits; fp32, with gradient.
     """
 
@@ -41,7 +41,8 @@ def load_statistics(routing: Routing, probabilities_TE: Tensor, num_sequences: i
     assert routing.logits_TE is not None, "routers give their logits"
     num_experts = probabilities_TE.shape[-1]
     ids_BP = routing.expert_ids_TK.reshape(num_sequences, -1)
-    counts_BE = ids_BP.new_zeros(num_sequences, num_experts).scatter_add_(1, ids_BP, torch.ones_like(ids_BP))
+    used_TK = torch.ones_like(ids_BP) if routing.used_TK is None else routing.used_TK.long()
+    counts_BE = ids_BP.new_zeros(num_sequences, num_experts).scatter_add_(1, ids_BP, used_TK.view_as(ids_BP))
     length = max(1, len(probabilities_TE) // max(1, num_sequences))
     return LoadStatistics(
         probabilities_TE.unflatten(0, (num_sequences, -1)).sum(1) / length,

@@ -24,7 +24,7 @@ def matmul_flops(model: nn.Module, routed: Iterable[RoutedExperts]) -> int:
     flops = 0
     for module in model.modules():
         top_k, num_experts = share.get(id(module), (1, 1))
-        flops += 2 * _num_weights(module) * top_k // num_experts
+        flops += int(2 * _num_weights(module) * top_k // num_experts)
     return flops
 
 

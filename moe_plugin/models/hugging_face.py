@@ -19,7 +19,7 @@ from moe_plugin.experts import ExpertShape
 from moe_plugin.losses import AuxiliaryLoss, load_statistics
 from moe_plugin.models.language_model import TokenModel
 from moe_plugin.models.optimizer import AdamWWarmupCosine
-from moe_plugin.routing import Router
+from moe_plugin.routing import Router, ZeroExpertRouter
 from moe_plugin.routing.rankings import tell_tokens_
 from moe_plugin.types import Routing
 
@@ -140,8 +140,12 @@ def replace_routers_(model: nn.Module, router: partial[Router], experts: ExpertS
     them since version 5.
 
     Raises:
-        ConfigError: The model has none.
+        ConfigError: The model has none, or the router offers experts that the model has not.
     """
+    if router.func is ZeroExpertRouter:
+        raise ConfigError(
+            "'router' must not be zero_experts for a model of transformers, which has no such experts."
+        )
     sizes: dict[str, Any] = {"top_k": experts.top_k, **router.keywords}
     hosts = {
         name: module for name, module in model.named_modules() if type(module).__name__.endswith("Router")

@@ -17,14 +17,14 @@ from torch.nn import functional
 from torch.optim import Optimizer
 
 from moe_plugin.errors import ConfigError
-from moe_plugin.experts import ExpertChoiceBlock, ExpertShape, GroupedExperts, MoEBlock, SwiGLU
+from moe_plugin.experts import ExpertChoiceBlock, ExpertShape, GroupedExperts, MoEBlock, SwiGLU, ZeroExperts
 from moe_plugin.losses import AuxiliaryLoss
 from moe_plugin.models.attention import CausalSelfAttention
 from moe_plugin.models.clipping import clip_gradients_
 from moe_plugin.models.optimizer import AdamWWarmupCosine
 from moe_plugin.models.tensor_parallel import tensor_parallel_
 from moe_plugin.models.transformer import ActivationCheckpointing, Transformer, TransformerLayer
-from moe_plugin.routing import ExpertChoiceRouter, Router
+from moe_plugin.routing import ExpertChoiceRouter, Router, ZeroExpertRouter
 from moe_plugin.sharding import materialize_, shard_
 
 Batch = dict[str, Tensor]
@@ -241,7 +241,10 @@ def moe_block(
     grouped = GroupedExperts(experts.num_experts, dim, experts.hidden_dim, residual_gain=residual_gain)
     if isinstance(gate, ExpertChoiceRouter):
         return ExpertChoiceBlock(gate, grouped, shared)
-    return MoEBlock(gate, grouped, shared)
+    zero_experts = None
+    if isinstance(gate, ZeroExpertRouter):
+        zero_experts = ZeroExperts(experts.num_experts, dim, gate.zero_experts)
+    return MoEBlock(gate, grouped, shared, zero_experts)
 
 
 def _validate_sizes(**sizes: int) -> None:

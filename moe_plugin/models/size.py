@@ -6,6 +6,7 @@ Works on the meta device: `with torch.device("meta"): model = ...`, then `measur
 from __future__ import annotations
 
 from dataclasses import dataclass
+from statistics import fmean
 
 from rich.console import Console
 from rich.table import Table
@@ -52,6 +53,8 @@ class ModelSize:
         embedding_parameters: Parameters of the token embeddings, contained in both.
         forward_flops_per_token: Operations of one forward, attention included.
         attention_flops_per_token: The part of attention scores and weighted sums in it.
+        expert_flops: Operations of one forward of a token through one routed expert in every layer that has some.
+        experts_per_token: Routed experts of a token, the mean over those layers; None without any.
         context_length: Sequence length that the attention part is for; causal.
         memory: By strategy.
     """
@@ -61,6 +64,8 @@ class ModelSize:
     embedding_parameters: int
     forward_flops_per_token: int
     attention_flops_per_token: int
+    expert_flops: int
+    experts_per_token: float | None
     context_length: int
     memory: tuple[StrategyMemory, ...]
 
@@ -68,6 +73,12 @@ class ModelSize:
     def training_flops_per_token(self) -> int:
         """Forward and backward, which costs twice the forward; without recomputation."""
         return 3 * self.forward_flops_per_token
+
+    def active_flops(self, experts_per_token: float) -> float:
+        """Operations of one forward of a token that uses so many experts in every layer."""
+        return self.forward_flops_per_token + self.expert_flops * (
+            experts_per_token - (self.experts_per_token or 0)
+        )
 
 
 def measure(model: nn.Module, *, context_length: int | None = None, num_devices: int = 8) -> ModelSize:
@@ -95,6 +106,8 @@ def measure(model: nn.Module, *, context_length: int | None = None, num_devices:
         embedding_parameters=sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)),
         forward_flops_per_token=matmul_flops(model, routed) + attention,
         attention_flops_per_token=attention,
+        expert_flops=sum(2 * _numel(e.module) // e.num_experts for e in routed),
+        experts_per_token=fmean(e.top_k for e in routed) if routed else None,
         context_length=length,
         memory=_memory_by_strategy(model, num_devices),
     )
@@ -137,9 +150,13 @@ def print_size_table(size: ModelSize) -> None:
     Console().print(size_table(size))
 
 
-def _idle_parameters(experts: nn.Module, top_k: int, num_experts: int) -> int:
-    numel = sum(parameter.numel() for parameter in experts.parameters())
-    return numel - numel * top_k // num_experts
+def _idle_parameters(experts: nn.Module, top_k: float, num_experts: int) -> int:
+    numel = _numel(experts)
+    return numel - int(numel * top_k // num_experts)
+
+
+def _numel(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _memory_by_strategy(model: nn.Module, num_devices: int) -> tuple[StrategyMemory, ...]:

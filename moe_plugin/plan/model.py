@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from functools import partial
 from typing import Literal, get_args
@@ -67,7 +68,7 @@ def selection_of(model: nn.Module) -> Selection:
     routed = routed_experts(model)[0]
     groups = _first_number(model, GROUP_COUNT_NAMES)
     opened = _first_number(model, _OPEN_GROUPS_NAMES)
-    return Selection(routed.num_experts, routed.top_k, groups or 1, opened or groups or 1)
+    return Selection(routed.num_experts, math.ceil(routed.top_k), groups or 1, opened or groups or 1)
 
 
 def expert_share(model: nn.Module, forward_flops: int) -> float:

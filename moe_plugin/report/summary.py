@@ -27,6 +27,9 @@ class RunSummary:
         seed: The seed of the run.
         parameters_total: Parameters of the model.
         parameters_active: Parameters that one token uses.
+        mean_experts_per_token: Routed experts that a token of the validation set used, mean over tokens and layers.
+        target_experts_per_token: How many it should use.
+        active_flops_per_token: Operations of one forward of a token with so many experts as were used.
     """
 
     val_loss: float | None
@@ -39,6 +42,9 @@ class RunSummary:
     seed: int | None
     parameters_total: int
     parameters_active: int
+    mean_experts_per_token: float | None = None
+    target_experts_per_token: float | None = None
+    active_flops_per_token: float | None = None
 
 
 def write_summary(summary: RunSummary, folder: Path) -> Path:

@@ -78,6 +78,9 @@ def headline_table(summary: RunSummary) -> Table:
         "seconds": _number(summary.seconds, ",.1f"),
         "parameters, total": _number(summary.parameters_total, ",d"),
         "parameters, active per token": _number(summary.parameters_active, ",d"),
+        "experts per token": f"{_number(summary.mean_experts_per_token, '.3f')}, "
+        f"target {_number(summary.target_experts_per_token, 'g')}",
+        "FLOPs per token, forward": _number(summary.active_flops_per_token, ",.0f"),
         "seed": _number(summary.seed, "d"),
     }
     for name, value in rows.items():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from moe_plugin.routing.cuts import Cut, Threshold, TopP
+from moe_plugin.routing.dynamic import DynamicRouter
 from moe_plugin.routing.expert_choice import ExpertChoiceRouter
 from moe_plugin.routing.router import Router
 from moe_plugin.routing.scores import (
@@ -13,8 +15,11 @@ from moe_plugin.routing.scores import (
     SqrtSoftplus,
 )
 from moe_plugin.routing.selection import limit_to_groups, select_top_k
+from moe_plugin.routing.zero_experts import ZeroExpertCounts, ZeroExpertRouter
 
 __all__ = [
+    "Cut",
+    "DynamicRouter",
     "ExpertChoiceRouter",
     "LogSigmoid",
     "Router",
@@ -23,6 +28,10 @@ __all__ = [
     "SoftmaxAfterTopK",
     "SoftmaxBeforeTopK",
     "SqrtSoftplus",
+    "Threshold",
+    "TopP",
+    "ZeroExpertCounts",
+    "ZeroExpertRouter",
     "limit_to_groups",
     "select_top_k",
 ]

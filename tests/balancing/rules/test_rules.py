@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_plugin.balancing.gaps import count_gaps_, gap_edges, new_gaps
+from moe_plugin.balancing.gaps import count_gaps_, gap_edges, gaps_of, new_gaps
 from moe_plugin.balancing.rules import (
     PID,
     Load,
@@ -43,7 +43,7 @@ def scored_load(scores_TE, bias_E, top_k):
     counts_E = torch.bincount(ids_TK.flatten(), minlength=len(bias_E))
     gaps_EG = new_gaps(len(bias_E))
     with torch.enable_grad():
-        count_gaps_(gaps_EG, scores_TE + bias_E, top_k)
+        count_gaps_(gaps_EG, gaps_of(scores_TE + bias_E, top_k))
     return Load(counts_E, bias_E, gaps_EG)
 
 
@@ -192,7 +192,7 @@ class TestQuantile:
             scores_TE, 0.3 * torch.randn(experts, generator=generator), min(top_k, experts - 1)
         )
         edges = gap_edges(torch.device("cpu")).double().tolist()
-        expected = slow_rules.quantile_step(load.gaps_EG.tolist(), edges, load.mean_1.item())
+        expected = slow_rules.quantile_step(load.gaps_EG.tolist(), edges, load.expected_E.item())
         assert Quantile().step(load, 1.0, {}).tolist() == pytest.approx(expected, rel=0, abs=1e-12)
 
     @often

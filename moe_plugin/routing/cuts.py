@@ -1,0 +1,56 @@
+"""How many of its best experts a token keeps.
+
+A cut says for each of a token's experts, best first, from which level on it is used. The level is one number per
+router.
+
+Shape legend: T tokens, K experts selected per token, at most.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+from torch import Tensor
+
+
+class Cut(Protocol):
+    """What a dynamic router needs to know about its cut."""
+
+    start: ClassVar[float]
+    """The level before the first step."""
+
+    def needs(self, shares_TK: Tensor, biased_TK: Tensor) -> Tensor:
+        """From which level on each expert is used, rising along K; fp32.
+
+        Args:
+            shares_TK: The share of each expert in its token's scores over all experts; fp32, best expert first.
+            biased_TK: Score plus selection bias; fp32.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class TopP:
+    """As many experts as it takes to hold the share p of the scores: arXiv 2403.07652, section 3.2; p is the level."""
+
+    start: ClassVar[float] = 0.5
+
+    def needs(self, shares_TK: Tensor, biased_TK: Tensor) -> Tensor:
+        """The share of the experts before: one more is used while they do not suffice."""
+        return shares_TK.cumsum(-1) - shares_TK
+
+
+@dataclass(frozen=True)
+class Threshold:
+    """Every expert whose score exceeds its threshold, up to the largest number: arXiv 2603.11535.
+
+    Expert e has the threshold ``-level - bias_e``. So tokens do not compete, and routing is causal: which experts a
+    token uses depends on no other token of the batch. The biases hold the load of each expert, the level that of all.
+    """
+
+    start: ClassVar[float] = 0.0
+
+    def needs(self, shares_TK: Tensor, biased_TK: Tensor) -> Tensor:
+        """The biased score, with the other sign."""
+        return -biased_TK
