@@ -23,7 +23,8 @@ class PID:
         b_i += rate * (e_i + integral * s_i + derivative * (e_i - last e_i)),  centred over the experts
 
     LongCat-Flash's own increment, ``mu * (1 / E - c_i / sum(c))`` where no expert is idle by design, is the first
-    term alone. The integral takes out the lag behind a load that drifts steadily; the derivative damps the swing.
+    term alone. The integral takes out the lag behind a load that drifts steadily. The derivative is off by default: it
+    raises the noise of batches, and damped nothing in the simulations of docs/rules.md.
 
     Attributes:
         rate: Step in score units for an expert without tokens, or 'auto'.
@@ -33,8 +34,8 @@ class PID:
     """
 
     rate: float | str = "auto"
-    integral: float = 0.02
-    derivative: float = 0.5
+    integral: float = 0.05
+    derivative: float = 0.0
     windup_limit: float = 10.0
 
     def __post_init__(self) -> None:

@@ -71,7 +71,7 @@ class PID(Sign):
         self.sums = [max(-10.0, min(10.0, s + e)) for s, e in zip(self.sums, found, strict=True)]
         changes = [e - last for e, last in zip(found, self.last, strict=True)]
         terms = zip(found, self.sums, changes, strict=True)
-        steps = centred([e + 0.02 * s + 0.5 * change for e, s, change in terms])
+        steps = centred([e + 0.05 * s + 0.25 * change for e, s, change in terms])
         self.bias = [b + rate * step for b, step in zip(self.bias, steps, strict=True)]
         self.last = found
 

@@ -100,7 +100,7 @@ class TestAnyRule:
 
     @kinds
     def test_hundred_steps_equal_plain_python(self, kind):
-        generator = torch.Generator().manual_seed(1)
+        generator, rule = torch.Generator().manual_seed(1), PID(derivative=0.25) if kind is PID else kind()
         bias_E, memory, slow = (
             torch.zeros(12, dtype=torch.float64),
             {},
@@ -108,7 +108,7 @@ class TestAnyRule:
         )
         for number in range(100):
             counts_E = torch.randint(0, 10**6, (12,), generator=generator) ** (1 + number % 2)
-            bias_E = bias_E + kind().step(Load(counts_E, bias_E), 0.01, memory)
+            bias_E = bias_E + rule.step(Load(counts_E, bias_E), 0.01, memory)
             slow.update(counts_E.tolist(), 0.01)
             if kind is Sign:
                 assert bias_E.tolist() == slow.bias
