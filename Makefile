@@ -34,6 +34,7 @@ picture: $(VENV)/.base ## docs/load.png from the runs of make compare
 bench: $(VENV)/.base ## what balancing costs: a training step, and a single router call
 	$(BIN)/python benchmarks/overhead.py
 	$(BIN)/python benchmarks/attach.py
+	$(BIN)/python benchmarks/monitor.py
 
 test: $(VENV)/.dev ## the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"

@@ -24,6 +24,7 @@ from moe_plugin.launch.build import (
     build_model_on_meta,
     build_trainer,
 )
+from moe_plugin.launch.hparams import log_hyperparameters
 from moe_plugin.launch.noise import quiet
 from moe_plugin.launch.random_state import RandomState
 from moe_plugin.launch.signals import StopSignals
@@ -60,6 +61,7 @@ def fit_and_validate(
     trainer: Trainer, model: LightningModule, data: LightningDataModule, config: DictConfig
 ) -> Mapping[str, float]:
     """Returns the metrics of the whole validation split after training; none after a dry run."""
+    log_hyperparameters(trainer.loggers, config)
     trainer.fit(model, data, ckpt_path=config.ckpt_path)
     if config.trainer.fast_dev_run:
         return {}

@@ -1,0 +1,126 @@
+"""What LoadMonitor costs at its defaults: its share of a training of the tiny model, and megabytes of events.
+
+Time: process seconds inside the hooks of training and the looks at routers, over those of the whole fit, with pictures.
+Size: the event file of 60 layers x 256 experts over 200 windows, which is 10,000 steps at the default of 50 a window;
+the skew of the load changes from window to window, as a long run's does.
+
+    python benchmarks/monitor.py [--steps 100] [--skip-size]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from lightning.pytorch.loggers import TensorBoardLogger
+from overhead import LENGTH, VOCABULARY, tiny_model  # pyright: ignore[reportMissingImports] (beside this file)
+from torch.utils.data import DataLoader
+
+from moe_plugin import LoadMonitor, LossFreeBalancing
+from moe_plugin.callbacks.router_sample import RouterSample
+from moe_plugin.experts import GroupedExperts, MoEBlock
+from moe_plugin.routing import Router, Sigmoid
+
+LAYERS, EXPERTS, WINDOWS = 60, 256, 200
+
+
+class Deep(lightning.LightningModule):
+    """Many routers over hardly any computation."""
+
+    def __init__(self) -> None:
+        """Build the layers."""
+        super().__init__()
+        self.layers = torch.nn.ModuleList(
+            MoEBlock(Router(8, EXPERTS, 8, score=Sigmoid()), GroupedExperts(EXPERTS, 8, 8))
+            for _ in range(LAYERS)
+        )
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        """A loss that moves the routers."""
+        x = batch[0]
+        for layer in self.layers:
+            x = x + layer(x)
+        return x.square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        """A rate at which loads keep changing."""
+        return torch.optim.SGD(self.parameters(), lr=0.1)
+
+
+def fit(model: lightning.LightningModule, data: Any, folder: str, monitor: LoadMonitor, steps: int) -> float:
+    """Process seconds of a training."""
+    trainer = lightning.Trainer(
+        max_steps=steps,
+        logger=TensorBoardLogger(folder, name="", version=""),
+        callbacks=[LossFreeBalancing(), monitor],
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        accelerator="cpu",
+    )
+    start = time.process_time()
+    trainer.fit(model, data)
+    return time.process_time() - start
+
+
+def timed(function: Callable, total: list[float]) -> Callable:
+    """The function, which adds its process seconds to a total."""
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        start = time.process_time()
+        try:
+            return function(*args, **kwargs)
+        finally:
+            total[0] += time.process_time() - start
+
+    return call
+
+
+def share_of_time(steps: int, batch: int) -> dict[str, float]:
+    """The monitor's share of a training of the tiny model."""
+    total = [0.0]
+    monitor = LoadMonitor()
+    for name in ("on_train_start", "on_train_batch_start", "on_train_batch_end", "on_train_end"):
+        setattr(monitor, name, timed(getattr(monitor, name), total))
+    RouterSample._look = timed(RouterSample._look, total)
+    tokens = torch.randint(0, VOCABULARY, (steps * batch, LENGTH + 1))
+    data = DataLoader([{"tokens": row} for row in tokens], batch_size=batch)  # pyright: ignore
+    with tempfile.TemporaryDirectory() as folder:
+        seconds = fit(tiny_model(), data, folder, monitor, steps)
+    return {"step_ms": 1e3 * seconds / steps, "monitor_share": total[0] / seconds}
+
+
+def megabytes() -> float:
+    """Size of the events of a long run of a large model."""
+    torch.manual_seed(0)
+    data = DataLoader(torch.utils.data.TensorDataset(torch.randn(WINDOWS * 64, 8) + 1), batch_size=64)
+    with tempfile.TemporaryDirectory() as folder:
+        fit(Deep(), data, folder, LoadMonitor(every_n_steps=1), WINDOWS)
+        return sum(path.stat().st_size for path in Path(folder).rglob("events*")) / 1e6
+
+
+def main() -> None:
+    """Prints one line of JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--steps", type=int, default=100)
+    parser.add_argument("--batch", type=int, default=8, help="sequences of 256 tokens")
+    parser.add_argument("--skip-size", action="store_true")
+    options = parser.parse_args()
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    result = share_of_time(options.steps, options.batch)
+    if not options.skip_size:
+        result["events_mb"] = megabytes()
+    print(json.dumps({key: round(value, 4) for key, value in result.items()} | vars(options)))
+
+
+if __name__ == "__main__":
+    main()
