@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor
 
@@ -102,3 +103,4 @@ def refusals_on_rank(rank, results):
             tensor_parallel_(network, mesh)
         messages.append(str(caught.value))
     results[rank] = messages
+    dist.barrier()  # a rank that leaves early takes the store with it

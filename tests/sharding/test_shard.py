@@ -3,15 +3,17 @@ from __future__ import annotations
 import lightning
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
-from moe_plugin import LossFreeBalancing, Sign, shard_
+from moe_plugin import LossFreeBalancing, Sign, balance_, shard_
 from moe_plugin.balance import find_balanced
-from moe_plugin.errors import ConfigError
+from moe_plugin.errors import AttachError, ConfigError
 from moe_plugin.losses import LoadBalancingLoss
+from moe_plugin.sharding import find_layers
 from tests.hosts import Host
 from tests.models.small_models import language_model, token_batch
 from tests.sharding.ranks import loader, trainer
@@ -70,6 +72,7 @@ def units_on_rank(rank, results):
         assert all(isinstance(parameter, DTensor) for parameter in model.parameters())
     units = {"host": [host, *host.layers], "plain": [plain]}
     results[rank] = {name: [isinstance(m, FSDPModule) for m in modules] for name, modules in units.items()}
+    dist.barrier()
 
 
 def refusals_on_rank(rank, results):
@@ -80,6 +83,7 @@ def refusals_on_rank(rank, results):
             shard_(model, mesh)
         messages.append(str(caught.value))
     results[rank] = messages
+    dist.barrier()  # a rank that leaves early takes the store with it
 
 
 class HostProject(lightning.LightningModule):
@@ -126,6 +130,24 @@ def ernie():
         moe_num_shared_experts=0, use_cache=False,
     )  # fmt: skip
     return AutoModelForCausalLM.from_config(config)
+
+
+class TestShardedBias:
+    def test_of_a_model_sharded_by_hand_is_refused_with_the_cure(self, on_ranks):
+        pytest.importorskip("transformers")
+        message = on_ranks(2, sharded_bias_on_rank)[0]
+        assert "'e_score_correction_bias' of router" in message
+        assert "Shard the model by moe_plugin.shard_" in message
+
+
+def sharded_bias_on_rank(rank, results):
+    model, mesh = ernie(), init_device_mesh("cpu", (2,))
+    for unit in [*find_layers(model), model]:
+        fully_shard(unit, mesh=mesh)
+    with pytest.raises(AttachError) as caught:
+        balance_(model)
+    results[rank] = str(caught.value)
+    dist.barrier()
 
 
 class TestUsersProject:
