@@ -81,6 +81,9 @@ class HuggingFaceNetwork(nn.Module):
             # A model without shared experts has them all the same, with no width.
             warnings.filterwarnings("ignore", "Initializing zero-element tensors is a no-op")
             self.model = AutoModelForCausalLM.from_config(config)
+        for parameter in self.model.parameters():
+            # Nothing to train, and no strategy that shards could give the optimizer a shard of it.
+            parameter.requires_grad_(parameter.numel() > 0)
         if router is not None:
             replace_routers_(self.model, router, experts)
 

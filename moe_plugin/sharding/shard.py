@@ -45,7 +45,12 @@ def shard_(model: nn.Module, mesh: DeviceMesh, *, expert_parallel_size: int = 1)
         )
     if isinstance(model, FSDPModule):
         return
-    ignored = {p for name, p in model.named_parameters() if name.rpartition(".")[2] in BIAS_NAMES}
+    # FSDP fails on parameters without elements, as DeepSeek-V3 of transformers has them without shared experts.
+    ignored = {
+        parameter
+        for name, parameter in model.named_parameters()
+        if name.rpartition(".")[2] in BIAS_NAMES or not parameter.numel()
+    }
     if expert_parallel_size > 1:
         ignored |= parallelize_experts_(model, expert_mesh(_data_parallel(mesh), expert_parallel_size))
     for unit in [*find_layers(model), model]:

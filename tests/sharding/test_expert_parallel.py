@@ -36,6 +36,22 @@ def mixtral() -> nn.Module:
     return MixtralForCausalLM(config)
 
 
+def deepseek_v3() -> nn.Module:
+    """Without shared experts it has parameters without elements all the same."""
+    from transformers import DeepseekV3Config
+
+    from moe_plugin.experts import ExpertShape
+    from moe_plugin.models.hugging_face import HuggingFaceNetwork
+
+    config = DeepseekV3Config(
+        vocab_size=VOCAB_SIZE, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+        n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=8, first_k_dense_replace=0, n_group=1,
+        topk_group=1, q_lora_rank=8, kv_lora_rank=8, qk_nope_head_dim=8, qk_rope_head_dim=8, v_head_dim=8,
+        n_shared_experts=0, use_cache=False,
+    )  # fmt: skip
+    return HuggingFaceNetwork(config, None, ExpertShape(num_experts=4, top_k=2, hidden_dim=8))
+
+
 class Project(lightning.LightningModule):
     """A user's own project: it knows `shard_`, the callback and `clip_gradients_`."""
 
@@ -102,7 +118,7 @@ def assert_same_weights(actual, expected, tolerance):
 
 
 class TestFit:
-    @pytest.mark.parametrize(("make", "ranks"), [(ours, 2), (mixtral, 2), (ours, 4)])
+    @pytest.mark.parametrize(("make", "ranks"), [(ours, 2), (mixtral, 2), (deepseek_v3, 2), (ours, 4)])
     def test_fifty_steps_have_the_counts_biases_and_losses_of_one_process(self, on_ranks, make, ranks):
         alone = fit(0, make, "single")
         results = on_ranks(ranks, fit_on_rank, make, "fsdp", 2)
