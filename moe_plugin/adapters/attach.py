@@ -34,6 +34,7 @@ def attach_(found: Found, token_mask: TokenMask) -> Site:
         num_experts=found.num_experts,
         top_k=found.top_k,
         kind=found.kind,
+        use=found.use,
         bias_owner=owner,
         bias_name=name,
         host_owns_bias=found.bias_owner is not None,

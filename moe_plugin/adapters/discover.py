@@ -12,11 +12,15 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from torch import nn
+from torch.jit import ScriptModule
+from torch.nn.parameter import is_lazy
 
 from moe_plugin.adapters.adapter import Adapter, adapter_for
+from moe_plugin.adapters.blocks import experts_of, has_gate_for_a_stack, is_stack, may_route
 from moe_plugin.adapters.code import uses
+from moe_plugin.adapters.names import aliases, holds, inner_first, inside, levels, shared_levels
 from moe_plugin.adapters.routing_style import NoStyle, Style, understand
-from moe_plugin.adapters.selecting import NAMES
+from moe_plugin.adapters.selecting import NAMES, Use
 from moe_plugin.adapters.surroundings import Surroundings
 from moe_plugin.errors import AttachError
 
@@ -30,6 +34,7 @@ class Found:
     num_experts: int
     top_k: int
     kind: str = "topk"
+    use: Use = field(default_factory=Use)
     bias_owner: nn.Module | None = None
     bias_name: str | None = None
     zeros_masked: bool = False
@@ -82,7 +87,7 @@ def checked(findings: Findings, model: nn.Module) -> list[Found]:
     """
     kind = type(model).__name__
     if findings.strangers:
-        raise AttachError(f"{_listed(findings.strangers)} in {kind} cannot be balanced. {_FIX}")
+        raise AttachError(f"{kind} cannot be balanced as it is: {_listed(findings.strangers)}. {_FIX}")
     if not findings.routers and findings.refused:
         raise AttachError(f"{kind} cannot be balanced: {_listed(findings.refused)}.")
     if not findings.routers:
@@ -107,20 +112,37 @@ def _listed(reasons: dict[str, str]) -> str:
 
 
 def survey(model: nn.Module, adapters: Sequence[Adapter] = ()) -> Findings:
-    """Find every router of the model, and every block of experts without one."""
+    """Find every router of the model, and every block of experts without one.
+
+    Raises:
+        AttachError: If modules of the model have no parameters yet.
+    """
+    lazy = [name for name, parameter in model.named_parameters() if is_lazy(parameter)]
+    if lazy:
+        raise AttachError(f"{lazy[0]!r} has no size yet. Run the model on one batch before it is balanced.")
     findings = Findings()
+    doubts: list[str] = []
     styles: dict[Any, Style | NoStyle | None] = {}
     adapted = _adapted(model, adapters, findings)
-    for name, module in reversed(list(model.named_modules())):  # inner modules before those that hold them
-        if not (uses(type(module), NAMES) or _experts_of(module)):
+    names = aliases(model)
+    for name, module in inner_first(model):
+        taken = [alias for found in findings.names for alias in names[found]]
+        if inside(name, adapted) or holds(name, (*taken, *adapted)):
             continue
-        if not _inside(name, adapted) and not _holds(name, (*findings.routers, *findings.refused, *adapted)):
+        if isinstance(module, ScriptModule):
+            if "aten::topk" in str(getattr(module, "inlined_graph", "")):
+                findings.refused[name] = (
+                    f"{module.original_name} calls topk in TorchScript, where no bias reaches it"
+                )
+        elif uses(type(module), NAMES) or experts_of(module) or has_gate_for_a_stack(module):
             around = Surroundings.of(model, name)
-            key = _structure(around)
+            key = structure(around)
             if key not in styles:
                 styles[key] = understand(around)
             _note(findings, name, around, styles[key])
-    _note_strangers(model, findings)
+            if styles[key] is None and may_route(module):
+                doubts.append(name)
+    _note_strangers(model, doubts, findings)
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
     findings.routers = dict(sorted(findings.routers.items(), key=lambda item: order[item[0]]))
     return findings
@@ -131,7 +153,7 @@ def _adapted(model: nn.Module, adapters: Sequence[Adapter], findings: Findings) 
     names: list[str] = []
     for name, module in model.named_modules():
         adapter = adapter_for(module, adapters)
-        if adapter is None or _inside(name, names):
+        if adapter is None or inside(name, names):
             continue
         names.append(name)
         if adapter.refused:
@@ -147,7 +169,8 @@ def _adapted(model: nn.Module, adapters: Sequence[Adapter], findings: Findings) 
 def _note(findings: Findings, name: str, around: Surroundings, style: Style | NoStyle | None) -> None:
     module = around.modules[0]
     if isinstance(style, NoStyle):
-        findings.refused[name] = f"{type(module).__name__}: {style.reason}"
+        where = findings.strangers if style.adaptable else findings.refused
+        where[name] = f"{type(module).__name__} {style.reason}"
     elif style is not None:
         owner, bias_name = around.tensors()[style.bias] if style.bias is not None else (None, None)
         findings.routers[name] = Found(
@@ -156,6 +179,7 @@ def _note(findings: Findings, name: str, around: Surroundings, style: Style | No
             num_experts=style.num_experts,
             top_k=style.top_k,
             kind=style.kind,
+            use=style.use,
             bias_owner=owner,
             bias_name=bias_name,
             zeros_masked=style.zeros_masked,
@@ -163,56 +187,45 @@ def _note(findings: Findings, name: str, around: Surroundings, style: Style | No
         )
 
 
-def _note_strangers(model: nn.Module, findings: Findings) -> None:
-    """Note blocks of experts to which no router belongs: one near them that is not nearer to other experts."""
-    blocks = {name: module for name, module in model.named_modules() if _experts_of(module)}
-    holders = {*blocks, *(name for name, found in findings.routers.items() if _is_stack(found.module))}
-    nearest = {
-        router: max((_shared(router, block) for block in holders), default=0) for router in findings.names
+def _note_strangers(model: nn.Module, doubts: Sequence[str], findings: Findings) -> None:
+    """Note blocks of experts without a router, and leave modules out that may be such blocks."""
+    blocks = [name for name, module in model.named_modules() if experts_of(module)]
+    holders = {
+        *blocks,
+        *doubts,
+        *(name for name, found in findings.routers.items() if is_stack(found.module)),
     }
-    for name, module in blocks.items():
-        reach = len(_parts(Surroundings.of(model, name).path[-1][0]))
-        near = [router for router in nearest if _shared(router, name) >= reach]
-        if not any(_shared(router, name) == nearest[router] for router in near):
-            findings.strangers[name] = (
-                f"{type(module).__name__} holds experts, but no module near it was seen to select "
-                "among them by topk, sort, argsort, argmax or max"
-            )
+    for name in _without_router(model, blocks, holders, findings):
+        findings.strangers[name] = (
+            f"{type(model.get_submodule(name)).__name__} holds experts, but no module near it was seen to select "
+            "among them by topk, sort, argsort, argmax or max"
+        )
+    for name in _without_router(model, doubts, holders, findings):
+        findings.refused[name] = (
+            f"{type(model.get_submodule(name)).__name__} looks like a block of experts, but was not seen to select "
+            "any. If it does, write an Adapter for it and pass it in 'adapters'"
+        )
 
 
-def _parts(name: str) -> list[str]:
-    return name.split(".") if name else []
+def _without_router(
+    model: nn.Module, blocks: Sequence[str], holders: set[str], findings: Findings
+) -> list[str]:
+    """The blocks to which no router belongs: one near them that is not nearer to other experts."""
+    names = aliases(model)
+    routers = [alias for found in findings.names for alias in names[found]]
+    nearest = {
+        router: max((shared_levels(router, block) for block in holders), default=0) for router in routers
+    }
+    lonely = []
+    for name in blocks:
+        reach = len(levels(Surroundings.of(model, name).path[-1][0]))
+        near = [router for router in nearest if shared_levels(router, name) >= reach]
+        if not any(shared_levels(router, name) == nearest[router] for router in near):
+            lonely.append(name)
+    return lonely
 
 
-def _shared(one: str, other: str) -> int:
-    """How many levels from the root two modules share."""
-    pairs = zip(_parts(one), _parts(other), strict=False)
-    return next(
-        (depth for depth, (a, b) in enumerate(pairs) if a != b), min(len(_parts(one)), len(_parts(other)))
-    )
-
-
-def _experts_of(module: nn.Module) -> list[nn.Module]:
-    """Children that are two or more experts."""
-    return [
-        child
-        for name, child in module.named_children()
-        if "expert" in name and "shared" not in name and _is_stack(child)
-    ]
-
-
-def _is_stack(module: nn.Module) -> bool:
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-        return len(module) > 1
-    parts = (module, *module.children())
-    stacks = [tensor for part in parts for tensor in part.parameters(recurse=False)]
-    lists = [part for part in parts if isinstance(part, nn.ModuleList)]
-    return any(tensor.dim() == 3 and len(tensor) > 1 for tensor in stacks) or any(
-        len(part) > 1 for part in lists
-    )
-
-
-def _structure(around: Surroundings) -> Any:
+def structure(around: Surroundings) -> Any:
     """Equal for modules that are built and placed alike, such as the routers of a model's layers."""
     kinds = tuple(type(module) for module in around.modules)
     numbers = tuple(
@@ -229,14 +242,3 @@ def _structure(around: Surroundings) -> Any:
         "" if part.isdigit() else part for part in last
     )  # layers are alike, a block's parts are not
     return kinds, places, numbers, shapes, tuple(around.widths()), frozenset(around.expert_counts())
-
-
-def _holds(name: str, others: Sequence[str]) -> bool:
-    """Whether one of the others is this module or inside it."""
-    prefix = f"{name}." if name else ""
-    return any(other == name or other.startswith(prefix) for other in others)
-
-
-def _inside(name: str, others: Sequence[str]) -> bool:
-    """Whether this module is one of the others or inside one."""
-    return any(name == other or name.startswith(f"{other}." if other else "") for other in others)

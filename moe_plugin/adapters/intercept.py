@@ -5,13 +5,24 @@ Shape legend: T tokens, K experts selected per token, E experts.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from moe_plugin.adapters.selecting import FUNCTIONS, Call, read_call
+from moe_plugin.adapters.selecting import FUNCTIONS, Call, Use, read_call
+
+
+class Choice(Protocol):
+    """How a router selects: ``zeros_masked`` says that exact zeros stand over experts outside the chosen groups."""
+
+    kind: str
+    num_experts: int
+    top_k: int
+    use: Use
+    zeros_masked: bool
 
 
 class Selection(NamedTuple):
@@ -39,39 +50,35 @@ class Intercept(TorchFunctionMode):
 
     Without a bias the call is only seen. With one, experts are ranked by ``scores + bias`` while the values handed
     back are the unbiased scores of the chosen experts, so that gate weights and their gradients never see the bias;
-    with a zero bias values, ids and gradients are bit-identical to the plain call.
-
-    When several calls match, the last is the selection: group limits rank groups before they rank experts.
+    with a zero bias values, ids and gradients are bit-identical to the plain call. Where the smallest are chosen, the
+    bias is subtracted: it always draws tokens.
     """
 
     def __init__(
         self,
-        kind: str,
-        num_experts: int,
-        top_k: int,
+        choice: Choice,
         bias_E: Tensor | None,
-        zeros_masked: bool,
         seen: list[Selection],
+        guard: Callable[[], None] | None = None,
     ) -> None:
         """Prepare to intercept.
 
         Args:
-            kind: topk, sort, argsort, argmax or max; a host that uses argmax may read the value by max.
-            num_experts: E.
-            top_k: K.
+            choice: How the router selects.
             bias_E: fp32 bias to add for the ranking; None to only see the call.
-            zeros_masked: Whether the host writes exact zeros over experts outside the chosen groups. Those must not
-                be selected, whatever the bias.
             seen: Receives the selections. A list of the caller's, since compiled code cannot read an attribute of
                 the mode after leaving it.
+            guard: Called before a biased ranking.
         """
         super().__init__()
-        self.functions = FUNCTIONS[kind]
-        self.num_experts = num_experts
-        self.top_k = top_k
+        self.functions = FUNCTIONS[choice.kind]
+        self.num_experts = choice.num_experts
+        self.top_k = choice.top_k
+        self.use = choice.use
+        self.zeros_masked = choice.zeros_masked
         self.bias_E = bias_E
-        self.zeros_masked = zeros_masked
         self.seen = seen
+        self.guard = guard
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         """Pass every call through, except the expert selection."""
@@ -79,30 +86,59 @@ class Intercept(TorchFunctionMode):
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         call = read_call(func, args, kwargs)
-        if call is None or call.k not in (0, self.top_k) or call.num_items != self.num_experts:
+        if (
+            call is None
+            or call.num_items != self.num_experts
+            or (call.k and self.use.k not in (None, call.k))
+        ):
             return func(*args, **kwargs)
         if self.bias_E is None:
             return self._see(call, func(*args, **kwargs))
-        ranked_TE = biased(call.scores, self.bias_E, call.dim, self.zeros_masked)
+        if self.guard is not None:
+            self.guard()
+        ranked_TE = self._left_by_earlier_rounds(call, self._biased(call, self.bias_E))
         result = func(ranked_TE, *args[1:], **kwargs) if args else func(**kwargs | {"input": ranked_TE})
         return self._see(call, _unbiased_result(call, result))
 
+    def _biased(self, call: Call, bias_E: Tensor) -> Tensor:
+        if self._draws_largest(call):
+            return biased(call.scores, bias_E, call.dim, self.zeros_masked)
+        return -biased(-call.scores, bias_E, call.dim, self.zeros_masked)
+
+    def _draws_largest(self, call: Call) -> bool:
+        return call.largest != self.use.from_end
+
+    def _left_by_earlier_rounds(self, call: Call, ranked_TE: Tensor) -> Tensor:
+        """Experts chosen in earlier rounds cannot be chosen again: hosts that zero them leave them in the ranking."""
+        for earlier in self.seen[len(self.seen) // self.use.rounds * self.use.rounds :]:
+            ids = earlier.expert_ids_TK.movedim(-1, call.dim)
+            ranked_TE = ranked_TE.scatter(call.dim, ids, -torch.inf if call.largest else torch.inf)
+        return ranked_TE
+
     def _see(self, call: Call, result: Any) -> Any:
         """Note what was chosen."""
-        if call.kind == "topk":
+        if call.kind == "topk" and not self.use.cut:
             values, ids = result
         else:
-            ids = result if isinstance(result, Tensor) else result[1]
-            ids = (ids if ids.dim() == call.scores.dim() else ids.unsqueeze(call.dim)).narrow(
-                call.dim, 0, self.top_k
-            )
+            ids = self._cut(call, result if isinstance(result, Tensor) else result[1])
             values = call.scores.gather(call.dim, ids)
-        chosen = (call.scores, values, ids)
+        scores = call.scores if self._draws_largest(call) else -call.scores
+        if self.seen and self.seen[-1].ranked_TE is scores:  # ranked once more, for a loss
+            return result
+        chosen = (scores, values, ids)
         last = call.scores.dim() - 1
         self.seen.append(
             Selection(*(chosen if call.dim == last else (t.movedim(call.dim, -1) for t in chosen)))
         )
         return result
+
+    def _cut(self, call: Call, ids: Tensor) -> Tensor:
+        """Those that the host uses of the ids returned."""
+        if ids.dim() < call.scores.dim():
+            return ids.unsqueeze(call.dim)
+        size = ids.shape[call.dim]
+        kept = min(self.top_k // self.use.rounds, size)
+        return ids.narrow(call.dim, size - kept if self.use.from_end else 0, kept)
 
 
 def select(scores_TE: Tensor, k: int, bias_E: Tensor) -> Selection:

@@ -5,20 +5,22 @@ Shape legend: T tokens, D model width.
 
 from __future__ import annotations
 
-import inspect
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
-from moe_plugin.adapters.trace import Ranking, Trace
+from moe_plugin.adapters.guesses import Input, others
+from moe_plugin.adapters.ranking import Ranking
+from moe_plugin.adapters.trace import Trace
 
-NUM_TOKENS = 97
-"""A number that no model has as one of its sizes."""
+MAX_QUESTIONS = 100
 # What a forward may raise when called with inputs that are not its own.
 _WRONG_CALL = (
     *(TypeError, ValueError, AttributeError, RuntimeError, LookupError, NotImplementedError, AssertionError),
@@ -30,72 +32,102 @@ class Seen(NamedTuple):
     """What a probe saw in the module: its rankings, and the followed tensors on which its output depends.
 
     ``returned`` is None if the forward did not come to its end; ``used`` are those that went on after the last ranking.
+    ``unsteerable`` are calls that may select without ranking: their names, and what they select from.
     """
 
     rankings: list[Ranking]
     returned: set[str] | None
     used: set[str]
+    unsteerable: list[tuple[str, Tensor]]
 
 
 class _Done(BaseException):
     """Ends a probe once the module of interest has returned."""
 
 
+class _Answers(TorchFunctionMode):
+    """Answers questions about data, of which there is none, so that code that asks them goes on."""
+
+    def __init__(self, answer: bool) -> None:
+        super().__init__()
+        self.answer = answer
+        self.asked = 0
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        if func is not Tensor.__bool__:
+            return func(*args, **(kwargs or {}))
+        self.asked += 1
+        if self.asked > MAX_QUESTIONS:
+            raise RuntimeError("a loop that goes on until data says otherwise")
+        return self.answer
+
+
 def probes(
-    module: nn.Module, hosts: Sequence[nn.Module], widths: Sequence[int], followed: Mapping[str, Tensor]
+    module: nn.Module, hosts: Sequence[nn.Module], inputs: Iterable[Input], followed: Mapping[str, Tensor]
 ) -> Iterator[Seen]:
-    """See how ``module`` ranks, by running hosts on hidden states alone: flat ones and a batch, of every width.
+    """See how ``module`` ranks, by running hosts on all kinds of inputs.
 
     Everything runs on fake tensors: no memory, no arithmetic, no random numbers, and no change to the modules.
 
     Args:
         module: The module of interest.
         hosts: Modules to call, ``module`` itself or one that holds it, in order of preference.
-        widths: Guesses of D.
+        inputs: Guesses of the first argument.
         followed: Tensors to follow, by name.
 
     Yields:
-        What was seen in each run that came as far as a ranking in the module, or to its end.
+        What was seen in each run that came as far as a selection in the module, or to its end.
     """
-    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
-    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    inputs = list(inputs)
     for host in hosts:
-        for width in widths:
-            for shape in ((1, NUM_TOKENS, width), (NUM_TOKENS, width)):
-                seen = _run(module, host, shape, dtype, device, followed)
+        for make in inputs:
+            seen = _run(module, host, make, followed)
+            if seen is not None:
+                yield seen
+
+
+def _run(module: nn.Module, host: nn.Module, make: Input, followed: Mapping[str, Tensor]) -> Seen | None:
+    with _unchanged(host), _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+        _clear_hooks_(host)
+        x = make()
+        for rest in others(host, x):
+            for answers in (_Answers(False), _Answers(True)):
+                seen = _watch(module, host, (x, *rest), answers, followed)
                 if seen is not None:
-                    yield seen
+                    return seen
+                if not answers.asked:
+                    break
+    return None
 
 
-def _run(
-    module: nn.Module,
-    host: nn.Module,
-    shape: tuple[int, ...],
-    dtype: torch.dtype,
-    device: torch.device,
-    followed: Mapping[str, Tensor],
+def _watch(
+    module: nn.Module, host: nn.Module, args: tuple, answers: _Answers, followed: Mapping[str, Tensor]
 ) -> Seen | None:
-    trace, seen = Trace(followed), []
+    """Call ``host``, and tell what ``module`` did; None if it did not select anything nor come to its end."""
+    trace, seen, entered = Trace(followed), [], False
 
     def enter(*_: Any) -> None:
+        nonlocal entered
+        entered = True
         trace.clear_()
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
-        seen.append(Seen(trace.rankings, trace.marks_of(output), trace.used))
+        trace.note_returned_(output)
+        seen.append(trace.marks_of(output))
         raise _Done
 
-    with _unchanged(host), _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
-        _clear_hooks_(host)
-        module.register_forward_pre_hook(enter)
-        module.register_forward_hook(leave)
-        x = torch.zeros(shape, dtype=dtype, device=device)
-        try:
-            with trace, torch.random.fork_rng(devices=[]):
-                host(x, *[None] * _missing(host))
-        except _Done:
-            return seen[0]
-        except _WRONG_CALL:
-            return Seen(trace.rankings, None, trace.used) if trace.rankings else None
+    handles = module.register_forward_pre_hook(enter), module.register_forward_hook(leave)
+    try:
+        with trace, answers, torch.random.fork_rng(devices=[]):
+            host(*args)
+    except _Done:
+        return Seen(trace.rankings, seen[0], trace.used, trace.unsteerable)
+    except _WRONG_CALL:
+        if entered and (trace.rankings or trace.unsteerable):
+            return Seen(trace.rankings, None, trace.used, trace.unsteerable)
+    finally:
+        for handle in handles:
+            handle.remove()
     return None
 
 
@@ -106,20 +138,15 @@ def _clear_hooks_(root: nn.Module) -> None:
             hooks.clear()
 
 
-def _missing(host: nn.Module) -> int:
-    """How many arguments without a default the forward has after its first."""
-    parameters = list(inspect.signature(host.forward).parameters.values())[1:]
-    kinds = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return sum(p.default is p.empty and p.kind in kinds for p in parameters)
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch from logging the errors that wrong guesses of the width raise."""
+    """Keep torch from logging the errors that wrong guesses raise, and from warning of them."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before, logger.disabled = logger.disabled, True
     try:
-        yield
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
     finally:
         logger.disabled = before
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import checkpoint
 
 from moe_plugin.adapters.adapter import Adapter
 from moe_plugin.adapters.class_swap import Mixin, swap_, unswap_
@@ -93,14 +96,51 @@ def unwatch_(module: nn.Module) -> None:
 
 def _watched(module: Any, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
     site: Site = module._moe_site
-    if not site.proven and not torch.compiler.is_compiling():
+    compiling = torch.compiler.is_compiling()
+    if not (site.proven or compiling):
         forward = _proving(site, forward)
+    if site.host_owns_bias and not compiling:
+        forward = _keeping(site, forward)
     bias_E = None if site.host_owns_bias else site.bias_tensor
     seen: list[Selection] = []
-    with Intercept(site.kind, site.num_experts, site.top_k, bias_E, site.zeros_masked, seen):
+    with Intercept(site, bias_E, seen, None if compiling else _refuse_to_be_recomputed):
         output = forward(*args, **kwargs)
     site.record_(seen, output, training=module.training)
     return output
+
+
+def _refuse_to_be_recomputed() -> None:
+    """Refuse a selection that activation checkpointing would make again in backward, where nothing is intercepted.
+
+    Raises:
+        EffectError: If the router checkpoints the part of its own forward that selects.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _watched.__code__:
+        if frame.f_code.co_filename == checkpoint.__file__:
+            raise EffectError(
+                "A router checkpoints the part of its own forward that selects experts, so that it would select others "
+                "when that is recomputed. Checkpoint the whole block from outside, or write an Adapter for its "
+                "selecting method and pass it in 'adapters', or leave it out with 'sites'."
+            )
+        frame = frame.f_back
+
+
+def _keeping(site: Site, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward, which must leave the host's own bias alone."""
+
+    def keeping(*args: Any, **kwargs: Any) -> Any:
+        bias = site.bias_tensor
+        version = bias._version
+        output = forward(*args, **kwargs)
+        if site.bias_tensor is not bias or bias._version != version:
+            raise EffectError(
+                f"Router {site.name!r} moves its own {site.bias_name!r} in its forward, as balancing does between "
+                "steps. Switch the model's own balancing off, or leave the router out with 'sites'."
+            )
+        return output
+
+    return keeping
 
 
 def _proving(site: Site, forward: Callable[..., Any]) -> Callable[..., Any]:

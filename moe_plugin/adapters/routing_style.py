@@ -6,15 +6,18 @@ Shape legend: T tokens, K experts selected per token, E experts.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor, nn
 
 from moe_plugin.adapters.code import uses
-from moe_plugin.adapters.probe import NUM_TOKENS, Seen, probes
+from moe_plugin.adapters.guesses import NUM_TOKENS, Input, inputs
+from moe_plugin.adapters.probe import Seen, probes
+from moe_plugin.adapters.ranking import Ranking
+from moe_plugin.adapters.selecting import Use
 from moe_plugin.adapters.surroundings import Surroundings
-from moe_plugin.adapters.trace import Ranking
 
 EXPERT_COUNT_NAMES = (
     *("num_experts", "n_routed_experts", "num_local_experts", "n_experts", "num_routed_experts", "n_expert"),
@@ -42,7 +45,9 @@ GROUP_COUNT_NAMES = (
 )
 _TOP_K = frozenset({"topk"})
 _LIKE_A_BIAS = re.compile(r".+_bias(es)?|bias(es)?_.+|.*(correction|balanc|static).*")
-_KINDS = (("topk",), ("sort", "argsort"), ("argmax",), ("max",))
+_KINDS = (("topk",), ("sort", "argsort"), ("argmax",), ("max",), ("argmin",), ("min",))
+
+_STACK = "stack."
 
 Owners = Mapping[str, tuple[nn.Module, str]]
 
@@ -55,6 +60,7 @@ class Style:
         num_experts: E.
         top_k: K.
         kind: The kind of call that selects, see `moe_plugin.adapters.selecting.Call`.
+        use: How the result of that call is used.
         bias: Key in ``Surroundings.tensors`` of the host's own selection bias.
         zeros_masked: Whether groups of experts are ranked first, so that an exact zero may mean a closed group.
         proven: Whether the above was seen in a run, and not read from names.
@@ -63,6 +69,7 @@ class Style:
     num_experts: int
     top_k: int
     kind: str = "topk"
+    use: Use = field(default_factory=Use)
     bias: str | None = None
     zeros_masked: bool = False
     proven: bool = False
@@ -70,9 +77,15 @@ class Style:
 
 @dataclass(frozen=True)
 class NoStyle:
-    """Why a module that ranks something like experts cannot be balanced."""
+    """Why a module that selects something like experts cannot be balanced.
+
+    Attributes:
+        reason: What it does.
+        adaptable: Whether an adapter could help.
+    """
 
     reason: str
+    adaptable: bool
 
 
 def understand(around: Surroundings) -> Style | NoStyle | None:
@@ -81,10 +94,15 @@ def understand(around: Surroundings) -> Style | NoStyle | None:
         return None
     owners = around.tensors()
     followed = {key: getattr(owner, name) for key, (owner, name) in owners.items()}
+    followed |= {
+        f"{_STACK}{n}.{i}": tensor
+        for n, (_, tensors) in enumerate(around.stacks())
+        for i, tensor in enumerate(tensors)
+    }
     module, *above = around.modules
     hosts = [*above[:1], module, *above[1:]]  # what holds the router may pass it the bias
     reasons, ended = [], False
-    for seen in probes(module, hosts, around.widths(), followed):
+    for seen in probes(module, hosts, _inputs(around), followed):
         style = _by_run(around, owners, seen)
         if isinstance(style, Style):
             return style
@@ -93,33 +111,90 @@ def understand(around: Surroundings) -> Style | NoStyle | None:
     return reasons[0] if reasons else None if ended else _by_names(around, owners)
 
 
+def _inputs(around: Surroundings) -> Iterator[Input]:
+    module = around.modules[0]
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    channels = around.channels(nn.Conv1d), around.channels(nn.Conv2d)
+    return inputs(around.widths(), *channels, dtype=dtype, device=device)
+
+
 def _by_run(around: Surroundings, owners: Owners, seen: Seen) -> Style | NoStyle | None:
-    rankings = [ranking for ranking in seen.rankings if _is_of_experts(around, ranking)]
+    rankings = [ranking for ranking in _whole(seen.rankings) if _is_of_experts(around, ranking)]
     for kinds in _KINDS:
-        chosen = [ranking for ranking in rankings if ranking.call.kind in kinds]
+        chosen = [each for each in rankings if each.call.kind in kinds and _selects(each, rankings[-1])]
         if chosen:
             return _style(around, owners, seen, chosen)
+    if any(ranking.compared for ranking in rankings):
+        return NoStyle("selects experts by comparing scores with the k-th largest, which is no ranking", True)
+    for name, scores in seen.unsteerable:
+        if any(scores.numel() == NUM_TOKENS * size for size in around.expert_counts()):
+            return NoStyle(f"selects experts by {name}, which leaves no place for a bias", True)
     if any(_is_expert_choice(around, ranking) for ranking in seen.rankings):
         return NoStyle(
-            "its experts choose their tokens (expert choice), so that their load is equal by construction"
+            "lets its experts choose their tokens (expert choice), so that their load is equal by construction",
+            False,
         )
     return None
 
 
+def _whole(rankings: list[Ranking]) -> list[Ranking]:
+    """The rankings of all tokens; of those made for some tokens at a time the last."""
+    found, parts = [], {}
+    for ranking in rankings:
+        call = ranking.call
+        if call.scores.numel() == NUM_TOKENS * call.num_items:
+            found.append(ranking)
+        else:
+            parts.setdefault((call.kind, call.num_items, ranking.k), []).append(ranking)
+    for (_, size, _), group in parts.items():
+        if sum(part.call.scores.numel() for part in group) == NUM_TOKENS * size:
+            found.append(group[-1])
+    return found
+
+
+def _selects(ranking: Ranking, last: Ranking) -> bool:
+    """Whether the ids of the ranking were used. If the run broke off, those of the last may have been used later."""
+    may_be = ranking is last and not (ranking.ended or ranking.compared)
+    return ranking.k > 0 and (ranking.ids_used or may_be)
+
+
 def _style(around: Surroundings, owners: Owners, seen: Seen, chosen: list[Ranking]) -> Style | NoStyle:
     ranking = chosen[-1]
-    if ranking.call.kind == "argmax" and len(chosen) > 1:
-        return NoStyle(
-            f"it selects experts by {len(chosen)} calls of argmax, which only an adapter can tell apart"
-        )
     num_experts = ranking.call.num_items
-    ranks_fewer = any(other.call.num_items < num_experts for other in seen.rankings)
+    chosen = [each for each in chosen if each.call.num_items == num_experts]
+    different = {id(each.call.scores): each for each in chosen}
+    later = {each.number for each in different.values() if each.after & {other.number for other in chosen}}
+    if later or (ranking.call.kind == "argmax" and len(different) > 1):
+        in_rounds = len(later) == len(different) - 1 and len(different) == len(chosen)
+        if not in_rounds or any(each.k != 1 for each in chosen):
+            return NoStyle(
+                f"selects experts by {len(chosen)} calls of {ranking.call.kind}, one after another", True
+            )
+        return _made(around, owners, seen, ranking, top_k=len(chosen), use=Use(k=1, rounds=len(chosen)))
+    stated = _stated_k(around.modules[0], {other.k for other in chosen})
+    again = [
+        each
+        for each in seen.rankings
+        if each.call.num_items == num_experts and each.call.kind == ranking.call.kind
+    ]
+    only = ranking.call.k if len(_whole(again)) > 1 else stated
+    return _made(around, owners, seen, ranking, top_k=stated or ranking.k, use=ranking.use._replace(k=only))
+
+
+def _made(
+    around: Surroundings, owners: Owners, seen: Seen, ranking: Ranking, *, top_k: int, use: Use
+) -> Style:
+    num_experts = ranking.call.num_items
+    ranks_fewer = any(other.call.num_items < num_experts for other in seen.rankings if other.k)
     groups = around.number(GROUP_COUNT_NAMES)
+    draws_largest = ranking.call.largest != use.from_end
     return Style(
         num_experts=num_experts,
-        top_k=_stated_k(around.modules[0], {other.k for other in chosen}) or ranking.k,
+        top_k=top_k,
         kind=ranking.call.kind,
-        bias=_bias(owners, seen, ranking, num_experts),
+        use=use,
+        bias=_bias(owners, seen, ranking, num_experts) if draws_largest else None,
         zeros_masked=groups > 1 if groups else ranks_fewer,
         proven=True,
     )
@@ -132,11 +207,21 @@ def _stated_k(module: nn.Module, seen: set[int]) -> int | None:
 
 
 def _is_of_experts(around: Surroundings, ranking: Ranking) -> bool:
+    """Whether as many items were ranked as there are experts.
+
+    A stack that nobody named after experts must not have made the scores itself: a classifier of two layers that
+    takes the larger of two logits has no experts.
+    """
     size = ranking.call.num_items
-    if ranking.call.scores.numel() != NUM_TOKENS * size or ranking.k > size:
+    if ranking.k > size:
         return False
-    named = around.has_experts() or size in around.configured_counts()
-    return size in around.expert_counts() or (named and size in around.gate_sizes())
+    if size in around.named_counts():
+        return True
+    if (around.has_experts() or size in around.configured_counts()) and size in around.gate_sizes():
+        return True
+    sizes = {n: length for n, (length, _) in enumerate(around.stacks())}
+    before = {int(key.split(".")[1]) for key in ranking.depends if key.startswith(_STACK)}
+    return any(length == size for n, length in sizes.items() if n not in before)
 
 
 def _is_expert_choice(around: Surroundings, ranking: Ranking) -> bool:

@@ -5,7 +5,8 @@ Shape legend: T tokens, K experts selected per token, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
@@ -13,13 +14,23 @@ from torch import Tensor
 
 
 class Call(NamedTuple):
-    """One ranking call: ``kind`` is topk, sort, argsort, argmax or max; ``k`` is 0 where all items are ranked."""
+    """One ranking call.
+
+    Attributes:
+        kind: topk, sort, argsort, argmax, max, argmin or min.
+        scores: What was ranked.
+        k: How many of the ranked items are returned; 0 where all are, in order.
+        dim: Along which dimension, not negative.
+        keepdim: Whether the result has that dimension.
+        largest: Whether the largest come first.
+    """
 
     kind: str
     scores: Tensor
     k: int
     dim: int
     keepdim: bool = True
+    largest: bool = True
 
     @property
     def num_items(self) -> int:
@@ -27,8 +38,24 @@ class Call(NamedTuple):
         return self.scores.shape[self.dim]
 
 
+class Use(NamedTuple):
+    """How a router uses its selecting calls.
+
+    Attributes:
+        k: The k of the call; None where any will do, since the router ranks its experts by one call only.
+        cut: Whether only some of what the call returns are selected: all of a sort, or a candidate more than needed.
+        from_end: Whether those are the last and not the first.
+        rounds: How many calls select for one token, each among the experts that those before it have left.
+    """
+
+    k: int | None = None
+    cut: bool = False
+    from_end: bool = False
+    rounds: int = 1
+
+
 def read_call(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Call | None:
-    """What a call of one of `SELECTING` ranks; None if it is no ranking from the largest down along one dimension."""
+    """What a call of one of `SELECTING` ranks; None if it does not rank along one dimension."""
     return _READERS[func](*args, **kwargs)
 
 
@@ -36,49 +63,73 @@ def read_call(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Call | Non
 
 
 def _topk(
-    input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True, **_: Any
+    input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True, **rest: Any
 ) -> Call | None:
-    return _call("topk", input, k, dim) if largest and isinstance(k, int) else None
+    number = k if isinstance(k, int) else operator.index(k)  # numpy's integers are none of Python's
+    return _call("topk", input, number, dim, largest=largest, rest=rest)
 
 
 def _sort(
-    input: Tensor, dim: int = -1, descending: bool = False, stable: bool = False, **_: Any
+    input: Tensor, dim: int = -1, descending: bool = False, stable: bool = False, **rest: Any
 ) -> Call | None:
-    return _call("sort", input, 0, dim) if descending else None
+    return _call("sort", input, 0, dim, largest=descending, rest=rest)
 
 
-def _argsort(input: Tensor, dim: int = -1, descending: bool = False, **_: Any) -> Call | None:
-    return _call("argsort", input, 0, dim) if descending else None
+def _argsort(
+    input: Tensor, dim: int = -1, descending: bool = False, stable: bool = False, **rest: Any
+) -> Call | None:
+    return _call("argsort", input, 0, dim, largest=descending, rest=rest)
 
 
-def _argmax(input: Tensor, dim: int | None = None, keepdim: bool = False, **_: Any) -> Call | None:
-    return _call("argmax", input, 1, dim, keepdim)
+def _argmax(input: Tensor, dim: int | None = None, keepdim: bool = False, **rest: Any) -> Call | None:
+    return _call("argmax", input, 1, dim, keepdim, rest=rest)
 
 
-def _max(input: Tensor, dim: int | None = None, keepdim: bool = False, **_: Any) -> Call | None:
-    return _call("max", input, 1, dim, keepdim)
+def _max(input: Tensor, dim: int | None = None, keepdim: bool = False, **rest: Any) -> Call | None:
+    return _call("max", input, 1, dim, keepdim, rest=rest)
 
 
-def _call(kind: str, scores: Tensor, k: int, dim: Any, keepdim: bool = True) -> Call | None:
+def _argmin(input: Tensor, dim: int | None = None, keepdim: bool = False, **rest: Any) -> Call | None:
+    return _call("argmin", input, 1, dim, keepdim, largest=False, rest=rest)
+
+
+def _min(input: Tensor, dim: int | None = None, keepdim: bool = False, **rest: Any) -> Call | None:
+    return _call("min", input, 1, dim, keepdim, largest=False, rest=rest)
+
+
+def _call(
+    kind: str, scores: Tensor, k: int, dim: Any, keepdim: bool = True, *, largest: bool = True, rest: dict
+) -> Call | None:
     num_dims = scores.dim()
-    return Call(kind, scores, k, dim % num_dims, keepdim) if isinstance(dim, int) and num_dims else None
+    if rest or not isinstance(dim, int) or not num_dims:
+        return None
+    return Call(kind, scores, k, dim % num_dims, keepdim, largest)
 
 
-_FUNCTIONS: dict[str, tuple[Callable, ...]] = {
-    "topk": (torch.topk, Tensor.topk),
-    "sort": (torch.sort, Tensor.sort),
-    "argsort": (torch.argsort, Tensor.argsort),
-    "argmax": (torch.argmax, Tensor.argmax),
-    "max": (torch.max, Tensor.max),
+def _functions(name: str) -> Iterator[Callable]:
+    """Function and method of this name, and the operator in all its overloads."""
+    yield from (getattr(torch, name), getattr(Tensor, name))
+    operators = getattr(torch.ops.aten, name)
+    yield operators
+    yield from (getattr(operators, overload) for overload in operators.overloads())
+
+
+_READ = {
+    **{"topk": _topk, "sort": _sort, "argsort": _argsort, "argmax": _argmax, "max": _max},
+    **{"argmin": _argmin, "min": _min},
 }
-_READ = {"topk": _topk, "sort": _sort, "argsort": _argsort, "argmax": _argmax, "max": _max}
+_FUNCTIONS = {name: tuple(_functions(name)) for name in _READ}
 _READERS = {function: _READ[kind] for kind, functions in _FUNCTIONS.items() for function in functions}
 SELECTING = frozenset(_READERS)
-NAMES = frozenset(_FUNCTIONS)
-_TOGETHER = (("topk",), ("sort", "argsort"), ("argmax", "max"))
+NAMES = frozenset(_FUNCTIONS) - {"min"}
+"""Names in the code of modules that may select; ``min`` is in too many others."""
+KINDS = (("topk",), ("sort", "argsort"), ("argmax", "max"), ("argmin", "min"))
+"""Kinds of calls that a router may use together, those that only select before those with other uses too."""
 FUNCTIONS: dict[str, frozenset[Callable]] = {
     kind: frozenset(function for each in kinds for function in _FUNCTIONS[each])
-    for kinds in _TOGETHER
+    for kinds in KINDS
     for kind in kinds
 } | {"adapter": frozenset()}
 """By kind, the functions with which a host of that kind selects: argmax gives the ids, max also their values."""
+UNSTEERABLE = frozenset({"kthvalue", "multinomial", "gumbel_softmax"})
+"""Names of calls that select experts in a way that leaves no place for a bias."""

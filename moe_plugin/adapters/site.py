@@ -12,6 +12,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_plugin.adapters.intercept import Selection
+from moe_plugin.adapters.selecting import Use
+from moe_plugin.adapters.selections import as_one
 from moe_plugin.adapters.token_mask import TokenMask
 from moe_plugin.balancing.budget import count_slack_, new_budget
 from moe_plugin.balancing.counts import EXTRA_SLOTS, count_, new_poison, new_tally
@@ -20,6 +22,7 @@ from moe_plugin.errors import EffectError
 from moe_plugin.routing import DynamicRouter, ZeroExpertRouter
 from moe_plugin.types import Routing
 
+_FIX = "Write an Adapter for it and pass it in 'adapters', or leave it out with 'sites'."
 Observer = Callable[[Selection, Tensor | None], None]
 
 
@@ -49,6 +52,7 @@ class Site:
         dynamic: The router itself, if it lets tokens use different numbers of experts at a held mean.
         budget_1G: How far selected experts of a dynamic router were from being left out; int64.
         kind: The kind of call that selects, or 'adapter'.
+        use: How the host uses what that call returns.
         host_owns_bias: Whether the bias is the model's own tensor, saved in its checkpoints.
         zeros_masked: Whether the host marks experts outside the chosen groups by exact zeros.
         proven: Whether it was seen that the host's own bias reaches its selection.
@@ -67,6 +71,7 @@ class Site:
         num_experts: int,
         top_k: int,
         kind: str,
+        use: Use,
         bias_owner: nn.Module,
         bias_name: str,
         host_owns_bias: bool,
@@ -84,6 +89,7 @@ class Site:
         self.dynamic = router if isinstance(router, DynamicRouter) else None
         self.budget_1G = None if self.dynamic is None else new_budget()
         self.kind = kind
+        self.use = use
         self.bias_owner = bias_owner
         self.bias_name = bias_name
         self.host_owns_bias = host_owns_bias
@@ -137,7 +143,7 @@ class Site:
         return tally[: self.num_experts].sum() // self.top_k
 
     def record_(self, seen: list[Selection], output: Any, *, training: bool) -> None:
-        """Count what the router's forward selected: the last selection seen, or all of an adapter's.
+        """Count what the router's forward selected.
 
         Args:
             seen: The selections.
@@ -151,9 +157,9 @@ class Site:
             how = "its adapter's select" if self.kind == "adapter" else f"torch.{self.kind}"
             raise EffectError(
                 f"Router {self.name!r} selected no experts by {how} over {self.num_experts} scores with "
-                f"k={self.top_k}, so it cannot be balanced. Leave it out with 'sites'."
+                f"k={self.top_k}, so it cannot be balanced. {_FIX}"
             )
-        selection = _joined(seen) if self.kind == "adapter" else seen[-1]
+        selection = as_one(seen, self.use, rounds=len(seen) if self.kind == "adapter" else self.use.rounds)
         if isinstance(output, Routing):
             selection = selection._replace(used_TK=output.used_TK)
         ids_TK = selection.expert_ids_TK
@@ -219,11 +225,3 @@ class Site:
             self.poison = self.poison.to(device)
             self.gaps_EG = None if self.gaps_EG is None else self.gaps_EG.to(device)
             self.budget_1G = None if self.budget_1G is None else self.budget_1G.to(device)
-
-
-def _joined(seen: list[Selection]) -> Selection:
-    """The picks that an adapter made one after another, as one selection."""
-    if len(seen) == 1:
-        return seen[0]
-    selected = torch.cat([each.selected_TK for each in seen], dim=-1)
-    return Selection(seen[0].ranked_TE, selected, torch.cat([each.expert_ids_TK for each in seen], dim=-1))

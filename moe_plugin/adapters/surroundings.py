@@ -6,13 +6,15 @@ Shape legend: E experts.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import FunctionType
 
 from torch import Tensor, nn
 
 _EXPERT = re.compile(r"expert", re.IGNORECASE)
 _SHARED = re.compile(r"shared|common", re.IGNORECASE)
+LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 REACH = 2
 """How many levels above a router its experts may hang."""
 
@@ -47,15 +49,23 @@ class Surroundings:
         return any(_EXPERT.search(name) and not _SHARED.search(name) for name in self._names())
 
     def expert_counts(self) -> set[int]:
-        """Numbers that say how many experts there are: so named, or the length of a stack of modules or weights."""
-        counts = {len(part) for part in self._parts() if isinstance(part, (nn.ModuleList, nn.ModuleDict))}
-        counts |= {tensor.shape[0] for part in self._parts() for tensor in _own(part) if tensor.dim() == 3}
-        return counts.union(*map(_named_numbers, self.modules))
+        """How many experts there may be: numbers so named, and sizes of stacks of modules or weights."""
+        return self.named_counts() | {size for size, _ in self.stacks()}
+
+    def named_counts(self) -> set[int]:
+        """Numbers named after experts."""
+        return set().union(*map(_named_numbers, self.modules))
+
+    def stacks(self) -> list[tuple[int, Sequence[Tensor]]]:
+        """Sizes and tensors of all that is stacked hereabouts: lists of modules or parameters, and 3-D weights."""
+        parts = {id(part): part for part in self._parts()}.values()
+        lists = [part for part in parts if isinstance(part, LISTS)]
+        weights = [tensor for part in parts for tensor in _own(part) if tensor.dim() == 3]
+        return [*((len(part), list(part.parameters())) for part in lists), *((len(w), [w]) for w in weights)]
 
     def configured_counts(self) -> set[int]:
         """Numbers in the configs that are named after experts; every module of a model may carry its config."""
-        configs = [getattr(module, "config", None) for module in self.modules[:2]]
-        return {number for config in configs if config is not None for number in _named_numbers(config)}
+        return {number for module in self.modules[:2] for number in _numbers_in_configs(module)}
 
     def gate_sizes(self) -> set[int]:
         """Sizes of the module's own matrices: a gate has one output per expert."""
@@ -72,6 +82,11 @@ class Surroundings:
         ]
         sizes = [size for tensor in matrices for size in reversed(tensor.shape)]
         return list(dict.fromkeys(sizes))[:4]
+
+    def channels(self, kind: type[nn.Conv1d | nn.Conv2d]) -> list[int]:
+        """Guesses of the number of channels that come in, from the convolutions of this kind."""
+        convolutions = [part for part in self.modules[0].modules() if isinstance(part, kind)]
+        return list(dict.fromkeys(each.in_channels for each in convolutions))[:2]
 
     def number(self, names: tuple[str, ...]) -> int | None:
         """The first attribute of the modules or their configs with one of these names that is a number."""
@@ -115,6 +130,14 @@ def _named_numbers(holder: object) -> Iterator[int]:
     for name, value in (vars(type(holder)) | vars(holder)).items():
         if isinstance(value, int) and not isinstance(value, bool) and _EXPERT.search(name):
             yield value
+
+
+def _numbers_in_configs(module: nn.Module) -> Iterator[int]:
+    """Numbers named after experts in plain objects that the module holds, such as configs, and in objects in those."""
+    for holder in (*vars(module).values(), getattr(type(module), "config", None)):
+        for each in (holder, *getattr(holder, "__dict__", {}).values()):
+            if hasattr(each, "__dict__") and not isinstance(each, (nn.Module, Tensor, type, FunctionType)):
+                yield from _named_numbers(each)
 
 
 def _own(module: nn.Module) -> list[Tensor]:

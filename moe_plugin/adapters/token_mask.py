@@ -11,6 +11,7 @@ from functools import cache
 from typing import Any
 
 from torch import Tensor, nn
+from torch.jit import ScriptModule
 from torch.utils.hooks import RemovableHandle
 
 from moe_plugin.errors import EffectError
@@ -41,6 +42,8 @@ class TokenMask:
     def watch_(self, root: nn.Module) -> None:
         """Follow the argument of the outermost modules that take it, and of the models inside them."""
         for name, module in root.named_modules():
+            if isinstance(module, ScriptModule):  # has no signature, and takes no hook with names
+                continue
             own = "forward" in module.__dict__
             parameters = _parameters(module.forward) if own else _parameters_of(type(module))
             if self.argument not in parameters:

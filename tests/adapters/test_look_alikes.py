@@ -117,18 +117,21 @@ class TestLookAlikes:
 
 class TestRefusals:
     def test_expert_choice_is_refused_with_its_reason(self):
-        with pytest.raises(AttachError, match=r"'layers.1': ExpertChoice: its experts choose their tokens"):
+        with pytest.raises(
+            AttachError, match=r"'layers.1': ExpertChoice lets its experts choose their tokens"
+        ):
             balance_(Model(look_alikes.ExpertChoice))
 
     def test_experts_with_unseen_selection_are_an_error_that_says_what_to_do(self):
         with pytest.raises(
-            AttachError, match=r"'layers.0': Sampling holds experts, but .* Write an Adapter for that block"
+            AttachError,
+            match=r"'layers.0': Sampling selects experts by multinomial.* Write an Adapter for that block",
         ):
             balance_(Model(look_alikes.Sampling))
 
     def test_one_stranger_among_routers_is_an_error(self):
         model = nn.Sequential(look_alikes.Blockwise(), look_alikes.Sampling())
-        with pytest.raises(AttachError, match=r"'1': Sampling holds experts"):
+        with pytest.raises(AttachError, match=r"'1': Sampling selects experts by multinomial"):
             balance_(model)
         assert list(balance_(model, sites="0")) == ["0"]
 
