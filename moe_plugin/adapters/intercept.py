@@ -98,7 +98,8 @@ class Intercept(TorchFunctionMode):
             self.guard()
         ranked_TE = self._left_by_earlier_rounds(call, self._biased(call, self.bias_E))
         result = func(ranked_TE, *args[1:], **kwargs) if args else func(**kwargs | {"input": ranked_TE})
-        return self._see(call, _unbiased_result(call, result))
+        self._see(call, result)
+        return _unbiased_result(call, result)
 
     def _biased(self, call: Call, bias_E: Tensor) -> Tensor:
         if self._draws_largest(call):

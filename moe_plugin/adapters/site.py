@@ -172,10 +172,11 @@ class Site:
         self._to_device(ids_TK.device)
         # A second graph for the steps between would be compiled, which costs more than measuring.
         measures = self.measures_spread and training and (torch.compiler.is_compiling() or self.spread_is_due)
+        selected_TK = selection.selected_TK
         count_(
             self.tally if training else self.eval_tally,
             ids_TK,
-            selection.selected_TK.detach(),
+            selected_TK.detach() if selected_TK.requires_grad else selected_TK,
             poison=self.poison if training else None,
             scores_TE=self.unbiased(selection.ranked_TE.detach()) if measures else None,
             valid_T=valid_T,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import cast
 
 import pytest
 import torch
@@ -147,11 +148,8 @@ class TestPlaces:
 
     @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own, while compiling
     def test_compiled_parts_are_seen_through(self):
-        block, router = (
-            torch.compile(Wild(), backend="eager"),
-            torch.compile(ForwardRouter(), backend="eager"),
-        )
-        model = nn.Sequential(block, WithRouter(router))
+        block = cast("nn.Module", torch.compile(Wild(), backend="eager"))
+        model = nn.Sequential(block, WithRouter(torch.compile(ForwardRouter(), backend="eager")))
         model(inputs())
         balanced = balance_(model)
         for site in balanced.values():
