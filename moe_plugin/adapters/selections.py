@@ -30,7 +30,9 @@ def as_one(seen: Sequence[Selection], use: Use, rounds: int) -> Selection:
 
 def _side_by_side(picks: Sequence[Selection]) -> Selection:
     selected_TK = torch.cat([pick.selected_TK for pick in picks], dim=-1)
-    return Selection(picks[0].ranked_TE, selected_TK, torch.cat([pick.expert_ids_TK for pick in picks], dim=-1))
+    return Selection(
+        picks[0].ranked_TE, selected_TK, torch.cat([pick.expert_ids_TK for pick in picks], dim=-1)
+    )
 
 
 def _below(parts: Sequence[Selection]) -> Selection:

@@ -80,7 +80,7 @@ class Surroundings:
         matrices = matrices or [
             tensor for part in self._parts() for tensor in _own(part) if tensor.dim() == 2
         ]
-        sizes = [size for tensor in matrices for size in reversed(tensor.shape)]
+        sizes = [size for tensor in matrices for size in reversed(tensor.shape) if size]
         return list(dict.fromkeys(sizes))[:4]
 
     def channels(self, kind: type[nn.Conv1d | nn.Conv2d]) -> list[int]:
