@@ -99,12 +99,17 @@ def _watched(module: Any, forward: Callable[..., Any], args: tuple, kwargs: dict
     compiling = torch.compiler.is_compiling()
     if not (site.proven or compiling):
         forward = _proving(site, forward)
-    if site.host_owns_bias and not compiling:
-        forward = _keeping(site, forward)
-    bias_E = None if site.host_owns_bias else site.bias_tensor
+    bias = site.bias_tensor
+    version = 0 if compiling else bias._version
     seen: list[Selection] = []
-    with Intercept(site, bias_E, seen, None if compiling else _refuse_to_be_recomputed):
+    bias_E, guard = (None, None) if site.host_owns_bias else (bias, _refuse_to_be_recomputed)
+    with Intercept(site, bias_E, seen, None if compiling else guard):
         output = forward(*args, **kwargs)
+    if not compiling and (bias._version != version or site.bias_tensor is not bias):
+        raise EffectError(
+            f"Router {site.name!r} moves its own {site.bias_name!r} in its forward, as balancing does between steps. "
+            "Switch the model's own balancing off, or leave the router out with 'sites'."
+        )
     site.record_(seen, output, training=module.training)
     return output
 
@@ -124,23 +129,6 @@ def _refuse_to_be_recomputed() -> None:
                 "selecting method and pass it in 'adapters', or leave it out with 'sites'."
             )
         frame = frame.f_back
-
-
-def _keeping(site: Site, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward, which must leave the host's own bias alone."""
-
-    def keeping(*args: Any, **kwargs: Any) -> Any:
-        bias = site.bias_tensor
-        version = bias._version
-        output = forward(*args, **kwargs)
-        if site.bias_tensor is not bias or bias._version != version:
-            raise EffectError(
-                f"Router {site.name!r} moves its own {site.bias_name!r} in its forward, as balancing does between "
-                "steps. Switch the model's own balancing off, or leave the router out with 'sites'."
-            )
-        return output
-
-    return keeping
 
 
 def _proving(site: Site, forward: Callable[..., Any]) -> Callable[..., Any]:
