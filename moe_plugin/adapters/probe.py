@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
 from moe_plugin.adapters.guesses import Input, others
@@ -89,6 +90,7 @@ def probes(
 def _run(module: nn.Module, host: nn.Module, make: Input, followed: Mapping[str, Tensor]) -> Seen | None:
     with _unchanged(host), _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
         _clear_hooks_(host)
+        _make_whole_(host)
         x = make()
         for rest in others(host, x):
             for answers in (_Answers(False), _Answers(True)):
@@ -136,6 +138,15 @@ def _clear_hooks_(root: nn.Module) -> None:
     for module in root.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             hooks.clear()
+
+
+def _make_whole_(root: nn.Module) -> None:
+    """Put fake tensors of full size in place of sharded parameters, which do not mix with the fake inputs."""
+    for module in root.modules():
+        for name, parameter in module._parameters.items():
+            if isinstance(parameter, DTensor):
+                whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+                module._parameters[name] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
 
 
 @contextmanager

@@ -134,7 +134,7 @@ class TestLoadAlarms:
 class TestSwing:
     @pytest.mark.parametrize(("rate", "swings"), [(0.5, True), (0.1, True), (0.01, False), (0.002, False)])
     def test_sign_rule_swings_with_a_rate_beyond_the_scores_only(self, rate, swings):
-        from moe_plugin.balancing.rules import Sign
+        from moe_plugin.balancing.rules import Load, Sign
 
         torch.manual_seed(0)
         bias_E, window = torch.zeros(8), LoadWindow({"site": 8})
@@ -142,7 +142,7 @@ class TestSwing:
             scores_TE = (torch.randn(512, 8) * 0.5 + torch.linspace(-0.2, 0.2, 8)).sigmoid()
             counts_E = (scores_TE + bias_E).topk(2).indices.flatten().bincount(minlength=8)
             window.add_({"site": counts_E})
-            bias_E += rate * Sign(rate=rate).direction(counts_E, {})
+            bias_E += Sign(rate=rate).step(Load(counts_E, bias_E), rate, {})
         (load,) = window.layer_loads().values()
         site = SiteHistory(8, 2, 200)
         site.add_(SiteWindow(50, load, 0.1))
