@@ -90,7 +90,8 @@ def probes(
 def _run(module: nn.Module, host: nn.Module, make: Input, followed: Mapping[str, Tensor]) -> Seen | None:
     with _unchanged(host), _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
         _clear_hooks_(host)
-        _make_whole_(host)
+        whole = _make_whole_(host)
+        followed = {name: whole.get(id(tensor), tensor) for name, tensor in followed.items()}
         x = make()
         for rest in others(host, x):
             for answers in (_Answers(False), _Answers(True)):
@@ -140,13 +141,20 @@ def _clear_hooks_(root: nn.Module) -> None:
             hooks.clear()
 
 
-def _make_whole_(root: nn.Module) -> None:
-    """Put fake tensors of full size in place of sharded parameters, which do not mix with the fake inputs."""
+def _make_whole_(root: nn.Module) -> dict[int, Tensor]:
+    """Put fake tensors of full size in place of sharded parameters, which do not mix with the fake inputs.
+
+    Returns:
+        The new parameters, by the ``id`` of those whose place they take.
+    """
+    whole: dict[int, Tensor] = {}
     for module in root.modules():
         for name, parameter in module._parameters.items():
             if isinstance(parameter, DTensor):
-                whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
-                module._parameters[name] = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+                full = torch.empty(parameter.shape, dtype=parameter.dtype, device=parameter.device)
+                made = nn.Parameter(full, requires_grad=parameter.requires_grad)
+                whole[id(parameter)] = module._parameters[name] = made
+    return whole
 
 
 @contextmanager
