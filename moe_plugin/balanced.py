@@ -235,10 +235,7 @@ class Balanced(Mapping[str, Site]):
         counts_E = counted.tally[: site.num_experts]
         rate = resolve_rate(rule, self._spread(site, counted.tally)) * factor
         memory = dict(self._states[site.name])
-        shares_E = None
-        if site.shares is not None:
-            shares_E = torch.tensor(site.shares, dtype=torch.float64, device=counts_E.device)
-        step_E = rule.step(Load(counts_E, site.bias, counted.gaps_EG, shares_E), rate, memory)
+        step_E = rule.step(Load(counts_E, site.bias, counted.gaps_EG, site.shares_E), rate, memory)
         moves = counts_E.sum() > 0
         site.bias.add_(step_E.where(moves, 0.0))
         self._remember_(site, memory, moves)

@@ -66,7 +66,7 @@ def check_solvable(sites: Mapping[str, Site]) -> None:
     Raises:
         ConfigError: If tokens use different numbers of experts at one of them.
     """
-    varying = [name for name, site in sites.items() if site.dynamic is not None or site.shares is not None]
+    varying = [name for name, site in sites.items() if site.dynamic is not None or site.shares_E is not None]
     if varying:
         raise ConfigError(
             f"Biases can be solved for only where every token uses as many experts, not at {varying}. Leave the "

@@ -25,6 +25,16 @@ class RoutedExperts:
     num_experts: int
     top_k: float
 
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of all of them."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Parameters that take part for one token."""
+        return int(self.num_parameters * self.top_k // self.num_experts)
+
 
 def find_routed_experts(model: nn.Module) -> list[RoutedExperts]:
     """Finds each `ModuleList` of experts, or module of stacked (E, ., .) weights, with a router beside it.

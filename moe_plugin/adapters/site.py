@@ -48,7 +48,7 @@ class Site:
         num_experts: E.
         top_k: K, the most experts of a token where their number varies.
         num_routed: Experts that compute something: the first ones, all of them in most models.
-        shares: The share of all selections that each expert should get; None for equal shares.
+        shares_E: The share of all selections that each expert should get; float64 (E,), None for equal shares.
         dynamic: The router itself, if it lets tokens use different numbers of experts at a held mean.
         budget_1G: How far selected experts of a dynamic router were from being left out; int64.
         kind: The kind of call that selects, or 'adapter'.
@@ -85,7 +85,9 @@ class Site:
         self.num_experts = num_experts
         self.top_k = top_k
         self.num_routed = router.num_routed if isinstance(router, ZeroExpertRouter) else num_experts
-        self.shares = router.load_shares_E if isinstance(router, ZeroExpertRouter) else None
+        self.shares_E: Tensor | None = None
+        if isinstance(router, ZeroExpertRouter):
+            self.shares_E = torch.tensor(router.load_shares_E, dtype=torch.float64)
         self.dynamic = router if isinstance(router, DynamicRouter) else None
         self.budget_1G = None if self.dynamic is None else new_budget()
         self.kind = kind
@@ -226,3 +228,4 @@ class Site:
             self.poison = self.poison.to(device)
             self.gaps_EG = None if self.gaps_EG is None else self.gaps_EG.to(device)
             self.budget_1G = None if self.budget_1G is None else self.budget_1G.to(device)
+            self.shares_E = None if self.shares_E is None else self.shares_E.to(device)

@@ -102,7 +102,7 @@ def _count(
 ) -> None:
     if training and not is_training_forward(grad_enabled):
         return
-    ids_N = expert_ids_TK.view(-1) if expert_ids_TK.is_contiguous() else expert_ids_TK.reshape(-1)
+    ids_N = expert_ids_TK.reshape(-1)
     if valid_T is None and used_TK is None:
         tally.scatter_add_(0, ids_N, _ones(ids_N.shape[0], tally.device))
     else:

@@ -43,9 +43,8 @@ def active_parameters(model: torch.nn.Module) -> ActiveParameters | None:
         return None
     if not experts:
         return None
-    sizes = [(sum(p.numel() for p in each.module.parameters()), each) for each in experts]
-    routed = sum(int(size * each.top_k // each.num_experts) for size, each in sizes)
-    return ActiveParameters(total, total - sum(size for size, _ in sizes) + routed, routed)
+    routed = sum(each.num_active_parameters for each in experts)
+    return ActiveParameters(total, total - sum(each.num_parameters for each in experts) + routed, routed)
 
 
 def run_card(trainer: Trainer, pl_module: LightningModule, balanced: Balanced) -> str:

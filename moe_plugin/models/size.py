@@ -102,11 +102,11 @@ def measure(model: nn.Module, *, context_length: int | None = None, num_devices:
     attention = attention_flops(model, length)
     return ModelSize(
         total_parameters=total,
-        active_parameters=total - sum(_idle_parameters(e.module, e.top_k, e.num_experts) for e in routed),
+        active_parameters=total - sum(e.num_parameters - e.num_active_parameters for e in routed),
         embedding_parameters=sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Embedding)),
         forward_flops_per_token=matmul_flops(model, routed) + attention,
         attention_flops_per_token=attention,
-        expert_flops=sum(2 * _numel(e.module) // e.num_experts for e in routed),
+        expert_flops=sum(2 * e.num_parameters // e.num_experts for e in routed),
         experts_per_token=fmean(e.top_k for e in routed) if routed else None,
         context_length=length,
         memory=_memory_by_strategy(model, num_devices),
@@ -148,15 +148,6 @@ def size_table(size: ModelSize) -> Table:
 def print_size_table(size: ModelSize) -> None:
     """Prints `size_table` on the terminal."""
     Console().print(size_table(size))
-
-
-def _idle_parameters(experts: nn.Module, top_k: float, num_experts: int) -> int:
-    numel = _numel(experts)
-    return numel - int(numel * top_k // num_experts)
-
-
-def _numel(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 def _memory_by_strategy(model: nn.Module, num_devices: int) -> tuple[StrategyMemory, ...]:
