@@ -12,7 +12,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "moe_plugin"
 
-PURE = {"errors", "types"}
+PURE = {"errors", "types", "check"}
 TENSORS = {"routing", "balancing", "metrics", "losses"}
 ATTACHED = {
     "experts",
@@ -31,6 +31,7 @@ CALLBACKS = PURE | TENSORS | ATTACHED | {"plots", "callbacks"}
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "types": set(),
+    "check": {"errors"},
     **{part: PURE for part in TENSORS},
     "experts": PURE | {"routing"},
     "adapters": PURE | {"routing", "balancing"},

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_plugin.errors import ConfigError
+from moe_plugin.check import check_positive_integers
 from moe_plugin.experts.dispatch import combine, plan_dispatch
 from moe_plugin.experts.matmul import expert_matmul
 from moe_plugin.types import Routing
@@ -37,9 +37,7 @@ class GroupedExperts(nn.Module):
             ConfigError: A size is not positive.
         """
         super().__init__()
-        for name, value in (("num_experts", num_experts), ("dim", dim), ("hidden_dim", hidden_dim)):
-            if value < 1:
-                raise ConfigError(f"'{name}' must be a positive integer, got {value}.")
+        check_positive_integers(num_experts=num_experts, dim=dim, hidden_dim=hidden_dim)
         self.num_experts = num_experts
         self.residual_gain = residual_gain
         self.gate_up = nn.Parameter(torch.empty(num_experts, dim, 2 * hidden_dim))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moe_plugin.check import check_positive_integers
 from moe_plugin.errors import ConfigError
 
 
@@ -29,9 +30,7 @@ class ExpertShape:
         Raises:
             ConfigError: A number is out of range.
         """
-        for name in ("num_experts", "top_k", "hidden_dim"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"'{name}' must be a positive integer, got {getattr(self, name)}.")
+        check_positive_integers(num_experts=self.num_experts, top_k=self.top_k, hidden_dim=self.hidden_dim)
         if self.num_shared < 0:
             raise ConfigError(f"'num_shared' must be >= 0, got {self.num_shared}.")
         if self.top_k > self.num_experts:

@@ -16,6 +16,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import functional
 from torch.optim import Optimizer
 
+from moe_plugin.check import check_positive_integers
 from moe_plugin.errors import ConfigError
 from moe_plugin.experts import ExpertChoiceBlock, ExpertShape, GroupedExperts, MoEBlock, SwiGLU, ZeroExperts
 from moe_plugin.losses import AuxiliaryLoss
@@ -199,7 +200,7 @@ class LanguageModel(TokenModel):
             )
         if dense_hidden_dim is None:
             dense_hidden_dim = (experts.top_k + experts.num_shared) * experts.hidden_dim
-        _validate_sizes(
+        check_positive_integers(
             dense_hidden_dim=dense_hidden_dim,
             vocab_size=vocab_size,
             context_length=context_length,
@@ -245,12 +246,6 @@ def moe_block(
     if isinstance(gate, ZeroExpertRouter):
         zero_experts = ZeroExperts(experts.num_experts, dim, gate.zero_experts)
     return MoEBlock(gate, grouped, shared, zero_experts)
-
-
-def _validate_sizes(**sizes: int) -> None:
-    for name, value in sizes.items():
-        if value < 1:
-            raise ConfigError(f"'{name}' must be a positive integer, got {value}.")
 
 
 def _validate_choices(num_layers: int, num_dense: int, activation_checkpointing: str | None) -> None:

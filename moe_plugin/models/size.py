@@ -13,7 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from moe_plugin.adapters.routed_experts import find_routed_experts
-from moe_plugin.errors import ConfigError
+from moe_plugin.check import check_positive_integers
 from moe_plugin.models.flops import attention_flops, matmul_flops
 
 _ADAM_BYTES = 8  # Two moments in fp32.
@@ -94,9 +94,7 @@ def measure(model: nn.Module, *, context_length: int | None = None, num_devices:
         ConfigError: A number is not positive, or routed experts have no top_k beside them.
     """
     length = int(context_length or getattr(model, "context_length", 4096))
-    for name, value in (("context_length", length), ("num_devices", num_devices)):
-        if value < 1:
-            raise ConfigError(f"'{name}' must be a positive integer, got {value}.")
+    check_positive_integers(context_length=length, num_devices=num_devices)
     routed = find_routed_experts(model)
     total = sum(parameter.numel() for parameter in model.parameters())
     attention = attention_flops(model, length)

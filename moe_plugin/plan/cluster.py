@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from moe_plugin.check import check_positive_integers
 from moe_plugin.errors import ConfigError
 
 
@@ -37,8 +38,7 @@ class Hardware:
         Raises:
             ConfigError: A number is out of range.
         """
-        if self.devices_per_node < 1:
-            raise ConfigError(f"'devices_per_node' must be a positive integer, got {self.devices_per_node}.")
+        check_positive_integers(devices_per_node=self.devices_per_node)
         for name in ("memory_gib", "peak_tflops", "intra_node_gb_s", "inter_node_gb_s"):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"'{name}' must be > 0, got {getattr(self, name)}.")
@@ -92,8 +92,7 @@ class Cluster:
             ConfigError: There is no node, or the ranks do not divide into groups of `expert_parallel`, or such a
                 group begins in the middle of a node.
         """
-        if self.nodes < 1:
-            raise ConfigError(f"'nodes' must be a positive integer, got {self.nodes}.")
+        check_positive_integers(nodes=self.nodes)
         per_node = self.hardware.devices_per_node
         if self.expert_parallel < 1 or self.ranks % self.expert_parallel:
             raise ConfigError(

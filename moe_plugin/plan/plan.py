@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from moe_plugin.errors import ConfigError
+from moe_plugin.check import check_positive_integers
 from moe_plugin.models.size import measure
 from moe_plugin.plan.cluster import Cluster
 from moe_plugin.plan.exchange import RowExchange, row_exchange
@@ -44,9 +44,7 @@ class Workload:
         Raises:
             ConfigError: A number is not positive.
         """
-        for name in ("micro_batch", "sequence_length"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"'{name}' must be a positive integer, got {getattr(self, name)}.")
+        check_positive_integers(micro_batch=self.micro_batch, sequence_length=self.sequence_length)
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from moe_plugin.check import check_positive_integers
 from moe_plugin.errors import ConfigError
 from moe_plugin.routing.rankings.ranking import Ranking
 from moe_plugin.routing.scores import Score
@@ -145,9 +146,7 @@ class Router(nn.Module):
 
 
 def _validate_sizes(dim: int, num_experts: int, top_k: int, scale: float) -> None:
-    for name, value in (("dim", dim), ("num_experts", num_experts), ("top_k", top_k)):
-        if value < 1:
-            raise ConfigError(f"'{name}' must be a positive integer, got {value}.")
+    check_positive_integers(dim=dim, num_experts=num_experts, top_k=top_k)
     if top_k > num_experts:
         raise ConfigError(f"'top_k' must be <= num_experts ({num_experts}), got {top_k}.")
     if not scale > 0:

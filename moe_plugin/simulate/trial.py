@@ -14,6 +14,7 @@ from torch import Tensor
 from moe_plugin.balancing.gaps import count_gaps_, gaps_of, new_gaps
 from moe_plugin.balancing.rate import resolve_rate
 from moe_plugin.balancing.rules import Load, Rule
+from moe_plugin.check import check_positive_integers
 from moe_plugin.errors import ConfigError
 from moe_plugin.metrics import max_violation
 from moe_plugin.routing import Score
@@ -57,9 +58,9 @@ class Setting:
         Raises:
             ConfigError: If one is out of range.
         """
-        for name in ("num_experts", "top_k", "tokens", "steps"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name!r} must be a positive integer, got {getattr(self, name)}.")
+        check_positive_integers(
+            num_experts=self.num_experts, top_k=self.top_k, tokens=self.tokens, steps=self.steps
+        )
         if self.top_k >= self.num_experts:
             raise ConfigError(f"'top_k' must be < num_experts ({self.num_experts}), got {self.top_k}.")
 

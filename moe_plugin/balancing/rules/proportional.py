@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moe_plugin.balancing.check import check_positive
 from moe_plugin.balancing.rate import check_rate
 from moe_plugin.balancing.rules.load import Load, centred
 from moe_plugin.balancing.rules.rule import Memory
+from moe_plugin.check import check_positive
 
 
 @dataclass(frozen=True)

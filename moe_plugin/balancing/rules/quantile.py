@@ -10,10 +10,10 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from moe_plugin.balancing.check import check_fraction
 from moe_plugin.balancing.gaps import balanced_gap
 from moe_plugin.balancing.rules.load import Load, centred
 from moe_plugin.balancing.rules.rule import Memory
+from moe_plugin.check import check_fraction
 
 
 @dataclass(frozen=True)

@@ -7,6 +7,17 @@ import math
 from moe_plugin.errors import ConfigError
 
 
+def check_positive_integers(**numbers: int) -> None:
+    """Check numbers by name.
+
+    Raises:
+        ConfigError: One is smaller than 1.
+    """
+    for name, value in numbers.items():
+        if value < 1:
+            raise ConfigError(f"'{name}' must be a positive integer, got {value}.")
+
+
 def check_positive(name: str, value: object, allowed: str = "a number > 0") -> None:
     """Check a number.
 
