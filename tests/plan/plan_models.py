@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.profiler import ProfilerActivity, profile
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from moe_plugin.experts import ExpertShape
 from moe_plugin.models import LanguageModel
@@ -42,9 +44,19 @@ def cluster_of(nodes: int, devices_per_node: int, expert_parallel: int = 1) -> C
     return Cluster(hardware, nodes, expert_parallel)
 
 
+class _AwaitCollectives(TorchDispatchMode):
+    """Gives gloo's threads time to let go of their tensors: the profiler does not see what they free last."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func.namespace == "c10d":
+            time.sleep(0.01)
+        return result
+
+
 def real_bytes(run: Callable[[], object]) -> tuple[int, int]:
     """What the allocator gave out during a run, as torch's profiler saw it: at most, and still at the end."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, _AwaitCollectives():
         kept = run()
     del kept
     assert profiler.profiler is not None
