@@ -31,10 +31,8 @@ picture: $(VENV)/.base ## docs/load.png from the runs of make compare
 	  "auxiliary loss 0.01=runs/compare/aux_loss_0.01/seed_0" "loss-free=runs/compare/loss_free/seed_0" \
 	  --out docs/load.png
 
-bench: $(VENV)/.base ## what balancing costs: a training step, and a single router call
-	$(BIN)/python benchmarks/overhead.py
-	$(BIN)/python benchmarks/attach.py
-	$(BIN)/python benchmarks/monitor.py
+bench: $(VENV)/.dev ## speed of everything, as ratios to named peers; CASES="router layer" for some
+	$(BIN)/python -m benchmarks $(CASES)
 
 test: $(VENV)/.dev ## the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"

@@ -1,35 +1,48 @@
 """What LoadMonitor costs at its defaults: its share of a training of the tiny model, and megabytes of events.
 
-Time: process seconds inside the hooks of training and the looks at routers, over those of the whole fit, with pictures.
-Size: the event file of 60 layers x 256 experts over 200 windows, which is 10,000 steps at the default of 50 a window;
-the skew of the load changes from window to window, as a long run's does.
-
-    python benchmarks/monitor.py [--steps 100] [--skip-size]
+Time: process seconds inside the hooks of training and the looks at routers, over those of the rest of the fit, with
+pictures. Size: the event file of 60 layers x 256 experts over 200 windows, which is 10,000 steps at the default of 50 a
+window; the skew of the load changes from window to window, as a long run's does.
 """
 
 from __future__ import annotations
 
-import argparse
-import json
 import tempfile
 import time
-import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from overhead import LENGTH, VOCABULARY, tiny_model  # pyright: ignore[reportMissingImports] (beside this file)
 from torch.utils.data import DataLoader
 
+from benchmarks.models import random_tokens, tiny_model
+from benchmarks.row import Row
 from moe_plugin import LoadMonitor, LossFreeBalancing
 from moe_plugin.callbacks.router_sample import RouterSample
 from moe_plugin.experts import GroupedExperts, MoEBlock
 from moe_plugin.routing import Router, Sigmoid
 
 LAYERS, EXPERTS, WINDOWS = 60, 256, 200
+
+
+def rows(steps: int = 300, batch: int = 16, size: int = 1) -> Iterator[Row]:
+    """The share of `steps` of `batch` sequences; `size=0` leaves the events of the large model out."""
+    seconds, monitor_seconds = share_of_time(steps, batch)
+    yield Row(
+        f"monitoring, {steps} steps of tiny",
+        100 * monitor_seconds / (seconds - monitor_seconds),
+        "the rest of the fit",
+        unit="%",
+        goal=0.5,
+        milliseconds=1e3 * seconds / steps,
+    )
+    if size:
+        yield Row(
+            f"events, {LAYERS} x {EXPERTS}, {WINDOWS} windows", megabytes(), "nothing", unit="MB", goal=10.0
+        )
 
 
 class Deep(lightning.LightningModule):
@@ -84,18 +97,16 @@ def timed(function: Callable, total: list[float]) -> Callable:
     return call
 
 
-def share_of_time(steps: int, batch: int) -> dict[str, float]:
-    """The monitor's share of a training of the tiny model."""
+def share_of_time(steps: int, batch: int) -> tuple[float, float]:
+    """Process seconds of a training of the tiny model, and of the monitor in it."""
     total = [0.0]
     monitor = LoadMonitor()
     for name in ("on_train_start", "on_train_batch_start", "on_train_batch_end", "on_train_end"):
         setattr(monitor, name, timed(getattr(monitor, name), total))
     RouterSample._look = timed(RouterSample._look, total)
-    tokens = torch.randint(0, VOCABULARY, (steps * batch, LENGTH + 1))
-    data = DataLoader([{"tokens": row} for row in tokens], batch_size=batch)  # pyright: ignore
+    data = DataLoader([{"tokens": row} for row in random_tokens(steps * batch)], batch_size=batch)  # pyright: ignore
     with tempfile.TemporaryDirectory() as folder:
-        seconds = fit(tiny_model(), data, folder, monitor, steps)
-    return {"step_ms": 1e3 * seconds / steps, "monitor_share": total[0] / seconds}
+        return fit(tiny_model(), data, folder, monitor, steps), total[0]
 
 
 def megabytes() -> float:
@@ -105,22 +116,3 @@ def megabytes() -> float:
     with tempfile.TemporaryDirectory() as folder:
         fit(Deep(), data, folder, LoadMonitor(every_n_steps=1), WINDOWS)
         return sum(path.stat().st_size for path in Path(folder).rglob("events*")) / 1e6
-
-
-def main() -> None:
-    """Prints one line of JSON."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--steps", type=int, default=100)
-    parser.add_argument("--batch", type=int, default=8, help="sequences of 256 tokens")
-    parser.add_argument("--skip-size", action="store_true")
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    result = share_of_time(options.steps, options.batch)
-    if not options.skip_size:
-        result["events_mb"] = megabytes()
-    print(json.dumps({key: round(value, 4) for key, value in result.items()} | vars(options)))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,0 +1,82 @@
+"""Fair timing on a shared machine: sides take turns in shuffled order, and only times of one round are compared."""
+
+from __future__ import annotations
+
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks.row import Row
+
+
+@dataclass(frozen=True)
+class Turns:
+    """Seconds of every call, by side; equal indices are of one round."""
+
+    seconds: Mapping[str, list[float]]
+
+    def milliseconds(self, side: str) -> float:
+        """Median time of a call."""
+        return 1e3 * statistics.median(self.seconds[side])
+
+    def extra_microseconds(self, side: str, peer: str) -> float:
+        """Median over rounds of what a side takes more than its peer."""
+        return 1e6 * statistics.median(self._pairs(lambda one, other: one - other, side, peer))
+
+    def ratio(self, side: str, peer: str) -> tuple[float, float, float]:
+        """Quartiles over rounds of a side's time over its peer's: first, median, third."""
+        low, median, high = statistics.quantiles(self._pairs(lambda a, b: a / b, side, peer), n=4)
+        return low, median, high
+
+    def row(self, name: str, side: str, peer: str, **more: Any) -> Row:
+        """The ratio as a row; `more` are other fields of `Row`."""
+        low, median, high = self.ratio(side, peer)
+        milliseconds = self.milliseconds(side)
+        return Row(name, median, peer, low=low, high=high, milliseconds=milliseconds, **more)
+
+    def _pairs(self, compare: Callable[[float, float], float], side: str, peer: str) -> list[float]:
+        pairs = zip(self.seconds[side], self.seconds[peer], strict=True)
+        return [compare(one, other) for one, other in pairs]
+
+
+def take_turns(
+    sides: Mapping[str, Callable[[Any], Any]],
+    rounds: int,
+    *,
+    fresh: Callable[[], Any] = lambda: None,
+    before: Callable[[], object] = lambda: None,
+    agree: Callable[[Mapping[str, Any]], bool] = lambda results: True,
+    warm_up: int = 3,
+    clock: Callable[[], float] = time.process_time,
+) -> Turns:
+    """Times each side once per round.
+
+    Process time leaves out what other processes do with the core; it counts all threads of this one together.
+
+    Args:
+        sides: What to time, by name; each is called with what `fresh` returned in its round.
+        rounds: Rounds that count.
+        fresh: Makes the input of a round, untimed.
+        before: Called before each side, untimed.
+        agree: Whether the results of a round, by side, are equal enough for their times to be compared.
+        warm_up: Rounds before, which do not count.
+        clock: Seconds.
+
+    Raises:
+        ValueError: The sides disagree.
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for turn in range(warm_up + rounds):
+        given, results = fresh(), {}
+        for name in random.sample(list(sides), len(sides)):
+            before()
+            begin = clock()
+            results[name] = sides[name](given)
+            if turn >= warm_up:
+                seconds[name].append(clock() - begin)
+        if not agree(results):
+            raise ValueError(f"The sides {list(sides)} must agree before they are timed, got {results}.")
+    return Turns(seconds)
