@@ -16,6 +16,14 @@ def allowed_groups_reference(biased_E: list[float], num_groups: int, top_k_group
     return set(order[:top_k_groups])
 
 
+def limit_by_sorting(biased_TE: torch.Tensor, num_groups: int, top_k_groups: int) -> torch.Tensor:
+    """`limit_to_groups` with the two best of each group found by `topk`."""
+    grouped_TGM = biased_TE.unflatten(-1, (num_groups, -1))
+    groups = grouped_TGM.topk(2, dim=-1).values.sum(-1).topk(top_k_groups, dim=-1, sorted=False).indices
+    inside_TG = torch.zeros(grouped_TGM.shape[:-1], dtype=torch.bool).scatter(-1, groups, True)
+    return grouped_TGM.masked_fill(~inside_TG.unsqueeze(-1), -torch.inf).flatten(-2)
+
+
 class TestSelectTopK:
     @settings(max_examples=30, deadline=None)
     @given(seed=st.integers(0, 2**31), top_k=st.integers(1, 8))
@@ -60,6 +68,27 @@ class TestLimitToGroups:
             for expert in range(num_groups * size):
                 kept = biased_TE[token, expert] if expert // size in chosen else -torch.inf
                 assert limited_TE[token, expert] == kept
+
+    @settings(max_examples=60, deadline=None)
+    @given(
+        seed=st.integers(0, 2**31),
+        num_groups=st.sampled_from([2, 4, 8]),
+        size=st.integers(2, 9),
+        levels=st.sampled_from([2, 5, 2**20]),
+        special=st.sampled_from([None, torch.nan, torch.inf, -torch.inf]),
+        data=st.data(),
+    )
+    def test_any_scores_equal_sorting_bit_for_bit(self, seed, num_groups, size, levels, special, data):
+        top_k_groups = data.draw(st.integers(1, num_groups))
+        generator = torch.Generator().manual_seed(seed)
+        # Few levels make many ties; thirds make sums that round.
+        biased_TE = torch.randint(-levels, levels, (6, num_groups * size), generator=generator) / 3
+        if special is not None:
+            biased_TE[torch.rand(biased_TE.shape, generator=generator) < 0.1] = special
+        expected_TE = limit_by_sorting(biased_TE, num_groups, top_k_groups)
+        limited_TE = limit_to_groups(biased_TE, num_groups, top_k_groups)
+        assert torch.equal(limited_TE.view(torch.int32), expected_TE.view(torch.int32))
+        assert torch.equal(select_top_k(limited_TE, 2), select_top_k(expected_TE, 2))
 
     def test_best_tied_within_a_group_counts_twice(self):
         # Sums of two best: 2.0 and 1.9. Counting a tied best once would make it 1.0 + 0.0.
