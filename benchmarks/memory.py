@@ -1,20 +1,26 @@
-"""Memory of this process, as Linux counts it."""
+"""Memory of this process."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import accumulate
 from pathlib import Path
+from typing import Any
+
+from torch.profiler import ProfilerActivity, profile
 
 
 def resident(field: str) -> int:
-    """Bytes of this process: `VmRSS` now, `VmHWM` at most so far."""
+    """Bytes of this process, as Linux counts them: `VmRSS` now, `VmHWM` at most so far."""
     status = Path("/proc/self/status").read_text()
     return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
 
 
 def peak_mib(action: Callable[[], object]) -> float:
-    """The most that an action had resident at once beyond what was resident before it, in MiB."""
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    before = resident("VmRSS")
-    action()
-    return (resident("VmHWM") - before) / 2**20
+    """The most that tensors held at once during an action beyond what they held before it, in MiB."""
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        action()
+    results: Any = recorded.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
+    changes = [event for event in results.events() if event.name() == "[memory]"]
+    changes.sort(key=lambda event: event.start_ns())
+    return max(accumulate((event.nbytes() for event in changes), initial=0)) / 2**20

@@ -1,0 +1,107 @@
+"""A whole training step of the small model beside the same model built from transformers' Qwen3-MoE.
+
+Same weights, parameters, operations, batches, optimizer (fused AdamW) and clipping; equal losses are checked in every
+round. transformers computes experts by `eager` and `grouped_mm`, and the faster one is the peer. `batched_mm` is left
+out: it copies an expert's weights for every token, 1.6 GB a layer here. Precisions: fp32, bf16 by autocast over fp32
+weights, and bf16 weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import nullcontext
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from benchmarks.memory import peak_mib
+from benchmarks.models import random_tokens, small_model
+from benchmarks.qwen3 import as_qwen3
+from benchmarks.row import Row
+from benchmarks.turns import take_turns
+from moe_plugin.models import AdamWWarmupCosine, LanguageModel
+from moe_plugin.routing import Router, SoftmaxBeforeTopK
+
+IMPLEMENTATIONS = ("eager", "grouped_mm")
+PRECISIONS = ("fp32", "bf16 autocast", "bf16 weights")
+TOLERANCE = {"fp32": 1e-4, "bf16 autocast": 0.02, "bf16 weights": 0.02}
+Step = Callable[[Tensor], float]
+
+
+def rows(rounds: int = 8, batch: int = 4, growth_rounds: int = 4) -> Iterator[Row]:
+    """Our step over the peer's in each precision, then by number of layers; `batch` is sequences of 256 tokens."""
+    for precision in PRECISIONS:
+        yield beside_transformers(precision, rounds, batch)
+    yield from by_layers(growth_rounds, batch)
+
+
+def beside_transformers(precision: str, rounds: int, batch: int) -> Row:
+    """The step in one precision."""
+    ours = softmax_model()
+    sides = {"ours": training_step(ours, lambda tokens: ours(tokens), precision)}
+    for implementation in IMPLEMENTATIONS:
+        peer = as_qwen3(softmax_model(), implementation)
+        sides[implementation] = training_step(peer, partial(logits_of, peer), precision)
+    agree = partial(are_close, tolerance=TOLERANCE[precision])
+    turns = take_turns(sides, rounds, fresh=lambda: random_tokens(batch), agree=agree, warm_up=2)
+    best = min(IMPLEMENTATIONS, key=turns.milliseconds)
+    tokens = random_tokens(batch)
+    memory = {name: peak_mib(partial(sides[name], tokens)) for name in ("ours", best)}
+    return turns.row(
+        f"step of small, {precision}",
+        "ours",
+        best,
+        goal=0.75 if precision.startswith("bf16") else None,
+        memory_mib=memory["ours"],
+        note=f"transformers, best of {' and '.join(IMPLEMENTATIONS)}; {memory[best]:.0f} MiB",
+    )
+
+
+def by_layers(rounds: int, batch: int) -> Iterator[Row]:
+    """What one more layer costs in a deep model over what it costs in a shallow one."""
+    models = {layers: softmax_model(num_layers=layers, num_dense=0) for layers in (2, 4, 8, 16)}
+    sides = {str(n): training_step(model, model.forward, "fp32") for n, model in models.items()}
+    turns = take_turns(sides, rounds, fresh=lambda: random_tokens(batch), warm_up=1)
+    for layers in (4, 8, 16):
+        low, median, high = turns.ratio(str(layers), str(layers // 2))
+        note = "half as many layers; 2 would be linear without embedding and head"
+        yield Row(
+            f"{layers} layers, fp32", median, f"{layers // 2} layers", low=low, high=high, goal=2.1, note=note
+        )
+
+
+def softmax_model(**changes: int) -> LanguageModel:
+    """The small model with the router of Qwen3."""
+    return small_model(router=partial(Router, score=SoftmaxBeforeTopK(), normalize=True), **changes)
+
+
+def training_step(model: nn.Module, logits: Callable[[Tensor], Tensor], precision: str) -> Step:
+    """A whole optimizer step."""
+    if precision == "bf16 weights":
+        model.bfloat16()
+    # So slow that rounding does not part the sides over the rounds.
+    optimizer = AdamWWarmupCosine(learning_rate=1e-6).optimizer(model.parameters(), fused=True)
+
+    def step(tokens: Tensor) -> float:
+        with torch.autocast("cpu", torch.bfloat16) if precision == "bf16 autocast" else nullcontext():
+            logits_BSV = logits(tokens[:, :-1])
+        loss = functional.cross_entropy(logits_BSV.flatten(0, 1).float(), tokens[:, 1:].flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss.item()
+
+    return step
+
+
+def logits_of(peer: nn.Module, tokens_BS: Tensor) -> Tensor:
+    """The logits of a model of transformers."""
+    return peer(input_ids=tokens_BS).logits
+
+
+def are_close(losses: Mapping[str, float], tolerance: float) -> bool:
+    """Whether all sides train the same function."""
+    return max(losses.values()) - min(losses.values()) < tolerance
