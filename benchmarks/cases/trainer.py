@@ -25,6 +25,7 @@ INSIDE_THE_STEP = (
     "on_after_backward",
     "on_before_optimizer_step",
 )
+AROUND_THE_STEP = ("on_train_batch_start", "on_train_batch_end")
 
 
 class ProcessTime(Profiler):
@@ -55,12 +56,8 @@ def rows(steps: int = 60, batch: int = 8) -> Iterator[Row]:
     seconds = profiled(steps, batch)
     total = seconds["run_training_epoch"]
     data = sum_of(seconds, "train_dataloader_next") + sum_of(seconds, "batch_to_device")
-    callbacks = sum(value for name, value in seconds.items() if name.startswith("[Callback]"))
-    nested = sum(
-        value
-        for name, value in seconds.items()
-        if name.startswith("[Callback]") and name.endswith(INSIDE_THE_STEP)
-    )
+    nested = sum_of_callbacks(seconds, INSIDE_THE_STEP)
+    callbacks = nested + sum_of_callbacks(seconds, AROUND_THE_STEP)
     model = sum_of(seconds, "optimizer_step") - nested
     milliseconds = 1e3 * total / steps
     parts = {
@@ -104,3 +101,10 @@ def profiled(steps: int, batch: int) -> Mapping[str, float]:
 def sum_of(seconds: Mapping[str, float], ending: str) -> float:
     """Seconds of the actions whose names end so."""
     return sum(value for name, value in seconds.items() if name.endswith(ending))
+
+
+def sum_of_callbacks(seconds: Mapping[str, float], hooks: tuple[str, ...]) -> float:
+    """Seconds of all callbacks in these hooks."""
+    return sum(
+        value for name, value in seconds.items() if name.startswith("[Callback]") and name.endswith(hooks)
+    )
