@@ -12,6 +12,7 @@ from moe_plugin.errors import ConfigError
 from moe_plugin.launch.compose import conf_dir
 
 KEYS = {"experiment", "seeds", "reference", "arms"}
+OPTIONAL_KEYS = {"fewer_seeds"}
 
 
 @dataclass(frozen=True)
@@ -70,11 +71,13 @@ def read_study(name: str) -> Study:
         known = ", ".join(sorted(file.stem for file in study_folder().glob("*.yaml")))
         raise ConfigError(f"'study' must be one of {known}, or a YAML file; got {name!r}.")
     read = OmegaConf.to_container(OmegaConf.load(path))
-    if not isinstance(read, dict) or set(read) != KEYS or not isinstance(read["arms"], dict):
+    if not isinstance(read, dict) or set(read) - OPTIONAL_KEYS != KEYS or not isinstance(read["arms"], dict):
         raise ConfigError(f"A study must have the keys {', '.join(sorted(KEYS))}, and 'arms' by name; see {path}.")
-    if read["reference"] not in read["arms"]:
-        raise ConfigError(
-            f"'reference' must be one of the arms {', '.join(read['arms'])}, got {read['reference']!r} in {path}."
-        )
-    arms = tuple(Arm(arm, tuple(overrides), read["seeds"]) for arm, overrides in read["arms"].items())
+    fewer = read.get("fewer_seeds", {})
+    for key, names in (("reference", {read["reference"]}), ("fewer_seeds", set(fewer))):
+        if unknown := sorted(names - set(read["arms"])):
+            raise ConfigError(f"'{key}' must name arms ({', '.join(read['arms'])}), got {unknown[0]!r} in {path}.")
+    arms = tuple(
+        Arm(name, tuple(overrides), fewer.get(name, read["seeds"])) for name, overrides in read["arms"].items()
+    )
     return Study(path.stem, read["experiment"], read["reference"], arms)
