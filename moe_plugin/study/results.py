@@ -12,6 +12,9 @@ from moe_plugin.study.plan import Study
 from moe_plugin.study.run import COMMIT_FILE, is_finished
 
 
+TYPES = {"str": str, "int": int, "float": float}
+
+
 @dataclass(frozen=True)
 class Result:
     """One run; see `RunSummary` for the measures.
@@ -69,3 +72,21 @@ def write_csv(results: Iterable[Result], path: Path) -> None:
         writer.writerow([field.name for field in fields(Result)])
         for result in results:
             writer.writerow([f"{v:.6g}" if isinstance(v, float) else v for v in asdict(result).values()])
+
+
+def read_csv(path: Path) -> dict[str, list[Result]]:
+    """The rows of `write_csv` by study."""
+    studies: dict[str, list[Result]] = {}
+    with path.open(newline="") as file:
+        for row in csv.DictReader(file):
+            result = Result(**{field.name: TYPES[str(field.type)](row[field.name]) for field in fields(Result)})
+            studies.setdefault(result.study, []).append(result)
+    return studies
+
+
+def by_arm(results: Iterable[Result]) -> dict[str, dict[int, Result]]:
+    """The runs of each arm by seed."""
+    arms: dict[str, dict[int, Result]] = {}
+    for result in results:
+        arms.setdefault(result.arm, {})[result.seed] = result
+    return arms

@@ -1,0 +1,18 @@
+"""Mean and standard deviation over seeds."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import mean, stdev
+
+
+def spread(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
+    """Mean and standard deviation as text; the mean alone where there is one value.
+
+    Args:
+        values: One per seed.
+        digits: After the point.
+        sign: "+" writes it before positive numbers too.
+    """
+    deviation = f" ± {stdev(values):.{digits}f}" if len(values) > 1 else ""
+    return f"{mean(values):{sign}.{digits}f}{deviation}"
