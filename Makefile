@@ -24,11 +24,12 @@ demo: $(VENV)/.base ## train the demo; says at the end where to look
 	$(BIN)/moe-train experiment=demo
 
 compare: $(VENV)/.base ## loss-free against auxiliary loss and none, three seeds each
-	$(BIN)/python -m moe_plugin.compare
+	$(BIN)/moe-study demo --csv runs/study/demo/comparison.csv
+	$(BIN)/python -m moe_plugin.study.table runs/study/demo/comparison.csv
 
 picture: $(VENV)/.base ## docs/load.png from the runs of make compare
-	$(BIN)/python -m moe_plugin.plots "no balancing=runs/compare/none/seed_0" \
-	  "auxiliary loss 0.01=runs/compare/aux_loss_0.01/seed_0" "loss-free=runs/compare/loss_free/seed_0" \
+	$(BIN)/python -m moe_plugin.plots "no balancing=runs/study/demo/none/seed_0" \
+	  "auxiliary loss 0.01=runs/study/demo/aux_loss_0.01/seed_0" "loss-free=runs/study/demo/loss_free/seed_0" \
 	  --out docs/load.png
 
 bench: $(VENV)/.dev ## speed of everything, as ratios to named peers; CASES="router layer" for some

@@ -47,7 +47,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "__init__": CALLBACKS - {"plots"},
 }
 APPLICATION = {
-    *("models", "data", "train", "evaluate", "report", "launch", "compare", "conf", "inspection", "plan"),
+    *("models", "data", "train", "evaluate", "report", "launch", "study", "conf", "inspection", "plan"),
     "simulate",
 }
 

@@ -42,7 +42,9 @@ def parser() -> argparse.ArgumentParser:
     words.add_argument("studies", nargs="+", help="options of conf/study, or YAML files like them")
     words.add_argument("--folder", type=Path, default=Path("runs/study"), help="default: %(default)s")
     words.add_argument("--csv", type=Path, default=Path("runs/study/study.csv"), help="default: %(default)s")
-    words.add_argument("--change", action="append", default=[], help="for every run, such as trainer.max_steps=100")
+    words.add_argument(
+        "--change", action="append", default=[], help="for every run, such as trainer.max_steps=100"
+    )
     return words
 
 

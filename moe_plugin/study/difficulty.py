@@ -37,7 +37,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
         dynamic, fixed = runs_of(options.dynamic), runs_of(options.fixed)
     seeds = sorted(dynamic.keys() & fixed.keys())
     by_seed = [correlations(dynamic[seed], fixed[seed], options.tokens) for seed in seeds]
-    print(f"| {options.dynamic.name}, {len(seeds)} seeds | mean k | all tokens | within positions |\n|---|---|---|---|")
+    print(
+        f"| {options.dynamic.name}, {len(seeds)} seeds | mean k | all tokens | within positions |\n|---|---|---|---|"
+    )
     for layer in by_seed[0]:
         columns = zip(*(measured[layer] for measured in by_seed), strict=True)
         print(f"| {layer} | " + " | ".join(spread(values, 3) for values in columns) + " |")

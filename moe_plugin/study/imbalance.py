@@ -43,8 +43,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Words after the program's name; by default the program's own.
     """
     parser = argparse.ArgumentParser(prog="python -m moe_plugin.study.imbalance", description=__doc__)
-    parser.add_argument("arms", nargs="+", type=Path, help="folders of arms, such as runs/study/balancing/none")
-    parser.add_argument("--batches", type=int, default=64, help="batches of each window (default: %(default)s)")
+    parser.add_argument(
+        "arms", nargs="+", type=Path, help="folders of arms, such as runs/study/balancing/none"
+    )
+    parser.add_argument(
+        "--batches", type=int, default=64, help="batches of each window (default: %(default)s)"
+    )
     parser.add_argument("--seeds", type=int, help="only the first so many")
     options = parser.parse_args(arguments)
     with one_line_errors():
@@ -52,7 +56,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print("| arm | seeds | " + " | ".join(COLUMNS) + " |\n|---|" + "---|" * (len(COLUMNS) + 1), flush=True)
     for arm, folders in runs.items():
         measured = [measure(load_run(folder), options.batches) for folder in folders]
-        cells = [spread([each[column] for each in measured]) if column in measured[0] else "" for column in COLUMNS]
+        cells = [
+            spread([each[column] for each in measured]) if column in measured[0] else "" for column in COLUMNS
+        ]
         print(f"| {arm} | {len(folders)} | " + " | ".join(cells) + " |", flush=True)
 
 

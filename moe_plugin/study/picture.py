@@ -14,7 +14,18 @@ from moe_plugin.study.results import Result, by_arm, read_csv
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLORS = ("#1b6ca8", "#d1495b", "#2e8b57", "#edae49", "#7b4fa3", "#00798c", "#8d6b4f", "#e377c2", "#555555", "#9acd32")
+COLORS = (
+    "#1b6ca8",
+    "#d1495b",
+    "#2e8b57",
+    "#edae49",
+    "#7b4fa3",
+    "#00798c",
+    "#8d6b4f",
+    "#e377c2",
+    "#555555",
+    "#9acd32",
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -43,7 +54,9 @@ def draw(studies: dict[str, list[Result]], out: Path) -> Path:
 
     with matplotlib.style.context(STYLE):
         figure = Figure((5.4 * len(studies), 4.4), layout="constrained", facecolor="white")
-        for ax, (name, results) in zip(figure.subplots(1, len(studies), squeeze=False)[0], studies.items(), strict=True):
+        for ax, (name, results) in zip(
+            figure.subplots(1, len(studies), squeeze=False)[0], studies.items(), strict=True
+        ):
             _draw(ax, name, results)
         figure.savefig(out, dpi=150)
     return out

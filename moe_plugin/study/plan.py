@@ -72,12 +72,17 @@ def read_study(name: str) -> Study:
         raise ConfigError(f"'study' must be one of {known}, or a YAML file; got {name!r}.")
     read = OmegaConf.to_container(OmegaConf.load(path))
     if not isinstance(read, dict) or set(read) - OPTIONAL_KEYS != KEYS or not isinstance(read["arms"], dict):
-        raise ConfigError(f"A study must have the keys {', '.join(sorted(KEYS))}, and 'arms' by name; see {path}.")
+        raise ConfigError(
+            f"A study must have the keys {', '.join(sorted(KEYS))}, and 'arms' by name; see {path}."
+        )
     fewer = read.get("fewer_seeds", {})
     for key, names in (("reference", {read["reference"]}), ("fewer_seeds", set(fewer))):
         if unknown := sorted(names - set(read["arms"])):
-            raise ConfigError(f"'{key}' must name arms ({', '.join(read['arms'])}), got {unknown[0]!r} in {path}.")
+            raise ConfigError(
+                f"'{key}' must name arms ({', '.join(read['arms'])}), got {unknown[0]!r} in {path}."
+            )
     arms = tuple(
-        Arm(name, tuple(overrides), fewer.get(name, read["seeds"])) for name, overrides in read["arms"].items()
+        Arm(name, tuple(overrides), fewer.get(name, read["seeds"]))
+        for name, overrides in read["arms"].items()
     )
     return Study(path.stem, read["experiment"], read["reference"], arms)

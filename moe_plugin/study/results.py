@@ -11,8 +11,7 @@ from moe_plugin.report.summary import SUMMARY_FILE, read_summary
 from moe_plugin.study.plan import Study
 from moe_plugin.study.run import COMMIT_FILE, is_finished
 
-
-TYPES = {"str": str, "int": int, "float": float}
+TYPES = {"str": str, "int": int, "float": lambda text: float(text or "nan")}  # empty: not measured
 
 
 @dataclass(frozen=True)
@@ -79,7 +78,9 @@ def read_csv(path: Path) -> dict[str, list[Result]]:
     studies: dict[str, list[Result]] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
-            result = Result(**{field.name: TYPES[str(field.type)](row[field.name]) for field in fields(Result)})
+            result = Result(
+                **{field.name: TYPES[str(field.type)](row[field.name]) for field in fields(Result)}
+            )
             studies.setdefault(result.study, []).append(result)
     return studies
 

@@ -36,7 +36,9 @@ def run_in_child(words: Sequence[str], folder: Path) -> bool:
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / COMMIT_FILE).write_text(commit() + "\n")
-    child = multiprocessing.get_context("fork").Process(target=_train, args=([*words, f"hydra.run.dir={folder}"], folder))
+    child = multiprocessing.get_context("fork").Process(
+        target=_train, args=([*words, f"hydra.run.dir={folder}"], folder)
+    )
     child.start()
     child.join()
     return child.exitcode == 0 and is_finished(folder)

@@ -28,7 +28,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--reference", help="arm to compare with; by default the study's own")
     options = parser.parse_args(arguments)
     for study, results in read_csv(options.csv).items():
-        sys.stdout.write(f"{study}\n\n{markdown(results, options.reference or read_study(study).reference)}\n\n")
+        sys.stdout.write(
+            f"{study}\n\n{markdown(results, options.reference or read_study(study).reference)}\n\n"
+        )
 
 
 def markdown(results: Sequence[Result], reference: str) -> str:

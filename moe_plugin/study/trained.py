@@ -52,7 +52,9 @@ class Trained:
 
     def held_out(self, tokens: int) -> list[Batch]:
         """Validation batches of so many tokens."""
-        return list(islice(self.data.val_dataloader(), tokens // self.data.context_length // self.data.val_batch_size))
+        return list(
+            islice(self.data.val_dataloader(), tokens // self.data.context_length // self.data.val_batch_size)
+        )
 
 
 def load_run(folder: Path) -> Trained:

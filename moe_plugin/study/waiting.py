@@ -28,9 +28,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Words after the program's name; by default the program's own.
     """
     parser = argparse.ArgumentParser(prog="python -m moe_plugin.study.waiting", description=__doc__)
-    parser.add_argument("arms", nargs="+", type=Path, help="folders of arms, such as runs/study/balancing/none")
+    parser.add_argument(
+        "arms", nargs="+", type=Path, help="folders of arms, such as runs/study/balancing/none"
+    )
     parser.add_argument("--expert-share", type=float, default=0.5, help="f (default: %(default)s)")
-    parser.add_argument("--batch-tokens", type=int, default=8192, help="tokens of a batch (default: %(default)s)")
+    parser.add_argument(
+        "--batch-tokens", type=int, default=8192, help="tokens of a batch (default: %(default)s)"
+    )
     parser.add_argument("--tokens", type=int, default=131072, help="of held-out text (default: %(default)s)")
     options = parser.parse_args(arguments)
     with one_line_errors():
@@ -39,7 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     print(f"| arm | seeds | {cells} |\n|---|---|" + "---|" * (2 * len(RANKS)))
     for arm, folders in runs.items():
         measured = [by_ranks(load_run(folder), options.tokens, options.batch_tokens) for folder in folders]
-        print(f"| {arm} | {len(folders)} | " + " | ".join(row(measured, options.expert_share)) + " |", flush=True)
+        print(
+            f"| {arm} | {len(folders)} | " + " | ".join(row(measured, options.expert_share)) + " |",
+            flush=True,
+        )
 
 
 def row(measured: Sequence[Sequence[float]], expert_share: float) -> list[str]:

@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 from moe_plugin.errors import ConfigError
 from moe_plugin.launch.compose import compose_jobs, conf_dir
 
-RENDERED_ELSEWHERE = {"hydra", "rule", "hardware", "source"}
+RENDERED_ELSEWHERE = {"hydra", "rule", "hardware", "source", "study"}
 OPTIONS = [
     f"{group.name}={option.stem}"
     for group in sorted(conf_dir().iterdir())
