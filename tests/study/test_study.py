@@ -12,7 +12,7 @@ import torch
 
 from moe_plugin.data import CorpusDataModule
 from moe_plugin.errors import ConfigError
-from moe_plugin.study import difficulty, imbalance, waiting
+from moe_plugin.study import budget, difficulty, imbalance, waiting
 from moe_plugin.study.difficulty import spearman, within_positions
 from moe_plugin.study.results import read_csv
 from moe_plugin.study.trained import load_run, look, runs_of
@@ -162,3 +162,16 @@ class TestDomainsInTurn:
         data.change_after = 10_000
         with pytest.raises(ConfigError, match="has no more text"):
             next(iter(data.train_dataloader()))
+
+
+class TestBudget:
+    def test_parts_are_means_of_logged_windows(self, tmp_path, capsys):
+        run = tmp_path / "arm" / "seed_0"
+        (run / "csv").mkdir(parents=True)
+        (run / "summary.json").write_text('{"target_experts_per_token": 2.0}')
+        values = [9.0, 1.0, 9.0, 3.0, 2.0, 2.2]
+        rows = "".join(f"{step},{value}\n{step},\n" for step, value in enumerate(values))
+        (run / "csv" / "metrics.csv").write_text("step,load/experts_per_token\n" + rows)
+        budget.main([str(tmp_path)])
+        row = capsys.readouterr().out.splitlines()[2]
+        assert row == "| arm | 2 | 1.000 | 3.000 | 2.100 | +5.00 | +10.00 |"
