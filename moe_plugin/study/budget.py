@@ -18,7 +18,15 @@ from moe_plugin.launch.command import one_line_errors
 from moe_plugin.report.summary import SUMMARY_FILE
 from moe_plugin.study.trained import runs_of
 
-COLUMNS = ("arm", "target", "second sixth", "right after the change", "last third", "error, %", "worst window, %")
+COLUMNS = (
+    "arm",
+    "target",
+    "second sixth",
+    "right after the change",
+    "last third",
+    "error, %",
+    "worst window, %",
+)
 LOGGED = "load/experts_per_token"
 
 
