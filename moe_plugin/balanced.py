@@ -258,7 +258,7 @@ class Balanced(Mapping[str, Site]):
     def _spread(self, site: Site, tally: Tensor) -> Tensor:
         """The score spread as last measured: it changes slowly, so that one step in `SPREAD_EVERY` measures it."""
         state = self._states[site.name]
-        before = state.get(_SPREAD, torch.zeros((), device=tally.device))
+        before = state.get(_SPREAD, torch.zeros((), dtype=torch.float32, device=tally.device))
         if site.measures_spread and (self.step - 1) % SPREAD_EVERY == 0:
             tokens = site.tokens_in(tally)
             fresh = (tally[-1] / tokens.clamp(min=1) / SPREAD_UNIT).float()

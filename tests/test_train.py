@@ -316,6 +316,14 @@ class TestStrategies:
         train.main([*SMALL, "name=two", "strategy.compile=aot_eager"])
         self.assert_same("two", "one")
 
+    @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
+    @pytest.mark.parametrize(
+        "strategy", ["single", *(pytest.param(name, marks=pytest.mark.slow) for name in ("ddp", "fsdp_ep"))]
+    )
+    def test_low_precision_trains_with_all_callbacks(self, strategy: str, precision: str) -> None:
+        train.main([*SMALL, f"strategy={strategy}", f"trainer.precision={precision}"])
+        assert math.isfinite(summary(run_folder())["val_loss"])
+
     @staticmethod
     def assert_same(name: str, other: str) -> None:
         numbers, expected = (

@@ -44,7 +44,7 @@ def new_tally(num_experts: int) -> Tensor:
 
 def new_poison() -> Tensor:
     """A float that is 0 until a selected score was NaN or infinite, and NaN from then on; fp32 scalar."""
-    return torch.zeros(())
+    return torch.zeros((), dtype=torch.float32)
 
 
 def count_(

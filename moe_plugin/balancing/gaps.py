@@ -29,7 +29,7 @@ def gap_edges(device: torch.device) -> Tensor:
     """The edges between bins, rising, 0 among them; fp32 (G - 1,)."""
     steps = torch.arange(_OCTAVES * _PER_OCTAVE + 1, dtype=torch.float64)
     sizes = (SMALLEST * 2 ** (steps / _PER_OCTAVE)).float()
-    return torch.cat([-sizes.flip(0), torch.zeros(1), sizes]).to(device)
+    return torch.cat([-sizes.flip(0), torch.zeros(1, dtype=torch.float32), sizes]).to(device)
 
 
 def new_gaps(num_experts: int) -> Tensor:

@@ -106,7 +106,7 @@ class Specialisation:
                 tables = self.counts[kind]
                 tables[name] = tables[name] + table if name in tables else table
         ids_TK = ids_TK[:TOKENS]
-        chosen_TE = torch.zeros(len(ids_TK), site.num_experts, device=ids_TK.device)
+        chosen_TE = torch.zeros(len(ids_TK), site.num_experts, dtype=torch.float32, device=ids_TK.device)
         chosen_TE = chosen_TE.scatter_(1, ids_TK, used_TK[:TOKENS].float())[:, : site.num_routed]
         pairs_EE = chosen_TE.T @ chosen_TE
         self.pairs[name] = self.pairs[name] + pairs_EE if name in self.pairs else pairs_EE

@@ -34,7 +34,7 @@ def clip_gradients_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
         if parameter.grad is not None:
             by_mesh[getattr(parameter.grad, "device_mesh", None)].append(parameter)
     norms = [_norm(group) for group in by_mesh.values()]
-    norm = torch.linalg.vector_norm(torch.stack(norms)) if norms else torch.zeros(())
+    norm = norms[0] if len(norms) == 1 else torch.linalg.vector_norm(torch.stack([torch.zeros(()), *norms]))
     for group in by_mesh.values():
         clip_grads_with_norm_(group, max_norm, norm)
     return norm

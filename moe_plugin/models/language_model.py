@@ -14,6 +14,7 @@ from lightning.pytorch.utilities.types import OptimizerLRScheduler
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.nn import functional
+from torch.nn.utils import clip_grad_value_
 from torch.optim import Optimizer
 
 from moe_plugin.check import check_positive_integers
@@ -118,17 +119,15 @@ class TokenModel(lightning.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips as Lightning does, which cannot do it by norm over several device meshes or under FSDP1."""
+        """Clips as asked for. Lightning cannot, by norm, over several meshes or under FSDP1; nor, fused, in bf16."""
         root = self.trainer.strategy.model
-        if (
-            gradient_clip_val
-            and gradient_clip_algorithm != "value"
-            and isinstance(root, FullyShardedDataParallel)
-        ):
+        if not gradient_clip_val:
+            return
+        if gradient_clip_algorithm == "value":
+            clip_grad_value_(self.parameters(), gradient_clip_val)
+        elif isinstance(root, FullyShardedDataParallel):
             root.clip_grad_norm_(gradient_clip_val)
-        elif self.device_mesh is None or gradient_clip_algorithm == "value":
-            super().configure_gradient_clipping(optimizer, gradient_clip_val, gradient_clip_algorithm)
-        elif gradient_clip_val:
+        else:
             clip_gradients_(self.parameters(), gradient_clip_val)
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
