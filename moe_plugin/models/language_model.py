@@ -36,7 +36,8 @@ class TokenModel(lightning.LightningModule):
     """Trains a network to predict the next token.
 
     Batches are `{"tokens": int64 (B, S + 1), ...}`: inputs are all tokens but the last, targets all but the first.
-    `train/loss` and `val/loss` are cross-entropies in nats, exact means over tokens.
+    `train/loss` and `val/loss` are cross-entropies in nats, means over the tokens of a micro-batch of all ranks and of
+    the validation set.
     """
 
     def __init__(
@@ -82,10 +83,10 @@ class TokenModel(lightning.LightningModule):
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """Cross-entropy plus auxiliary loss."""
         cross_entropy, auxiliary = self._losses(batch)
-        self._log_token_mean("train/loss", cross_entropy, batch)
+        self._log_step("train/loss", cross_entropy)
         if self.auxiliary_loss is None:
             return cross_entropy
-        self._log_token_mean("train/auxiliary_loss", auxiliary, batch)
+        self._log_step("train/auxiliary_loss", auxiliary)
         return cross_entropy + auxiliary
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
@@ -140,6 +141,14 @@ class TokenModel(lightning.LightningModule):
         logits_BSV, auxiliary = self.network(tokens[:, :-1], self.auxiliary_loss)
         cross_entropy = functional.cross_entropy(logits_BSV.flatten(0, 1).float(), tokens[:, 1:].flatten())
         return cross_entropy, auxiliary
+
+    def _log_step(self, name: str, value: Tensor) -> None:
+        # `sync_dist=True` would let all ranks wait for one another in every step. Between the steps that are logged
+        # the progress bar shows this rank's own value.
+        value = value.detach()
+        if self.trainer._logger_connector.should_update_logs:
+            value = self.trainer.strategy.reduce(value, reduce_op="mean")
+        self.log(name, value, prog_bar=True)
 
     def _log_token_mean(self, name: str, value: Tensor, batch: Batch) -> None:
         # Lightning weighs by batch size, over batches and over ranks: with the number of tokens as batch size the
