@@ -48,6 +48,7 @@ class Site:
         num_experts: E.
         top_k: K, the most experts of a token where their number varies.
         num_routed: Experts that compute something: the first ones, all of them in most models.
+        target_k: Experts that a token should use in the mean, where their number varies; None where it does not.
         shares_E: The share of all selections that each expert should get; float64 (E,), None for equal shares.
         dynamic: The router itself, if it lets tokens use different numbers of experts at a held mean.
         budget_1G: How far selected experts of a dynamic router were from being left out; int64.
@@ -85,6 +86,7 @@ class Site:
         self.num_experts = num_experts
         self.top_k = top_k
         self.num_routed = router.num_routed if isinstance(router, ZeroExpertRouter) else num_experts
+        self.target_k = router.target_k if isinstance(router, DynamicRouter | ZeroExpertRouter) else None
         self.shares_E: Tensor | None = None
         if isinstance(router, ZeroExpertRouter):
             self.shares_E = torch.tensor(router.load_shares_E, dtype=torch.float64)

@@ -6,7 +6,6 @@ Shape legend: H, W pixels.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 from lightning.pytorch.loggers import Logger
@@ -29,9 +28,3 @@ def log_image(loggers: Iterable[Logger], tag: str, image_3HW: np.ndarray, step: 
             logger.log_image(tag, [image_3HW.transpose(1, 2, 0)], step=step)  # pyright: ignore
         elif hasattr(experiment, "log_image") and hasattr(logger, "run_id"):
             experiment.log_image(logger.run_id, image_3HW.transpose(1, 2, 0), key=tag, step=step)  # pyright: ignore
-
-
-def tensorboard_writers(loggers: Iterable[Logger]) -> list[Any]:
-    """The TensorBoard writers among the loggers: they take histograms, tensors and layouts too."""
-    writers = [getattr(logger, "experiment", None) for logger in loggers]
-    return [writer for writer in writers if hasattr(writer, "add_custom_scalars")]

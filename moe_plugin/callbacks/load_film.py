@@ -1,6 +1,6 @@
-"""The load and bias of layers over the whole of training, in bounded memory.
+"""The load and bias of layers, and how often the bias flips a choice, over the whole of training, in bounded memory.
 
-Shape legend: N windows of training steps, E experts.
+Shape legend: N windows of training steps, E experts, L layers.
 """
 
 from __future__ import annotations
@@ -10,8 +10,9 @@ from collections.abc import Iterator, Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
+from moe_plugin.callbacks.router_sample import Decisions
 from moe_plugin.metrics import LayerLoad
-from moe_plugin.plots.over_time import bias_over_time, load_over_time
+from moe_plugin.plots.over_time import bias_over_time, flips_over_time, load_over_time
 
 FRAMES = 96
 LAYERS = 8
@@ -27,14 +28,25 @@ class LoadFilm:
 
     def __init__(self, names: Sequence[str]) -> None:
         """Start without any row."""
-        self._names = [names[place] for place in spread(len(names), LAYERS)]
+        self._places = spread(len(names), LAYERS)
+        self._names = [names[place] for place in self._places]
         self._steps: list[int] = []
         self._tokens: dict[str, list[np.ndarray]] = {name: [] for name in self._names}
         self._biases: dict[str, list[np.ndarray]] = {name: [] for name in self._names}
+        self._flips: list[np.ndarray] = []
 
-    def add_(self, step: int, loads: Mapping[str, LayerLoad], bias: Mapping[str, Tensor]) -> None:
+    def add_(
+        self,
+        step: int,
+        loads: Mapping[str, LayerLoad],
+        bias: Mapping[str, Tensor],
+        decisions: Mapping[str, Decisions],
+    ) -> None:
         """Go on by a window."""
         self._steps.append(step)
+        self._flips.append(
+            np.array([decisions[name].flip_rate if name in decisions else np.nan for name in self._names])
+        )
         for name in self._names:
             self._tokens[name].append(np.asarray(loads[name].tokens_per_expert))
             self._biases[name].append(bias[name].float().cpu().numpy().copy())
@@ -54,9 +66,12 @@ class LoadFilm:
                     f"bias_over_time/{name}",
                     bias_over_time(bias_NE, self._steps, f"selection bias, {name}"),
                 )
+        if self._flips and np.nan_to_num(self._flips).any():
+            layers = [str(place) for place in self._places]
+            yield "flips_over_time/all", flips_over_time(np.stack(self._flips), self._steps, layers)
 
     def _join_(self) -> None:
-        self._steps = self._steps[1::2]
+        self._steps, self._flips = self._steps[1::2], self._flips[1::2]
         for name in self._names:
             rows = self._tokens[name]
             self._tokens[name] = [a + b for a, b in zip(rows[::2], rows[1::2], strict=True)]

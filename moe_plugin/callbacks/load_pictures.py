@@ -6,12 +6,15 @@ Shape legend: L MoE layers, E experts (of the layer that has most).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from statistics import fmean
 
 import torch
+from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 from torch import Tensor
 
-from moe_plugin.callbacks.image_log import log_image, tensorboard_writers
+from moe_plugin.callbacks.image_log import log_image
+from moe_plugin.callbacks.loggers import first_rank_loggers, tensorboard_writers
 from moe_plugin.metrics import LayerLoad, stack_layers
 from moe_plugin.plots import load_heatmap
 
@@ -36,11 +39,14 @@ class LoadPictures:
         self._last_step: int | None = None
         self._waiting: tuple[int, dict[str, Tensor], str] | None = None
 
-    def offer(self, loggers: Iterable[Logger], step: int, counts: Mapping[str, Tensor], title: str) -> bool:
+    def offer(self, trainer: Trainer, step: int, loads: Mapping[str, LayerLoad]) -> bool:
         """Write a picture if one is due, and say so, else keep it in case it is the last."""
         self._offered += 1
-        self._waiting = (step, dict(counts), title)
-        return self._is_due(step) and self.write_waiting(loggers)
+        violation = fmean(load.max_violation_global for load in loads.values())
+        dead = sum(load.dead_experts for load in loads.values())
+        title = f"load over ideal load, step {trainer.global_step}: MaxVio {violation:.2f}, {dead} dead"
+        self._waiting = (step, counts_of(loads), title)
+        return self._is_due(step) and self.write_waiting(first_rank_loggers(trainer))
 
     def write_waiting(self, loggers: Iterable[Logger]) -> bool:
         """Write the picture offered last, unless it is written already; says whether it was."""

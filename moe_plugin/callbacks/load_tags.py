@@ -8,7 +8,7 @@ from statistics import fmean
 from moe_plugin.callbacks.router_sample import Decisions
 from moe_plugin.metrics import LayerLoad
 
-DASHBOARD = {
+_DASHBOARD = {
     "Overview": {
         "loss": ["Multiline", [r"((train|val)[/_])?loss(_step|_epoch)?$"]],
         "MaxVio: (max load - mean load) / mean load": [
@@ -25,7 +25,6 @@ DASHBOARD = {
             [r"load/(confidence|flip_rate)$", r"val/kept_choices$"],
         ],
         "largest bias range": ["Multiline", [r"load/bias_range$"]],
-        "experts per token": ["Multiline", [r"(load|val)/experts_per_token$"]],
     },
     "Layers": {
         "MaxVio by layer": ["Multiline", [r"load_layers/max_violation/"]],
@@ -34,11 +33,28 @@ DASHBOARD = {
         "router confidence by layer": ["Multiline", [r"load_layers/confidence/"]],
         "choices the bias flips, by layer": ["Multiline", [r"load_layers/flip_rate/"]],
         "entropy by layer": ["Multiline", [r"load_layers/entropy/"]],
-        "experts per token by layer": ["Multiline", [r"load_layers/experts_per_token/"]],
         "dead experts by layer": ["Multiline", [r"load_layers/dead_experts/"]],
     },
 }
-"""Custom-scalar layout for `SummaryWriter.add_custom_scalars`: charts of tags by regular expression."""
+_EXPERTS_PER_TOKEN = {
+    "Experts per token": {
+        "experts per token": ["Multiline", [r"(load|val)/experts_per_token$"]],
+        "budget error: experts per token over target, less 1": ["Multiline", [r"load/budget_error$"]],
+        "experts per token by layer": ["Multiline", [r"load_layers/experts_per_token/"]],
+        "budget error by layer": ["Multiline", [r"load_layers/budget_error/"]],
+        "rank correlation of a token's experts with its loss": ["Multiline", [r"val/loss_correlation"]],
+        "the same by layer": ["Multiline", [r"val_layers/loss_correlation/"]],
+    },
+}
+
+
+def dashboard(*, experts_vary: bool) -> dict[str, dict[str, list]]:
+    """Custom-scalar layout for `SummaryWriter.add_custom_scalars`: charts of tags by regular expression.
+
+    Args:
+        experts_vary: Whether tokens use different numbers of experts.
+    """
+    return _DASHBOARD | (_EXPERTS_PER_TOKEN if experts_vary else {})
 
 
 def training_scalars(
@@ -87,12 +103,25 @@ def slowdowns(loads: Mapping[str, LayerLoad], expert_share: float) -> dict[str, 
     return {f"load/slowdown_ep{ranks}": 1 + expert_share * fmean(each) for ranks, each in by_ranks.items()}
 
 
-def budget_scalars(experts_per_token: Mapping[str, float]) -> dict[str, float]:
-    """How many experts a token used: `load/experts_per_token` is the mean over layers, and each layer by itself."""
-    if not experts_per_token:
+def budget_scalars(experts_per_token: Mapping[str, float], targets: Mapping[str, float]) -> dict[str, float]:
+    """How many experts a token used, and how far from the target that is, where their number varies.
+
+    `load/experts_per_token` is the mean over layers and `load/budget_error` that over the mean target, less 1;
+    `load_layers/*` is each layer by itself.
+
+    Args:
+        experts_per_token: The mean of each layer; those without a target are left out.
+        targets: What it should be.
+    """
+    means = {name: mean for name, mean in experts_per_token.items() if name in targets}
+    if not means:
         return {}
-    layers = {f"load_layers/experts_per_token/{name}": mean for name, mean in experts_per_token.items()}
-    return {"load/experts_per_token": fmean(experts_per_token.values()), **layers}
+    mean, target = fmean(means.values()), fmean(targets[name] for name in means)
+    scalars = {"load/experts_per_token": mean, "load/budget_error": mean / target - 1}
+    for name, used in means.items():
+        scalars[f"load_layers/experts_per_token/{name}"] = used
+        scalars[f"load_layers/budget_error/{name}"] = used / targets[name] - 1
+    return scalars
 
 
 def validation_scalars(loads: Mapping[str, LayerLoad]) -> dict[str, float]:

@@ -74,12 +74,16 @@ class RouterSample:
         num_experts, top_k = selection.ranked_TE.shape[-1], selection.expert_ids_TK.shape[-1]
         scores_TE = site.unbiased(selection.ranked_TE.reshape(-1, num_experts)[:TOKENS])
         ids_TK = selection.expert_ids_TK.reshape(-1, top_k)[:TOKENS]
+        used_TK = torch.ones_like(ids_TK, dtype=torch.bool)
+        # Experts that cost nothing are chosen like others; a dynamic router leaves some of its choices out.
+        if selection.used_TK is not None and site.dynamic is not None:
+            used_TK = selection.used_TK.reshape(-1, top_k)[:TOKENS]
         if valid_T is not None:
             keep_T = valid_T.reshape(-1)[:TOKENS].bool()
-            scores_TE, ids_TK = scores_TE[keep_T], ids_TK[keep_T]
+            scores_TE, ids_TK, used_TK = scores_TE[keep_T], ids_TK[keep_T], used_TK[keep_T]
         measures = (
-            router_confidence(scores_TE, ids_TK),
-            flip_rate(scores_TE, ids_TK),
+            router_confidence(scores_TE, ids_TK, used_TK),
+            flip_rate(scores_TE, ids_TK, used_TK),
             score_range(scores_TE),
             (~scores_TE.isnan().any()).float(),
         )

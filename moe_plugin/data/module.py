@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from torch import Tensor
 
 from moe_plugin.data.cache import cache_folder, load_or_build
 from moe_plugin.data.corpus import Corpus
+from moe_plugin.data.difficulty import DIFFICULTY_NAMES, label_tokens
 from moe_plugin.data.documents import Source
 from moe_plugin.data.loader import TrainingLoader, ValidationLoader
 from moe_plugin.data.order import Share, StepOrder, shuffled
@@ -107,6 +109,21 @@ class CorpusDataModule(LightningDataModule):
     def token_classes(self) -> tuple[list[str], Tensor | None]:
         """Names of classes of tokens, and the class of each token id, int64 (V,); none where the tokenizer has none."""
         return getattr(self.tokenizer, "token_classes", ([], None))
+
+    @cached_property
+    def token_bytes(self) -> list[bytes] | None:
+        """The text of each token id; None where the tokenizer does not tell."""
+        return getattr(self.tokenizer, "token_bytes", None)
+
+    @property
+    def difficulty_names(self) -> Mapping[str, Sequence[str]]:
+        """By label of difficulty, what its numbers mean; none where tokens have no text."""
+        return {} if self.token_bytes is None else DIFFICULTY_NAMES
+
+    def difficulty(self, tokens_BS: Tensor) -> dict[str, Tensor]:
+        """The labels of each token; int64 (B, S), on the host."""
+        assert self.token_bytes is not None
+        return label_tokens(tokens_BS, self.token_bytes)
 
     @cached_property
     def train_sequences(self) -> Sequences:

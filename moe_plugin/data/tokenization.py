@@ -47,6 +47,11 @@ class Bytes:
         """Names of the classes of bytes, and the class of each; int64 (256,)."""
         return list(BYTE_CLASSES), torch.tensor([_class_of(byte) for byte in range(256)])
 
+    @property
+    def token_bytes(self) -> list[bytes]:
+        """The text of each token id."""
+        return [bytes([byte]) for byte in range(256)]
+
     def fit(self, texts: Iterable[str]) -> Encode:
         """Returns the encoding, the same for any `texts`."""
         return _encode_bytes

@@ -32,6 +32,7 @@ from moe_plugin.launch.stop import StopAtSignal, told_when_stopped
 from moe_plugin.launch.throughput import Throughput
 from moe_plugin.models.size import measure
 from moe_plugin.report import RunSummary, run_report, tensorboard_command, write_summary
+from moe_plugin.routing import DynamicRouter, ZeroExpertRouter
 
 
 def train(config: DictConfig) -> None:
@@ -86,8 +87,10 @@ def validate_checkpoint(config: DictConfig) -> dict[str, Any]:
 
 def summarise(config: DictConfig, metrics: Mapping[str, float], clock: Throughput) -> RunSummary:
     """Returns the run in numbers."""
-    size = measure(build_model_on_meta(config))
-    measures = validation_measures(metrics)
+    model = build_model_on_meta(config)
+    size, measures = measure(model), validation_measures(metrics)
+    if not any(isinstance(module, DynamicRouter | ZeroExpertRouter) for module in model.modules()):
+        measures["mean_experts_per_token"] = size.experts_per_token
     used = measures["mean_experts_per_token"]
     return RunSummary(
         **measures,

@@ -1,6 +1,6 @@
 """The reference language model as a LightningModule.
 
-Shape legend: B batch, S sequence, V vocabulary.
+Shape legend: B batch, S sequence, T tokens (B x S), V vocabulary.
 """
 
 from __future__ import annotations
@@ -89,9 +89,12 @@ class TokenModel(lightning.LightningModule):
         self._log_step("train/auxiliary_loss", auxiliary)
         return cross_entropy + auxiliary
 
-    def validation_step(self, batch: Batch, batch_idx: int) -> None:
-        """Logs `val/loss`."""
-        self._log_token_mean("val/loss", self._losses(batch)[0], batch)
+    def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
+        """Logs `val/loss`; gives callbacks the loss of each token, in nats: `token_losses` (B, S)."""
+        targets_BS = batch["tokens"][:, 1:]
+        losses_T = functional.cross_entropy(self._predict(batch)[0], targets_BS.flatten(), reduction="none")
+        self._log_token_mean("val/loss", losses_T.mean(), batch)
+        return {"token_losses": losses_T.view_as(targets_BS)}
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Logs `test/loss`."""
@@ -132,6 +135,11 @@ class TokenModel(lightning.LightningModule):
             clip_gradients_(self.parameters(), gradient_clip_val)
 
     def _losses(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        logits_TV, auxiliary = self._predict(batch)
+        return functional.cross_entropy(logits_TV, batch["tokens"][:, 1:].flatten()), auxiliary
+
+    def _predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Logits in fp32, (B x S, V), and the auxiliary loss."""
         tokens = batch["tokens"]
         if tokens.shape[1] - 1 > self.context_length:
             raise ConfigError(
@@ -139,8 +147,7 @@ class TokenModel(lightning.LightningModule):
                 f"got {tokens.shape[1]}."
             )
         logits_BSV, auxiliary = self.network(tokens[:, :-1], self.auxiliary_loss)
-        cross_entropy = functional.cross_entropy(logits_BSV.flatten(0, 1).float(), tokens[:, 1:].flatten())
-        return cross_entropy, auxiliary
+        return logits_BSV.flatten(0, 1).float(), auxiliary
 
     def _log_step(self, name: str, value: Tensor) -> None:
         # `sync_dist=True` would let all ranks wait for one another in every step. Between the steps that are logged

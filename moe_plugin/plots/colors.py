@@ -1,4 +1,4 @@
-"""The colours of load: a diverging scale centred on the ideal load.
+"""The colours of load: a diverging scale centred on the ideal load, and a plain one for amounts.
 
 Blue is below the ideal, orange above, and lightness alone tells how far, so that the scale reads with any
 kind of colour blindness and in grey. It is fixed: the same colour means the same load in every picture.
@@ -22,6 +22,7 @@ DEAD = (22, 22, 26)
 ABSENT = (255, 255, 255)
 """Past the last expert of a layer with fewer experts than the others."""
 
+_AMOUNTS = ["f3f6fa", "c9dfee", "7fb2dc", "2f72b8", "123a7c"]
 _ANCHORS = ["123a7c", "2f72b8", "7fb2dc", "c9dfee", "f5f3ee", "fad6ad", "f2a154", "cf6415", "7d2a08"]
 _SHADES = 255
 
@@ -44,12 +45,24 @@ _TO_LAB = np.array(
 
 def diverging_scale(shades: int = _SHADES) -> np.ndarray:
     """The scale from an eighth of the ideal load to eight times the ideal; uint8 (shades, 3), RGB."""
-    anchors = np.array([[int(color[i : i + 2], 16) for i in (0, 2, 4)] for color in _ANCHORS])
-    lab = np.cbrt(_linear(anchors / 255) @ _TO_CONES.T) @ _TO_LAB.T
-    at, known = np.linspace(0, 1, shades), np.linspace(0, 1, len(anchors))
-    mixed = np.stack([np.interp(at, known, channel) for channel in lab.T], axis=-1)
-    linear = (mixed @ np.linalg.inv(_TO_LAB).T) ** 3 @ np.linalg.inv(_TO_CONES).T
-    return np.rint(255 * _gamma(linear.clip(0, 1))).astype(np.uint8)
+    return _mixed(_ANCHORS, shades)
+
+
+def amount_scale(shades: int = _SHADES) -> np.ndarray:
+    """The scale from nothing, near white, to all, dark blue: lightness alone tells; uint8 (shades, 3), RGB."""
+    return _mixed(_AMOUNTS, shades)
+
+
+def amount_colors(shares: np.ndarray) -> np.ndarray:
+    """The colours of shares from 0 to 1 of any shape, white for NaN; uint8 (..., 3), RGB."""
+    colors = _AMOUNT_SCALE[np.rint(np.nan_to_num(shares).clip(0, 1) * (_SHADES - 1)).astype(np.int64)]
+    colors[np.isnan(shares)] = ABSENT
+    return colors
+
+
+def ink_on(colors: np.ndarray) -> np.ndarray:
+    """Whether text on each background should be white; bool (...)."""
+    return _linear(colors / 255) @ np.array([0.2126, 0.7152, 0.0722]) < 0.25
 
 
 def load_octaves(tokens_per_expert: Tensor, num_experts: Tensor | None = None) -> np.ndarray:
@@ -87,6 +100,15 @@ def load_colors(octaves: np.ndarray) -> np.ndarray:
     return colors
 
 
+def _mixed(hexes: list[str], shades: int) -> np.ndarray:
+    anchors = np.array([[int(color[i : i + 2], 16) for i in (0, 2, 4)] for color in hexes])
+    lab = np.cbrt(_linear(anchors / 255) @ _TO_CONES.T) @ _TO_LAB.T
+    at, known = np.linspace(0, 1, shades), np.linspace(0, 1, len(anchors))
+    mixed = np.stack([np.interp(at, known, channel) for channel in lab.T], axis=-1)
+    linear = (mixed @ np.linalg.inv(_TO_LAB).T) ** 3 @ np.linalg.inv(_TO_CONES).T
+    return np.rint(255 * _gamma(linear.clip(0, 1))).astype(np.uint8)
+
+
 def _linear(srgb: np.ndarray) -> np.ndarray:
     return np.where(srgb <= 0.04045, srgb / 12.92, ((srgb + 0.055) / 1.055) ** 2.4)
 
@@ -96,3 +118,4 @@ def _gamma(linear: np.ndarray) -> np.ndarray:
 
 
 _SCALE = diverging_scale()
+_AMOUNT_SCALE = amount_scale()

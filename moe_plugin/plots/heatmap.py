@@ -5,7 +5,7 @@ Shape legend: R rows, C columns, L MoE layers, E experts (of the layer that has 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from moe_plugin.metrics import stack_layers
-from moe_plugin.plots.colors import DEAD, load_colors, load_octaves
+from moe_plugin.plots.colors import DEAD, ink_on, load_colors, load_octaves
 
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
@@ -121,31 +121,38 @@ def heatmap(
     bar: Mapping[float, str],
     title: str = "",
     dead: str | None = None,
+    colors: Callable[[np.ndarray], np.ndarray] = load_colors,
+    texts: Sequence[Sequence[str]] = (),
 ) -> np.ndarray:
-    """Draw cells in the colours of `load_colors`.
+    """Draw cells in the colours of a scale.
 
     Args:
-        places_RC: Places on the scale from -3 to 3; -inf is drawn black and crossed out, NaN left out.
+        places_RC: Places on the scale, with `load_colors` from -3 to 3; -inf is drawn black and crossed out, NaN left
+            out.
         rows: What the rows are, from above.
         columns: What the columns are.
         bar: Labels of the colour bar by place on the scale.
         title: A line above the picture.
         dead: What a black cell means; None if there can be none.
+        colors: The scale.
+        texts: What to write into the cells, row by row, where they are large enough.
 
     Returns:
         uint8 (3, H, W), RGB.
     """
     from PIL import Image, ImageDraw
 
-    left = max(52, 16 + round(max(_font().getlength(name) for name in (*rows.names, rows.title))))
+    left = max(52, 16 + round(max(font().getlength(name) for name in (*rows.names, rows.title))))
     grid = Grid.fit(*places_RC.shape, left=left)
     pixels = np.full((*reversed(grid.canvas), 3), PAPER, dtype=np.uint8)
-    _paint_cells_(pixels, load_colors(places_RC), grid)
+    colors_RC3 = colors(places_RC)
+    _paint_cells_(pixels, colors_RC3, grid)
     image = Image.fromarray(pixels)
     draw = ImageDraw.Draw(image)
     _cross_out_(draw, np.isneginf(places_RC), grid)
+    _write_cells_(draw, texts, ink_on(colors_RC3), grid)
     _label_(draw, grid, rows, columns, title)
-    _color_bar_(draw, grid, bar, dead)
+    _color_bar_(draw, grid, bar, dead, colors)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
 
 
@@ -168,41 +175,57 @@ def _cross_out_(draw: ImageDraw, dead_RC: np.ndarray, grid: Grid) -> None:
         draw.line((x - arm, y + arm, x + arm, y - arm), fill=PAPER)
 
 
+def _write_cells_(draw: ImageDraw, texts: Sequence[Sequence[str]], white_RC: np.ndarray, grid: Grid) -> None:
+    face, room = font(), (grid.cell[0] - 4, grid.cell[1] - 2)
+    for row, line in enumerate(texts if room[1] >= FONT_PIXELS else ()):
+        for column, text in enumerate(line):
+            if face.getlength(text) <= room[0]:
+                fill = PAPER if white_RC[row, column] else INK
+                draw.text(grid.center(row, column), text, fill=fill, font=face, anchor="mm")
+
+
 def _label_(draw: ImageDraw, grid: Grid, rows: Axis, columns: Axis, title: str) -> None:
     (x, y), height = grid.origin, grid.size[1]
-    font = _font()
-    draw.text((x, y - 10), title, fill=INK, font=font, anchor="ls")
-    widest = max(round(font.getlength(name)) for name in columns.names) + 12
+    face = font()
+    draw.text((x, y - 10), title, fill=INK, font=face, anchor="ls")
+    widest = max(round(face.getlength(name)) for name in columns.names) + 12
     for row in range(0, grid.rows, _stride(grid.cell[1], 16)):
-        draw.text((x - 7, grid.center(row, 0)[1]), rows.names[row], fill=INK, font=font, anchor="rm")
+        draw.text((x - 7, grid.center(row, 0)[1]), rows.names[row], fill=INK, font=face, anchor="rm")
     for column in range(0, grid.columns, _stride(grid.cell[0], max(30, widest))):
         draw.text(
             (grid.center(0, column)[0], y + height + 5),
             columns.names[column],
             fill=INK,
-            font=font,
+            font=face,
             anchor="mt",
         )
-    draw.text((x, y + height + 22), columns.title, fill=FAINT, font=font, anchor="lt")
-    draw.text((x - 7, y - 10), rows.title, fill=FAINT, font=font, anchor="rs")
+    draw.text((x, y + height + 22), columns.title, fill=FAINT, font=face, anchor="lt")
+    draw.text((x - 7, y - 10), rows.title, fill=FAINT, font=face, anchor="rs")
 
 
-def _color_bar_(draw: ImageDraw, grid: Grid, bar: Mapping[float, str], dead: str | None) -> None:
+def _color_bar_(
+    draw: ImageDraw,
+    grid: Grid,
+    bar: Mapping[float, str],
+    dead: str | None,
+    colors: Callable[[np.ndarray], np.ndarray],
+) -> None:
     x, top, height = grid.origin[0] + grid.size[0] + 22, grid.origin[1], max(grid.size[1] - 26, 130)
     lowest, highest = min(bar), max(bar)
-    for row, color in enumerate(load_colors(np.linspace(highest, lowest, height)).tolist()):
+    for row, color in enumerate(colors(np.linspace(highest, lowest, height)).tolist()):
         draw.line((x, top + row, x + 13, top + row), fill=tuple(color))
     for place, label in bar.items():
         row = top + (highest - place) / (highest - lowest) * (height - 1)
-        draw.text((x + 20, row), label, fill=INK, font=_font(), anchor="lm")
+        draw.text((x + 20, row), label, fill=INK, font=font(), anchor="lm")
     if dead is not None:
         below = top + height + 10
         draw.rectangle((x, below, x + 13, below + 13), fill=DEAD)
-        draw.text((x + 20, below + 7), dead, fill=INK, font=_font(), anchor="lm")
+        draw.text((x + 20, below + 7), dead, fill=INK, font=font(), anchor="lm")
 
 
 @cache
-def _font() -> FreeTypeFont | ImageFont:
+def font() -> FreeTypeFont | ImageFont:
+    """The font of all pictures that are drawn without matplotlib."""
     from PIL import ImageFont
 
     return ImageFont.load_default(FONT_PIXELS)

@@ -71,7 +71,3 @@ def coactivation_heatmap(pairs_EE: np.ndarray, title: str = "") -> np.ndarray:
     np.fill_diagonal(places_EE, np.nan)
     axis = Axis.numbered("expert", len(pairs_EE))
     return heatmap(places_EE, axis, axis, LIFT_BAR, title)
-
-
-def _widened(places_GE: np.ndarray, width: int) -> np.ndarray:
-    return np.pad(places_GE, ((0, 0), (0, width - places_GE.shape[1])), constant_values=np.nan)

@@ -1,6 +1,6 @@
-"""How the load and the bias of one layer change over training: time runs downwards.
+"""How load, bias and the bias's part in the choices change over training: time runs downwards.
 
-Shape legend: N windows of training steps, E experts.
+Shape legend: N windows of training steps, E experts, L layers.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from moe_plugin.plots.colors import OCTAVES, load_octaves
+from moe_plugin.plots.colors import OCTAVES, amount_colors, load_octaves
 from moe_plugin.plots.heatmap import LOAD_BAR, Axis, heatmap
 
 
@@ -45,6 +45,22 @@ def bias_over_time(bias_NE: np.ndarray, steps: Sequence[int], title: str = "") -
     end = 2.0 ** math.ceil(math.log2(largest)) if largest > 0 else 1.0
     bar = {OCTAVES * part: f"{end * part:+.3g}" if part else "0" for part in (1.0, 0.5, 0.0, -0.5, -1.0)}
     return heatmap(bias_NE / end * OCTAVES, _steps(steps), _experts(bias_NE), bar, title)
+
+
+def flips_over_time(flips_NL: np.ndarray, steps: Sequence[int], layers: Sequence[str]) -> np.ndarray:
+    """Draw the share of the choices that the bias made against the scores.
+
+    Args:
+        flips_NL: Shares from 0 to 1, NaN where a layer was not looked at.
+        steps: The step at each window's end.
+        layers: Names of the layers.
+
+    Returns:
+        uint8 (3, H, W), RGB.
+    """
+    title = "share of the choices that the bias flips"
+    bar = {1.0: "50%", 0.5: "25%", 0.0: "none"}
+    return heatmap(2 * flips_NL, _steps(steps), Axis("layer", layers), bar, title, colors=amount_colors)
 
 
 def _steps(steps: Sequence[int]) -> Axis:

@@ -13,6 +13,9 @@ import numpy as np
 
 from moe_plugin.errors import ConfigError
 
+EXPERT_USE_FILE = "expert_use.json"
+"""What experts are for and how many tokens use, beside the logs; of the last validation run."""
+
 Series = tuple[list[int], list[float]]
 
 

@@ -347,6 +347,10 @@ class TestValidation:
         trainer.validate(model, loader(3), verbose=False)
         assert [image.step for image in events(tmp_path).Images("val/experts")] == [2, 5, 8, 8]
 
+    def test_number_of_experts_that_never_varies_is_not_logged(self, tmp_path):
+        fit(LoadMonitor(), tmp_path, steps=4, val_check_interval=4)
+        assert not [tag for tag in events(tmp_path).Tags()["scalars"] if "experts_per_token" in tag]
+
 
 class TestTwoRanks:
     def test_ranks_log_the_load_of_the_global_batch(self, tmp_path, on_ranks):

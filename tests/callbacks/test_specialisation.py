@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from functools import partial
+
 import lightning
 import numpy as np
 import pytest
@@ -10,7 +12,8 @@ from torch.utils.data import DataLoader
 from moe_plugin.balance import balance_
 from moe_plugin.callbacks.image_log import log_image
 from moe_plugin.callbacks.load_monitor import LoadMonitor
-from moe_plugin.callbacks.specialisation import Specialisation, count_kinds, kinds_of
+from moe_plugin.callbacks.specialisation import Specialisation, count_kinds
+from moe_plugin.callbacks.token_kinds import NOTHING, TokenKinds
 from moe_plugin.plots.lift import lift
 from tests.callbacks.test_load_monitor import events
 from tests.hosts import Host
@@ -80,7 +83,7 @@ class TestInARun:
         assert wanted <= set(tags["images"])
         # Nothing was learnt between the two validations.
         assert [point.value for point in events(tmp_path).Scalars("val/kept_choices")] == [1.0]
-        table = monitor._specialisation.counts["domain"]["model.layers.0.router"]
+        table = monitor.validation.specialisation.counts["domain"]["model.layers.0.router"]
         expected = torch.zeros(2, 4, dtype=torch.long)
         for batch in Data().val_dataloader():
             x_TD = model.model.embedding(batch["tokens"][:, :-1]).flatten(0, 1)
@@ -99,26 +102,17 @@ class TestInARun:
     def test_no_logger_looks_at_nothing(self, tmp_path):
         monitor = LoadMonitor()
         fit(monitor, tmp_path, Data(), logger=False)
-        assert monitor._specialisation.pairs == {}
+        assert monitor.validation.specialisation.pairs == {}
 
 
 class TestCounting:
-    def test_padding_is_left_out(self):
-        kinds_T, ids_TK, used_TK = (
-            torch.tensor([0, 1, 1]),
-            torch.tensor([[0], [1], [0]]),
-            torch.ones(3, 1).bool(),
-        )
-        table = count_kinds(kinds_T, ids_TK, 2, 2, torch.tensor([1, 1, 0]), used_TK)
-        assert table.tolist() == [[1, 0], [0, 1]]
-
     def test_unused_experts_are_left_out(self):
         kinds_T, ids_TK = torch.tensor([0, 1]), torch.tensor([[0, 1], [1, 0]])
-        table = count_kinds(kinds_T, ids_TK, 2, 2, None, torch.tensor([[True, False], [True, True]]))
+        table = count_kinds(kinds_T, ids_TK, 2, 2, torch.tensor([[True, False], [True, True]]))
         assert table.tolist() == [[1, 0], [1, 1]]
 
     def test_kinds_are_none_where_the_batch_is_a_tensor(self):
-        assert kinds_of(torch.zeros(2, 3), None) == {}
+        assert TokenKinds(Data()).of(torch.zeros(2, 3)) == NOTHING
 
     def test_share_of_kept_choices(self):
         model = Host()
@@ -129,10 +123,14 @@ class TestCounting:
         for biases in (torch.zeros(4), torch.tensor([9.0, 9.0, 0.0, 0.0])):
             for site in balanced.values():
                 site.bias.copy_(biases)
-            seen.start_(balanced, {})
+            seen.start_(balanced, TokenKinds(None))
+            for name, site in balanced.items():
+                site.witness = partial(seen.look, name, site)
             model(tokens_BS)
-            seen.stop_(balanced)
-        assert 0 < seen.kept_choices() < 1
+        scalars = seen.scalars()
+        assert 0 < scalars["val/kept_choices"] < 1
+        by_layer = [share for tag, share in scalars.items() if tag.startswith("val_layers/kept_choices/")]
+        assert scalars["val/kept_choices"] == pytest.approx(sum(by_layer) / len(balanced))
 
 
 class TestLift:

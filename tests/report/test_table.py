@@ -63,8 +63,8 @@ class TestTensorboardCommand:
 class TestRunReport:
     def test_monitor_that_saw_a_run_is_shown_with_the_command(self, tmp_path):
         monitor = LoadMonitor()
-        monitor.first_record = LoadRecord(1, BEFORE, {}, {})
-        monitor.validation_load = layer_loads(AFTER)
+        monitor.training.first_record = LoadRecord(1, BEFORE, {}, {})
+        monitor.validation.load = layer_loads(AFTER)
         text = shown(run_report(SUMMARY, monitor, tmp_path))
         assert "first step → validation" in text
         assert "perplexity" in text

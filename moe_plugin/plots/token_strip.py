@@ -1,0 +1,131 @@
+"""Text with each token on a ground that tells how many experts it used: one sees where the computation goes.
+
+Shape legend: L layers, S tokens of a text, H, W pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+
+from moe_plugin.plots.colors import amount_scale, ink_on
+from moe_plugin.plots.heatmap import FAINT, INK, PAPER, font
+
+LEVELS = 8
+"""Grounds that are told apart."""
+CELL, COLUMNS, MARGIN = (9, 19), 96, 14
+
+
+@dataclass(frozen=True)
+class TokenStrip:
+    """A text, and the experts that each of its tokens used.
+
+    Attributes:
+        title: What the text is, such as its domain.
+        pieces: The text of each token (S).
+        used: Experts by layer and token (L, S).
+        losses: The loss of each token, that of predicting the next one, in nats (S); empty if unknown.
+    """
+
+    title: str
+    pieces: list[str]
+    used: list[list[int]]
+    losses: list[float]
+
+    def means(self) -> list[float]:
+        """Experts of each token, mean over layers (S)."""
+        return [fmean(of_token) for of_token in zip(*self.used, strict=True)]
+
+    def as_json(self) -> dict[str, Any]:
+        """All fields by name."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, fields: Mapping[str, Any]) -> TokenStrip:
+        """What `as_json` gave."""
+        return cls(**fields)
+
+
+@dataclass(frozen=True)
+class Scale:
+    """The range of numbers that the grounds tell apart."""
+
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, strips: Sequence[TokenStrip]) -> Scale:
+        """From the smallest to the largest mean over layers in any of the texts."""
+        means = [mean for strip in strips for mean in strip.means()]
+        return cls(min(means), max(means))
+
+    def level(self, number: float) -> int:
+        """The ground of a number, from 0 to `LEVELS` - 1."""
+        width = self.high - self.low
+        return min(LEVELS - 1, max(0, int(LEVELS * (number - self.low) / width))) if width else 0
+
+    def ends(self) -> list[float]:
+        """Where the grounds begin, and where the last one ends."""
+        return [self.low + (self.high - self.low) * place / LEVELS for place in range(LEVELS + 1)]
+
+
+def draw_strips(strips: Sequence[TokenStrip]) -> np.ndarray:
+    """Draw texts under one another, grounds by the mean over layers.
+
+    Returns:
+        uint8 (3, H, W), RGB.
+    """
+    from PIL import Image, ImageDraw
+
+    scale, places = Scale.of(strips), [list(_places(strip.pieces)) for strip in strips]
+    lines = [max((line for line, _, _ in cells), default=0) + 1 for cells in places]
+    height = 2 * MARGIN + 34 + sum((count + 2) * CELL[1] for count in lines)
+    image = Image.new("RGB", (2 * MARGIN + COLUMNS * CELL[0], height), PAPER)
+    draw = ImageDraw.Draw(image)
+    grounds = amount_scale(LEVELS)
+    _draw_legend_(draw, scale, grounds)
+    top = MARGIN + 34
+    for strip, cells, count in zip(strips, places, lines, strict=True):
+        mean = fmean(strip.means())
+        draw.text(
+            (MARGIN, top + 3),
+            f"{strip.title}: {mean:.2f} experts per token".lstrip(": "),
+            fill=FAINT,
+            font=font(),
+        )
+        levels = [scale.level(mean) for mean in strip.means()]
+        for line, column, (character, token) in cells:
+            ground = grounds[levels[token]]
+            x, y = MARGIN + column * CELL[0], top + (line + 1) * CELL[1]
+            draw.rectangle((x, y, x + CELL[0] - 1, y + CELL[1] - 2), fill=tuple(ground.tolist()))
+            ink = PAPER if ink_on(ground) else INK
+            draw.text((x + CELL[0] // 2, y + CELL[1] // 2), character, fill=ink, font=font(), anchor="mm")
+        top += (count + 2) * CELL[1]
+    return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def _draw_legend_(draw: Any, scale: Scale, grounds: np.ndarray) -> None:
+    draw.text((MARGIN, MARGIN), "experts per token, mean over layers:", fill=INK, font=font())
+    x = MARGIN + round(font().getlength("experts per token, mean over layers:")) + 12
+    for level, ground in enumerate(grounds):
+        draw.rectangle((x, MARGIN, x + 44, MARGIN + 16), fill=tuple(ground.tolist()), outline=FAINT)
+        label = f"{(scale.ends()[level] + scale.ends()[level + 1]) / 2:.1f}"
+        draw.text(
+            (x + 22, MARGIN + 8), label, fill=PAPER if ink_on(ground) else INK, font=font(), anchor="mm"
+        )
+        x += 46
+
+
+def _places(pieces: Sequence[str]) -> Iterator[tuple[int, int, tuple[str, int]]]:
+    """Line and column of each character, and the token that it is of; a line's end takes a cell, as a space."""
+    line, column = 0, 0
+    for token, piece in enumerate(pieces):
+        for character in piece:
+            if column == COLUMNS:
+                line, column = line + 1, 0
+            yield line, column, (character if character.isprintable() else " ", token)
+            line, column = (line + 1, 0) if character == "\n" else (line, column + 1)
