@@ -89,7 +89,7 @@ class Specialisation:
         pairs_EE = chosen_TE.T @ chosen_TE
         self.pairs[name] = self.pairs[name] + pairs_EE if name in self.pairs else pairs_EE
         if self._is_first_batch:
-            self._first[name] = ids_TK[:TOKENS].sort(-1).values
+            self._first[name] = ids_TK[:TOKENS].masked_fill(~used_TK[:TOKENS], -1)
 
     def scalars(self) -> dict[str, float]:
         """Share of the choices in the first batch that are those of the run before, over layers and of each."""
@@ -164,5 +164,7 @@ def count_kinds(
 
 
 def _kept(now_TK: Tensor, before_TK: Tensor) -> Tensor:
+    """Share of the experts used now that the same token used before; -1 stands for none."""
     same_TK = (now_TK.unsqueeze(-1) == before_TK.unsqueeze(-2)).any(-1)
-    return same_TK.float().mean()
+    used_TK = now_TK >= 0
+    return (same_TK & used_TK).sum() / used_TK.sum()

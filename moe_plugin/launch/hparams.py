@@ -1,34 +1,39 @@
-"""What TensorBoard's HPARAMS tab compares: the settings of each job, and the measures it ends with."""
+"""What TensorBoard's HPARAMS tab compares: what was asked of each job, and the measures it ends with."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
+from pathlib import Path
 
+import yaml
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
-from omegaconf import DictConfig, OmegaConf
+
+from moe_plugin.report.sweep import overrides_of
 
 METRICS = ("val/loss", "val/max_violation_global", "val/max_violation_batch", "val/dead_experts")
-GROUPS = ("seed", "model", "router", "experts", "balancing", "data", "trainer", "strategy")
+GROUPS = ("experiment", "model", "router", "experts", "balancing", "rule", "data", "trainer", "strategy")
 """The settings that are compared; the others say where files lie and what is shown."""
 
 
-def log_hyperparameters(loggers: Iterable[Logger], config: DictConfig) -> None:
-    """Write the settings of a run, with measures that later scalars of the same names fill in.
+def log_hyperparameters(loggers: Iterable[Logger], folder: Path, seed: int) -> None:
+    """Write the seed and the settings that were given, with measures that later scalars of the same names fill in.
+
+    A setting that is a default and not swept over is left out: a column of equal values tells nothing, and the run's
+    `config.yaml` has them all. An option of a group is one value, such as `router: top_p`.
 
     Args:
         loggers: Those that are not TensorBoard are left alone.
-        config: The run's resolved configuration.
+        folder: The run's, in which Hydra has noted what was given.
+        seed: The run's.
     """
-    settings = {key: OmegaConf.to_container(config)[key] for key in GROUPS}  # pyright: ignore
+    given = {
+        key: yaml.safe_load(value)
+        for key, value in overrides_of(folder).items()
+        if key.split(".")[0] in GROUPS
+    }
+    plain = {
+        key: value if isinstance(value, (int, float, str)) else str(value) for key, value in given.items()
+    }
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.log_hyperparams(dict(_leaves(settings)), metrics=dict.fromkeys(METRICS, float("nan")))
-
-
-def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
-    for name, value in node.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{name}.")
-        elif not str(name).startswith("_") or name == "_target_":
-            yield f"{prefix}{name}", value if isinstance(value, (int, float, str)) else str(value)
+            logger.log_hyperparams({"seed": seed} | plain, metrics=dict.fromkeys(METRICS, float("nan")))

@@ -32,6 +32,7 @@ from moe_plugin.launch.stop import StopAtSignal, told_when_stopped
 from moe_plugin.launch.throughput import Throughput
 from moe_plugin.models.size import measure
 from moe_plugin.report import RunSummary, run_report, tensorboard_command, write_summary
+from moe_plugin.report.environment import describe_environment, write_environment
 from moe_plugin.routing import DynamicRouter, ZeroExpertRouter
 
 
@@ -47,6 +48,8 @@ def train(config: DictConfig) -> None:
         data, model = build_data(config), build_model_for(config)
         callbacks = [*build_callbacks(config), clock, RandomState(), StopAtSignal(signals)]
         trainer = build_trainer(config, callbacks=callbacks, logger=build_loggers(config))
+        if trainer.is_global_zero:
+            write_environment(describe_environment(trainer.world_size, trainer.strategy.root_device), folder)
         with told_when_stopped(signals, trainer, folder):
             metrics = fit_and_validate(trainer, model, data, config)
         if trainer.is_global_zero and metrics:
@@ -62,7 +65,7 @@ def fit_and_validate(
     trainer: Trainer, model: LightningModule, data: LightningDataModule, config: DictConfig
 ) -> Mapping[str, float]:
     """Returns the metrics of the whole validation split after training; none after a dry run."""
-    log_hyperparameters(trainer.loggers, config)
+    log_hyperparameters(trainer.loggers, Path(config.paths.output), config.seed)
     trainer.fit(model, data, ckpt_path=config.ckpt_path)
     if config.trainer.fast_dev_run:
         return {}

@@ -62,7 +62,7 @@ def amount_colors(shares: np.ndarray) -> np.ndarray:
 
 def ink_on(colors: np.ndarray) -> np.ndarray:
     """Whether text on each background should be white; bool (...)."""
-    return _linear(colors / 255) @ np.array([0.2126, 0.7152, 0.0722]) < 0.25
+    return _linear(colors / 255) @ np.array([0.2126, 0.7152, 0.0722]) < 0.19
 
 
 def load_octaves(tokens_per_expert: Tensor, num_experts: Tensor | None = None) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,23 +16,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="default: %(default)s")
     options = parser.parse_args(arguments)
-    import torch
-
-    from moe_plugin import __version__
     from moe_plugin.errors import ConfigError
     from moe_plugin.report.atomic import write_atomically
     from moe_plugin.report.page import read_runs, report_page
 
-    environment = {
-        "moe_plugin": __version__,
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "machine": f"{platform.system()} {platform.machine()}",
-    }
     try:
         if not options.out.resolve().parent.is_dir():
             raise ConfigError(f"'--out' must lie in an existing folder, got '{options.out}'.")
-        write_atomically(options.out, report_page(read_runs(options.runs), environment))
+        write_atomically(options.out, report_page(read_runs(options.runs)))
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

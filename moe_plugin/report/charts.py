@@ -31,11 +31,14 @@ def line_chart(lines: Sequence[Line], x_title: str) -> str:
     if not drawn:
         return ""
     frame = _Frame.around(drawn)
-    paths = [
-        f'<polyline class="line c{line.color}" points="{frame.points(line)}">{_hover(line)}</polyline>'
-        for line in drawn
-    ]
-    return _svg(frame, x_title, paths)
+    return _svg(frame, x_title, [_path(frame, line) for line in drawn])
+
+
+def _path(frame: _Frame, line: Line) -> str:
+    if len(line.xs) == 1:
+        x, y = frame.x(line.xs[0]), frame.y(line.ys[0])
+        return f'<circle class="dot c{line.color}" cx="{x:.1f}" cy="{y:.1f}" r="4">{_hover(line)}</circle>'
+    return f'<polyline class="line c{line.color}" points="{frame.points(line)}">{_hover(line)}</polyline>'
 
 
 def scatter_chart(points: Sequence[Line], x_title: str) -> str:

@@ -19,7 +19,10 @@ import torch
 from moe_plugin.metrics import dead_experts, max_violation
 from moe_plugin.plots.colors import load_colors, load_octaves
 from moe_plugin.plots.run_data import RunData, read_run
+from moe_plugin.plots.token_strip import LEVELS
 from moe_plugin.report.charts import COLORS, Line, line_chart, scatter_chart
+from moe_plugin.report.environment import read_environment
+from moe_plugin.report.expert_use import ground_rules, profiles, read_expert_use, used_view
 from moe_plugin.report.summary import SUMMARY_FILE
 from moe_plugin.report.table import _number
 
@@ -32,6 +35,9 @@ CURVES = {
     "Router confidence": ("load/confidence",),
     "Share of choices that the bias flips": ("load/flip_rate",),
     "Largest bias range": ("load/bias_range",),
+    "Choices kept since the validation before": ("val/kept_choices",),
+    "Experts per token": ("load/experts_per_token", "val/experts_per_token"),
+    "Budget error: experts per token over target, less 1": ("load/budget_error",),
 }
 """Title of each chart, and the tags in it."""
 MEASURES = {
@@ -44,6 +50,8 @@ MEASURES = {
     "seconds": "seconds",
     "parameters_total": "parameters",
     "parameters_active": "active",
+    "mean_experts_per_token": "experts per token",
+    "active_flops_per_token": "FLOPs per token",
 }
 FRAMES = 10
 
@@ -56,11 +64,15 @@ class ReportedRun:
         data: What it logged.
         summary: Its `summary.json`; empty without one.
         config: Its configuration, keys joined by dots; empty without one.
+        environment: What it ran on, if it wrote that down.
+        use: What its experts are for, if it wrote that down.
     """
 
     data: RunData
     summary: Mapping[str, Any]
     config: Mapping[str, str]
+    environment: Mapping[str, str]
+    use: Mapping[str, Any]
 
 
 def read_runs(words: Sequence[str]) -> list[ReportedRun]:
@@ -91,6 +103,8 @@ def _read(word: str) -> ReportedRun:
         data,
         json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {},
         _flat(_yaml(config)) if config.exists() else {},
+        read_environment(folder),
+        read_expert_use(folder),
     )
 
 
@@ -109,18 +123,13 @@ def _flat(node: Any, prefix: str = "") -> dict[str, str]:
     return flat
 
 
-def report_page(runs: Sequence[ReportedRun], environment: Mapping[str, str]) -> str:
-    """The page as text.
-
-    Args:
-        runs: At least one.
-        environment: What to say about the machine and the versions.
-    """
+def report_page(runs: Sequence[ReportedRun]) -> str:
+    """The page of at least one run, as text."""
     from jinja2 import Environment, PackageLoader
 
-    template = Environment(loader=PackageLoader("moe_plugin.report", "."), autoescape=True).get_template(
-        "page.html"
-    )
+    pages = Environment(loader=PackageLoader("moe_plugin.report", "."), autoescape=True)
+    pages.filters["visible"] = lambda text: text.replace("\n", "↵").replace("\t", "→").replace("\0", "·")
+    template = pages.get_template("page.html")
     labels = [run.data.label for run in runs]
     return template.render(
         title=labels[0] if len(runs) == 1 else f"{len(runs)} runs",
@@ -132,7 +141,11 @@ def report_page(runs: Sequence[ReportedRun], environment: Mapping[str, str]) -> 
         table=_table(runs),
         measures=list(MEASURES.values()),
         differences=_differences(runs),
-        environment=environment,
+        environments=_rows_of([run.environment for run in runs]),
+        used=[used_view(run.use) for run in runs],
+        profiles=profiles([run.use for run in runs]),
+        ground_rules=ground_rules(),
+        levels=LEVELS,
     )
 
 
@@ -178,14 +191,19 @@ def _cell(value: float | int | None) -> str:
 
 def _differences(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:
     """Configuration keys whose values are not the same in all runs; all of them for a single one."""
-    keys = sorted({key for run in runs for key in run.config if not key.startswith("paths.")})
-    rows = {key: [run.config.get(key, "–") for run in runs] for key in keys}  # noqa: RUF001
     own = ("dirpath", "save_dir", "path")
     return {
         key: values
-        for key, values in rows.items()
-        if len(runs) == 1 or (len(set(values)) > 1 and key.rpartition(".")[2] not in own)
+        for key, values in sorted(_rows_of([run.config for run in runs]).items())
+        if not key.startswith("paths.")
+        and (len(runs) == 1 or (len(set(values)) > 1 and key.rpartition(".")[2] not in own))
     }
+
+
+def _rows_of(tables: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    """A row for each key, with its value in each of the tables."""
+    keys = dict.fromkeys(key for table in tables for key in table)
+    return {key: [table.get(key, "–") for table in tables] for key in keys}  # noqa: RUF001
 
 
 @dataclass(frozen=True)

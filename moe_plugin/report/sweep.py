@@ -36,7 +36,7 @@ def gather_sweep(folder: Path) -> list[dict[str, Any]]:
     """
     ended = {path.parent for name in (SUMMARY_FILE, STOPPED_FILE) for path in folder.rglob(name)}
     jobs = [
-        (job, _overrides(job)) for job in sorted(ended, key=lambda job: _natural(job.relative_to(folder)))
+        (job, overrides_of(job)) for job in sorted(ended, key=lambda job: _natural(job.relative_to(folder)))
     ]
     keys = list(dict.fromkeys(key for _, overrides in jobs for key in overrides if key not in MEASURES))
     return [
@@ -106,7 +106,8 @@ def _measures(job: Path) -> dict[str, Any]:
     return asdict(read_summary(path)) if path.exists() else dict.fromkeys(MEASURES)
 
 
-def _overrides(job: Path) -> dict[str, str]:
+def overrides_of(job: Path) -> dict[str, str]:
+    """What was given on the command line of a run, or to a job by its sweep; without Hydra's signs."""
     import yaml
 
     path = job / ".hydra" / "overrides.yaml"

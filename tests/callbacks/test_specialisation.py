@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from moe_plugin.balance import balance_
 from moe_plugin.callbacks.image_log import log_image
 from moe_plugin.callbacks.load_monitor import LoadMonitor
-from moe_plugin.callbacks.specialisation import Specialisation, count_kinds
+from moe_plugin.callbacks.specialisation import Specialisation, _kept, count_kinds
 from moe_plugin.callbacks.token_kinds import NOTHING, TokenKinds
 from moe_plugin.plots.lift import lift
 from tests.callbacks.test_load_monitor import events
@@ -113,6 +113,10 @@ class TestCounting:
 
     def test_kinds_are_none_where_the_batch_is_a_tensor(self):
         assert TokenKinds(Data()).of(torch.zeros(2, 3)) == NOTHING
+
+    def test_choices_that_are_not_used_are_neither_kept_nor_lost(self):
+        now_TK, before_TK = torch.tensor([[0, -1], [2, 1]]), torch.tensor([[0, 1], [1, -1]])
+        assert _kept(now_TK, before_TK).item() == pytest.approx(2 / 3)
 
     def test_share_of_kept_choices(self):
         model = Host()
