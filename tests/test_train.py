@@ -60,6 +60,7 @@ class TestTrain:
                 "config.yaml",
                 "csv",
                 "data_manifest.json",
+                "environment.json",
                 "summary.json",
                 "tensorboard",
             )

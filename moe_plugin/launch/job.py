@@ -13,6 +13,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
 from omegaconf import DictConfig
 from rich.console import Console
+from torch import nn
 
 from moe_plugin.callbacks.load_monitor import LoadMonitor
 from moe_plugin.launch.build import (
@@ -30,10 +31,9 @@ from moe_plugin.launch.random_state import RandomState
 from moe_plugin.launch.signals import StopSignals
 from moe_plugin.launch.stop import StopAtSignal, told_when_stopped
 from moe_plugin.launch.throughput import Throughput
-from moe_plugin.models.size import measure
+from moe_plugin.models.size import fixed_experts_per_token, measure
 from moe_plugin.report import RunSummary, run_report, tensorboard_command, write_summary
 from moe_plugin.report.environment import describe_environment, write_environment
-from moe_plugin.routing import DynamicRouter, ZeroExpertRouter
 
 
 def train(config: DictConfig) -> None:
@@ -85,15 +85,13 @@ def validate_checkpoint(config: DictConfig) -> dict[str, Any]:
         trainer.limit_val_batches = 1.0
         model, data = build_model(config), build_data(config)
         (metrics,) = trainer.validate(model, data, ckpt_path=config.ckpt_path, verbose=False)
-    return validation_measures(metrics)
+    return validation_measures(metrics, model)
 
 
 def summarise(config: DictConfig, metrics: Mapping[str, float], clock: Throughput) -> RunSummary:
     """Returns the run in numbers."""
     model = build_model_on_meta(config)
-    size, measures = measure(model), validation_measures(metrics)
-    if not any(isinstance(module, DynamicRouter | ZeroExpertRouter) for module in model.modules()):
-        measures["mean_experts_per_token"] = size.experts_per_token
+    size, measures = measure(model), validation_measures(metrics, model)
     used = measures["mean_experts_per_token"]
     return RunSummary(
         **measures,
@@ -107,7 +105,7 @@ def summarise(config: DictConfig, metrics: Mapping[str, float], clock: Throughpu
     )
 
 
-def validation_measures(metrics: Mapping[str, float]) -> dict[str, Any]:
+def validation_measures(metrics: Mapping[str, float], model: nn.Module) -> dict[str, Any]:
     """Returns what a validation measured, under the names of ``summary.json``."""
     loss, dead = metrics.get("val/loss"), metrics.get("val/dead_experts")
     return {
@@ -116,7 +114,7 @@ def validation_measures(metrics: Mapping[str, float]) -> dict[str, Any]:
         "max_violation_batch": metrics.get("val/max_violation_batch"),
         "max_violation_global": metrics.get("val/max_violation_global"),
         "dead_experts": None if dead is None else round(dead),
-        "mean_experts_per_token": metrics.get("val/experts_per_token"),
+        "mean_experts_per_token": metrics.get("val/experts_per_token", fixed_experts_per_token(model)),
     }
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from moe_plugin.adapters.routed_experts import find_routed_experts
 from moe_plugin.check import check_positive_integers
 from moe_plugin.models.flops import attention_flops, matmul_flops
+from moe_plugin.routing import DynamicRouter, ZeroExpertRouter
 
 _ADAM_BYTES = 8  # Two moments in fp32.
 _GIB = 2**30
@@ -109,6 +110,13 @@ def measure(model: nn.Module, *, context_length: int | None = None, num_devices:
         context_length=length,
         memory=_memory_by_strategy(model, num_devices),
     )
+
+
+def fixed_experts_per_token(model: nn.Module) -> float | None:
+    """Routed experts of a token, the mean over layers; None where tokens use different numbers of them, or none."""
+    routed = find_routed_experts(model)
+    varies = any(isinstance(module, DynamicRouter | ZeroExpertRouter) for module in model.modules())
+    return fmean(experts.top_k for experts in routed) if routed and not varies else None
 
 
 def size_table(size: ModelSize) -> Table:

@@ -83,3 +83,17 @@ class TestTable:
     def test_is_printed(self, capsys):
         print_size_table(measure(language_model()))
         assert "Model size" in capsys.readouterr().out
+
+
+def test_number_of_experts_is_fixed_unless_a_router_lets_it_vary() -> None:
+    from moe_plugin.experts import GroupedExperts, MoEBlock
+    from moe_plugin.models.size import fixed_experts_per_token
+    from moe_plugin.routing import DynamicRouter, Router, Sigmoid, Threshold
+
+    fixed = MoEBlock(Router(8, 4, 2, score=Sigmoid()), GroupedExperts(4, 8, 8))
+    varying = MoEBlock(
+        DynamicRouter(8, 4, 2, score=Sigmoid(), cut=Threshold(), max_k=4), GroupedExperts(4, 8, 8)
+    )
+    assert fixed_experts_per_token(torch.nn.ModuleList([fixed])) == 2
+    assert fixed_experts_per_token(torch.nn.ModuleList([fixed, varying])) is None
+    assert fixed_experts_per_token(torch.nn.Linear(2, 2)) is None
