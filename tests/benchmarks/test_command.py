@@ -38,6 +38,6 @@ class TestCommand:
         result = json.loads(out.read_text())
         assert result["machine"]["torch"]
         (run,) = result["cases"]
-        assert (run["case"], run["malloc"], len(run["rows"])) == ("overhead", "tuned", 1)
+        assert (run["case"], run["malloc"], len(run["rows"])) == ("overhead", "tuned", 2)
         assert run["rows"][0]["peer"] == "plain"
         assert run["load_after"] >= 0
