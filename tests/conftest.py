@@ -32,6 +32,8 @@ def _run_rank(rank: int, world_size: int, port: int, function: Callable, results
     dist.init_process_group("gloo", rank=rank, world_size=world_size, timeout=timedelta(seconds=15))
     try:
         function(rank, results, *args)
+        if dist.is_initialized():
+            dist.barrier()  # rank 0 has the store, which others may still need
     finally:
         if dist.is_initialized():  # a whole job ends its own
             dist.destroy_process_group()

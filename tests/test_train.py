@@ -312,6 +312,8 @@ class TestStrategies:
         self.assert_same("two", "one")
 
     @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
+    # Dynamo itself does that.
+    @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated.*:DeprecationWarning")
     def test_compiled_layers_train_as_others_do(self) -> None:
         train.main([*SMALL, "name=one"])
         train.main([*SMALL, "name=two", "strategy.compile=aot_eager"])

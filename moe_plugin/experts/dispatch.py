@@ -30,6 +30,32 @@ class Dispatch(NamedTuple):
     pairs_P: Tensor | None
 
 
+def order_pairs(
+    expert_ids_TK: Tensor, num_experts: int, used_TK: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """The used ones of the T * K pairs sorted by expert, int64 (P,), and the end of each expert's, int32 (E,).
+
+    Only where some are unused it waits for the device.
+
+    Args:
+        expert_ids_TK: Selected experts, int64.
+        num_experts: Experts E.
+        used_TK: bool, False for pairs to leave out; None keeps all.
+    """
+    ids_P = expert_ids_TK.flatten()
+    pairs_P = None
+    if used_TK is not None:
+        pairs_P = used_TK.flatten().nonzero().squeeze(-1)
+        ids_P = ids_P.index_select(0, pairs_P)
+    if num_experts < 2**15:
+        ids_P = ids_P.short()  # sorted faster
+    sorted_ids_P, order_P = ids_P.sort(stable=True)
+    experts_E = torch.arange(num_experts, dtype=ids_P.dtype, device=ids_P.device)
+    offsets_E = torch.searchsorted(sorted_ids_P, experts_E, right=True, out_int32=True)
+    pair_ids_P = order_P if pairs_P is None else pairs_P.index_select(0, order_P)
+    return pair_ids_P, offsets_E
+
+
 def plan_dispatch(expert_ids_TK: Tensor, num_experts: int, used_TK: Tensor | None = None) -> Dispatch:
     """Sorts the token-expert pairs by expert; only where some are unused it waits for the device.
 
@@ -38,22 +64,18 @@ def plan_dispatch(expert_ids_TK: Tensor, num_experts: int, used_TK: Tensor | Non
         num_experts: Experts E.
         used_TK: bool, False for pairs to leave out, which then take no room and no time; None keeps all.
     """
-    num_tokens, top_k = expert_ids_TK.shape
-    ids_P = expert_ids_TK.flatten()
+    num_pairs, top_k = expert_ids_TK.numel(), expert_ids_TK.shape[1]
+    pair_ids_P, offsets_E = order_pairs(expert_ids_TK, num_experts, used_TK)
+    rows_P = pair_ids_P.new_empty(num_pairs)
+    rows_P.scatter_(0, pair_ids_P, torch.arange(len(pair_ids_P), device=rows_P.device))
     if used_TK is None:
         pairs_P = None
-        starts_T = torch.arange(0, num_tokens * top_k, top_k, device=ids_P.device)
+        starts_T = torch.arange(0, num_pairs, top_k, device=rows_P.device)
     else:
         pairs_P = used_TK.flatten().nonzero().squeeze(-1)
-        ids_P = ids_P.index_select(0, pairs_P)
+        rows_P = rows_P.index_select(0, pairs_P)
         used_T = used_TK.sum(-1)
         starts_T = used_T.cumsum(0) - used_T
-    sorted_ids_P, order_P = ids_P.sort(stable=True)
-    rows_P = torch.empty_like(order_P)
-    rows_P.scatter_(0, order_P, torch.arange(order_P.numel(), device=order_P.device))
-    experts_E = torch.arange(num_experts, device=ids_P.device)
-    pair_ids_P = order_P if pairs_P is None else pairs_P.index_select(0, order_P)
-    offsets_E = torch.searchsorted(sorted_ids_P, experts_E, right=True, out_int32=True)
     return Dispatch(pair_ids_P // top_k, rows_P, offsets_E, starts_T, pairs_P)
 
 

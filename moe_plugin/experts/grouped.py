@@ -1,18 +1,15 @@
-"""Routed SwiGLU experts with stacked weights: dropless, one grouped matrix product per projection.
+"""Routed SwiGLU experts with stacked weights: dropless.
 
-Shape legend: T tokens, D model width, H hidden width, E experts, K experts selected per token,
-P token-expert pairs (T * K if all are used).
+Shape legend: T tokens, D model width, H hidden width, E experts, K experts selected per token.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from moe_plugin.check import check_positive_integers
-from moe_plugin.experts.dispatch import combine, plan_dispatch
-from moe_plugin.experts.matmul import expert_matmul
+from moe_plugin.experts.fused import fused_experts
 from moe_plugin.types import Routing
 
 
@@ -60,12 +57,7 @@ class GroupedExperts(nn.Module):
             (T, D) in the dtype of `x_TD`, or of the autocast where one is active.
         """
         dtype = compute_dtype(x_TD)
-        dispatch = plan_dispatch(routing.expert_ids_TK, self.num_experts, routing.used_TK)
-        x_PD = x_TD.to(dtype).index_select(0, dispatch.token_ids_P)
-        gate_PH, up_PH = expert_matmul(x_PD, self.gate_up.to(dtype), dispatch.offsets_E).chunk(2, dim=-1)
-        hidden_PH = functional.silu(gate_PH) * up_PH
-        y_PD = expert_matmul(hidden_PH, self.down.to(dtype), dispatch.offsets_E)
-        return combine(y_PD, routing.weights_TK.to(dtype), dispatch)
+        return fused_experts(x_TD.to(dtype), routing, self.gate_up.to(dtype), self.down.to(dtype))
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""

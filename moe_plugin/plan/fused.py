@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moe_plugin.experts import fused
+from moe_plugin.experts.blocks import backward_in_blocks, forward_in_blocks
+
 
 @contextmanager
 def fused_kernels() -> Iterator[None]:
@@ -70,11 +73,29 @@ class _GroupedProduct(torch.autograd.Function):
         return tuple(torch.empty_like(tensor) for tensor in ctx.saved_tensors)
 
 
+def _experts(*inputs: Any) -> tuple[Tensor, Tensor]:
+    *given, offsets_E = inputs
+    return forward_in_blocks(*given, ends=_even_ends(given[4], offsets_E))
+
+
+def _experts_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *given, offsets_E, gate_up_P = inputs
+    return backward_in_blocks(*given, ends=_even_ends(given[5], offsets_E), gate_up_P=gate_up_P)
+
+
+def _even_ends(pair_ids_P: Tensor, offsets_E: Tensor) -> list[int]:
+    """Fake tensors have no loads: every expert gets the same."""
+    num_pairs, num_experts = len(pair_ids_P), len(offsets_E)
+    return [num_pairs * (expert + 1) // num_experts for expert in range(num_experts)]
+
+
 def _grouped_mm(rows_PI: Tensor, weights_EIO: Tensor, *_: Any, **__: Any) -> Tensor:
     return _GroupedProduct.apply(rows_PI, weights_EIO)  # pyright: ignore[reportReturnType]
 
 
 _STAND_INS: dict[tuple[Any, str], Callable] = {
+    (fused, "run_forward"): _experts,
+    (fused, "run_backward"): _experts_backward,
     (functional, "scaled_dot_product_attention"): _attention,
     (functional, "grouped_mm"): _grouped_mm,
     (torch, "_grouped_mm"): _grouped_mm,

@@ -10,8 +10,8 @@ from tests.models.small_models import language_model, token_batch
 class TestCompiledModel:
     # Dynamo itself does that.
     @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated.*:DeprecationWarning")
-    # In fp32 grouped_mm cannot be traced, and a graph ends at the experts: see moe_plugin/experts/matmul.py.
-    def test_bf16_is_one_graph_that_stays_while_loads_and_biases_change(self) -> None:
+    @pytest.mark.parametrize("autocasts", [False, True], ids=["fp32", "bf16"])
+    def test_is_one_graph_that_stays_while_loads_and_biases_change(self, autocasts: bool) -> None:
         torch.manual_seed(0)
         model = language_model()
         balanced = balance_(model)
@@ -22,7 +22,7 @@ class TestCompiledModel:
         with torch._dynamo.config.patch(error_on_recompile=True):
             for _ in range(3):
                 tokens = token_batch(3)["tokens"][:, :-1]
-                with torch.autocast("cpu", torch.bfloat16):
+                with torch.autocast("cpu", torch.bfloat16, enabled=autocasts):
                     logits_BSV, _ = compiled(tokens)
                 logits_BSV.float().square().mean().backward()
                 loads.append(torch.cat(list(balanced.update().counts.values())))

@@ -1,0 +1,106 @@
+"""Routed SwiGLU experts as one operation: forward and backward by hand, one implementation per device.
+
+The operators are of ``torch.library``, so that `torch.compile` takes a whole model in any dtype, and does not compile
+anew when loads change.
+
+Shape legend: T tokens, D model width, H hidden width, E experts, K experts selected per token, P token-expert pairs.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import register_flop_formula
+
+from moe_plugin.experts.blocks import backward_in_blocks, forward_in_blocks
+from moe_plugin.experts.dispatch import order_pairs
+from moe_plugin.experts.grouped_products import backward_by_groups, forward_by_groups
+from moe_plugin.types import Routing
+
+_LIBRARY = torch.library.Library("moe_plugin", "FRAGMENT")
+_INPUTS = "Tensor x_TD, Tensor weights_TK, Tensor gate_up, Tensor down, Tensor pair_ids_P, Tensor offsets_E"
+_LIBRARY.define(f"experts({_INPUTS}) -> (Tensor, Tensor)")
+_LIBRARY.define(
+    f"experts_backward(Tensor gradient_TD, {_INPUTS}, Tensor gate_up_P) -> (Tensor, Tensor, Tensor, Tensor)"
+)
+
+
+def fused_experts(x_TD: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
+    """``y_t = sum_k weight_tk * (silu(x_t G) * (x_t U)) W`` with G, U and W those of expert k of token t.
+
+    Kept for the backward are the input, the gate weights, the order of the pairs, and gate and up projection before the
+    activation: 2H numbers per pair. All else is computed again. Gradients have no gradient of their own.
+
+    Args:
+        x_TD: Hidden states.
+        routing: Gate weights, expert ids, and which of them are used. With all used, nothing waits for the device.
+        gate_up: (E, D, 2H), gate first; of the dtype of `x_TD`.
+        down: (E, H, D), of the same dtype.
+
+    Returns:
+        (T, D).
+    """
+    pair_ids_P, offsets_E = order_pairs(routing.expert_ids_TK, len(gate_up), routing.used_TK)
+    weights_TK = routing.weights_TK.to(x_TD.dtype)
+    return _Experts.apply(x_TD, weights_TK, gate_up, down, pair_ids_P.int(), offsets_E)
+
+
+run_forward = torch.ops.moe_plugin.experts
+run_backward = torch.ops.moe_plugin.experts_backward
+
+
+class _Experts(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        y_TD, gate_up_P = run_forward(*inputs)
+        ctx.save_for_backward(*inputs, gate_up_P)
+        return y_TD
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        return (
+            *run_backward(gradients[0].contiguous(), *ctx.saved_tensors),
+            None,
+            None,
+        )
+
+
+def _fake_forward(
+    x_TD: Tensor, weights_TK: Tensor, gate_up: Tensor, down: Tensor, pair_ids_P: Tensor, _: Tensor
+) -> Any:
+    return torch.empty_like(x_TD), x_TD.new_empty(pair_ids_P.shape[0], gate_up.shape[-1])
+
+
+def _fake_backward(_: Tensor, *inputs: Tensor) -> Any:
+    return tuple(tensor.new_empty(tensor.shape) for tensor in inputs[:4])
+
+
+def _forward_in_blocks(*inputs: Any) -> tuple[Tensor, Tensor]:
+    *given, offsets_E = inputs
+    return forward_in_blocks(*given, ends=offsets_E.tolist())
+
+
+def _backward_in_blocks(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *given, offsets_E, gate_up_P = inputs
+    return backward_in_blocks(*given, ends=offsets_E.tolist(), gate_up_P=gate_up_P)
+
+
+_LIBRARY.impl("experts", _forward_in_blocks, "CompositeExplicitAutograd")
+_LIBRARY.impl("experts_backward", _backward_in_blocks, "CompositeExplicitAutograd")
+_LIBRARY.impl("experts", forward_by_groups, "CUDA")
+_LIBRARY.impl("experts_backward", backward_by_groups, "CUDA")
+torch.library.register_fake("moe_plugin::experts", _fake_forward, lib=_LIBRARY)
+torch.library.register_fake("moe_plugin::experts_backward", _fake_backward, lib=_LIBRARY)
+
+
+@register_flop_formula(torch.ops.moe_plugin.experts)
+def _forward_flops(x: Any, weights: Any, gate_up: Any, down: Any, pair_ids: Any, *_: Any, **__: Any) -> int:
+    """For `torch.utils.flop_counter`, which gives the shapes."""
+    return 2 * pair_ids[0] * (gate_up[1] * gate_up[2] + down[1] * down[2])
+
+
+@register_flop_formula(torch.ops.moe_plugin.experts_backward)
+def _backward_flops(gradient: Any, *inputs: Any, **_: Any) -> int:
+    return 2 * _forward_flops(*inputs)

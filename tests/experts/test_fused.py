@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from moe_plugin.experts import GroupedExperts
+from moe_plugin.experts import blocks as blocks_file
+from moe_plugin.experts.blocks import backward_in_blocks, blocks, forward_in_blocks
+from moe_plugin.experts.dispatch import order_pairs
+from moe_plugin.experts.grouped_products import backward_by_groups, forward_by_groups
+from moe_plugin.types import Routing
+
+T, D, H, E, K = 24, 16, 8, 6, 3
+
+
+def inputs(seed: int = 0, tokens: int = T, *, varying: bool = False, skewed: bool = False) -> tuple:
+    torch.manual_seed(seed)
+    scores_TE = torch.rand(tokens, E) - (skewed * torch.arange(E))
+    ids_TK = scores_TE.topk(K).indices
+    used_TK = torch.rand(tokens, K) < 0.6 if varying else None
+    pair_ids_P, offsets_E = order_pairs(ids_TK, E, used_TK)
+    x_TD, weights_TK = torch.randn(tokens, D), torch.rand(tokens, K)
+    return x_TD, weights_TK, torch.randn(E, D, 2 * H), torch.randn(E, H, D), pair_ids_P.int(), offsets_E
+
+
+def routing(tokens: int = T) -> Routing:
+    scores_TE = torch.rand(tokens, E)
+    weights_TK, ids_TK = scores_TE.topk(K)
+    return Routing(weights_TK.requires_grad_(), ids_TK, scores_TE)
+
+
+class TestImplementations:
+    @settings(max_examples=25, deadline=None)
+    @given(
+        seed=st.integers(0, 2**31),
+        tokens=st.sampled_from([0, 1, 7, 24]),
+        varying=st.booleans(),
+        skewed=st.booleans(),
+        rows=st.sampled_from([1, 5, 2048]),
+    )
+    def test_blocks_and_groups_give_the_same(self, seed, tokens, varying, skewed, rows):
+        *given, offsets_E = inputs(seed, tokens, varying=varying, skewed=skewed)
+        gradient_TD = torch.randn(tokens, D)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(blocks_file, "ROWS", rows)
+            y_TD, gate_up_P = forward_in_blocks(*given, ends=offsets_E.tolist())
+            gradients = backward_in_blocks(gradient_TD, *given, ends=offsets_E.tolist(), gate_up_P=gate_up_P)
+        y2_TD, gate_up2_P = forward_by_groups(*given, offsets_E)
+        gradients2 = backward_by_groups(gradient_TD, *given, offsets_E, gate_up2_P)
+        for one, other in zip((y_TD, gate_up_P, *gradients), (y2_TD, gate_up2_P, *gradients2), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
+
+    @settings(max_examples=50, deadline=None)
+    @given(sizes=st.lists(st.integers(0, 6000), min_size=1, max_size=9))
+    def test_blocks_cover_every_row_once_and_are_bounded(self, sizes):
+        ends = torch.tensor(sizes).cumsum(0).tolist()
+        covered, position = [0] * len(sizes), 0
+        for rows, pieces in blocks(ends, torch.float32):
+            assert rows.start == position
+            assert rows.stop - rows.start == sum(size for _, size in pieces) <= blocks_file.ROWS
+            position = rows.stop
+            for expert, size in pieces:
+                covered[expert] += size
+        assert covered == sizes
+
+
+class _Names(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+class TestCost:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    def test_only_input_and_pre_activation_are_saved(self, dtype):
+        tokens, width, hidden = 64, 32, 64
+        experts = GroupedExperts(E, width, hidden).to(dtype)
+        x_TD, saved = torch.randn(tokens, width, dtype=dtype, requires_grad=True), []
+        parameters = {p.untyped_storage().data_ptr() for p in (*experts.parameters(), x_TD)}
+
+        def pack(tensor):
+            if tensor.untyped_storage().data_ptr() not in parameters:
+                saved.append(tensor.untyped_storage().nbytes())
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            experts(x_TD, routing(tokens))
+        assert sum(saved) <= 1.06 * tokens * K * 2 * hidden * dtype.itemsize
+
+    def test_groups_never_wait_for_the_device(self):
+        *given, offsets_E = inputs()
+        with _Names() as seen:
+            _, gate_up_P = forward_by_groups(*given, offsets_E)
+            backward_by_groups(torch.randn(T, D), *given, offsets_E, gate_up_P)
+        assert len(seen.names) <= 70
+        assert not [
+            name for name in seen.names if "item" in name or "local_scalar" in name or "nonzero" in name
+        ]
+
+
+class TestCompile:
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated.*:DeprecationWarning")
+    def test_one_graph_gives_the_same_whatever_the_loads(self, dtype):
+        torch.compiler.reset()
+        experts = GroupedExperts(E, D, H).to(dtype)
+        compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for _ in range(3):
+                x_TD, decisions = torch.randn(T, D, dtype=dtype), routing()
+                torch.testing.assert_close(compiled(x_TD, decisions), experts(x_TD, decisions))
+                compiled(x_TD, decisions).float().sum().backward()
