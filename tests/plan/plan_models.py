@@ -50,7 +50,7 @@ class _AwaitCollectives(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func.namespace == "c10d":
-            time.sleep(0.01)
+            time.sleep(0.03)
         return result
 
 

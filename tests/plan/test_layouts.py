@@ -6,6 +6,7 @@ from functools import partial
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -69,6 +70,7 @@ def measure_on_rank(rank, results, kind):
         torch.manual_seed(0)
         model, tokens_BS = MODELS[name](), torch.randint(0, 512, (sequences, LENGTH))
         made = []
+        dist.barrier()  # A rank that lags lets the other's tensors go later than `real_bytes` waits for.
         _, kept = real_bytes(lambda model=model, made=made: made.append(wrapped(kind, model)))
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
 
@@ -79,6 +81,7 @@ def measure_on_rank(rank, results, kind):
             step()
             optimizer.step()
             optimizer.zero_grad()
+        dist.barrier()
         peak, _ = real_bytes(step)
         states = [v for state in optimizer.state.values() for v in state.values() if v.numel() > 1]
         results[rank, name, sequences] = {
