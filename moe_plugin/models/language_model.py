@@ -91,14 +91,19 @@ class TokenModel(lightning.LightningModule):
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
         """Logs `val/loss`; gives callbacks the loss of each token, in nats: `token_losses` (B, S)."""
-        targets_BS = batch["tokens"][:, 1:]
-        losses_T = functional.cross_entropy(self._predict(batch)[0], targets_BS.flatten(), reduction="none")
-        self._log_token_mean("val/loss", losses_T.mean(), batch)
-        return {"token_losses": losses_T.view_as(targets_BS)}
+        losses_BS = self.token_losses(batch)
+        self._log_token_mean("val/loss", losses_BS.mean(), batch)
+        return {"token_losses": losses_BS}
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
         """Logs `test/loss`."""
         self._log_token_mean("test/loss", self._losses(batch)[0], batch)
+
+    def token_losses(self, batch: Batch) -> Tensor:
+        """Cross-entropy of the prediction of each token, in nats; fp32 (B, S)."""
+        targets_BS = batch["tokens"][:, 1:]
+        logits_TV = self._predict(batch)[0]
+        return functional.cross_entropy(logits_TV, targets_BS.flatten(), reduction="none").view_as(targets_BS)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
         """AdamW, and its schedule over all steps of the fit.

@@ -44,23 +44,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with one_line_errors():
             folders = runs_of(arm).values()
         target = json.loads((next(iter(folders)) / SUMMARY_FILE).read_text())["target_experts_per_token"]
-        parts = [fmean(values) for values in zip(*map(by_part, folders), strict=True)]
-        errors = [100 * (parts[-1] / target - 1), max(worst(folder, target) for folder in folders)]
+        runs = [logged(folder) for folder in folders]
+        parts = [fmean(values) for values in zip(*map(by_part, runs), strict=True)]
+        errors = [100 * (parts[-1] / target - 1), max(worst(windows, target) for windows in runs)]
         cells = [f"{value:.3f}" for value in parts] + [f"{value:+.2f}" for value in errors]
         print(f"| {arm.name} | {target:g} | " + " | ".join(cells) + " |")
 
 
-def by_part(folder: Path) -> list[float]:
+def by_part(windows: Sequence[float]) -> list[float]:
     """Experts per token over the sixth before a third, the sixth after a half, and the last third of training."""
-    windows = logged(folder)
     sixth = len(windows) / 6
     bounds = ((1, 2), (3, 4), (4, 6))
     return [fmean(windows[round(begin * sixth) : round(end * sixth)]) for begin, end in bounds]
 
 
-def worst(folder: Path, target: float) -> float:
+def worst(windows: Sequence[float], target: float) -> float:
     """The largest error of a window in the last third, in percent."""
-    windows = logged(folder)
     return max(100 * abs(value / target - 1) for value in windows[round(len(windows) * 2 / 3) :])
 
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from moe_plugin.launch.command import one_line_errors
+from moe_plugin.metrics.experts_used import rank_correlation
 from moe_plugin.study.spread import spread
 from moe_plugin.study.trained import load_run, look, runs_of
 
@@ -67,15 +68,11 @@ def within_positions(a_T: Tensor, b_T: Tensor, length: int) -> float:
 
 def spearman(a_T: Tensor, b_T: Tensor) -> float:
     """Spearman's rank correlation; equal values share their mean rank; NaN where one does not vary."""
-    ranks_2T = torch.stack([mean_ranks(a_T), mean_ranks(b_T)])
-    centred_2T = ranks_2T - ranks_2T.mean(1, keepdim=True)
-    return ((centred_2T[0] @ centred_2T[1]) / centred_2T.square().sum(1).prod().sqrt()).item()
-
-
-def mean_ranks(values_T: Tensor) -> Tensor:
-    """The rank of each value, that of equal ones their mean; float64 (T,)."""
-    _, place_T, counts = values_T.unique(return_inverse=True, return_counts=True)
-    return (counts.cumsum(0).double() - (counts.double() - 1) / 2)[place_T]
+    a_values, a_places_T = a_T.unique(return_inverse=True)
+    b_values, b_places_T = b_T.unique(return_inverse=True)
+    cells_T = a_places_T * len(b_values) + b_places_T
+    table = cells_T.bincount(minlength=len(a_values) * len(b_values)).view(len(a_values), -1)
+    return rank_correlation(table).item()
 
 
 if __name__ == "__main__":

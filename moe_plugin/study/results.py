@@ -11,6 +11,7 @@ from moe_plugin.report.summary import SUMMARY_FILE, read_summary
 from moe_plugin.study.plan import Study
 from moe_plugin.study.run import COMMIT_FILE, is_finished
 
+SEED_PREFIX = "seed_"
 TYPES = {"str": str, "int": int, "float": lambda text: float(text or "nan")}  # empty: not measured
 
 
@@ -42,7 +43,12 @@ class Result:
 
 def run_folder(root: Path, study: str, arm: str, seed: int) -> Path:
     """Where a run lies."""
-    return root / study / arm / f"seed_{seed}"
+    return root / study / arm / f"{SEED_PREFIX}{seed}"
+
+
+def seed_of(folder: Path) -> int:
+    """The seed of the run that lies there."""
+    return int(folder.name.removeprefix(SEED_PREFIX))
 
 
 def collect(study: Study, root: Path) -> list[Result]:

@@ -23,6 +23,8 @@ from moe_plugin.data import CorpusDataModule
 from moe_plugin.errors import ConfigError
 from moe_plugin.launch.build import build_data, build_model
 from moe_plugin.models.language_model import TokenModel
+from moe_plugin.study.results import SEED_PREFIX, seed_of
+from moe_plugin.study.run import is_finished
 
 Batch = dict[str, Tensor]
 CHECKPOINT = Path("checkpoints", "last.ckpt")
@@ -86,11 +88,10 @@ def runs_of(arm: Path) -> dict[int, Path]:
     Raises:
         ConfigError: There are none.
     """
-    runs = {int(folder.name.removeprefix("seed_")): folder for folder in arm.glob("seed_*")}
-    finished = {seed: runs[seed] for seed in sorted(runs) if (runs[seed] / "summary.json").exists()}
-    if not finished:
-        raise ConfigError(f"An arm's folder must hold finished runs (seed_0, ...); {arm} holds none.")
-    return finished
+    runs = {seed_of(folder): folder for folder in arm.glob(f"{SEED_PREFIX}*") if is_finished(folder)}
+    if not runs:
+        raise ConfigError(f"An arm's folder must hold finished runs ({SEED_PREFIX}0, ...); {arm} holds none.")
+    return dict(sorted(runs.items()))
 
 
 class _Seen:
@@ -116,15 +117,9 @@ def look(trained: Trained, batches: Iterable[Batch]) -> tuple[dict[str, Tensor],
     seen = {name: _Seen() for name in trained.balanced}
     trained.model.eval()
     with _observed(trained.balanced, seen):
-        losses = [_losses(trained.model, batch["tokens"]) for batch in batches]
+        losses = [trained.model.token_losses(batch).flatten() for batch in batches]
     trained.model.train()
     return {name: torch.cat(each.ids) for name, each in seen.items()}, torch.cat(losses)
-
-
-def _losses(model: TokenModel, tokens_BS: Tensor) -> Tensor:
-    logits_BSV = model(tokens_BS[:, :-1])
-    targets_T = tokens_BS[:, 1:].flatten()
-    return torch.nn.functional.cross_entropy(logits_BSV.flatten(0, 1).float(), targets_T, reduction="none")
 
 
 @contextmanager
