@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from moe_plugin.experts.dispatch import gate_weight_gradient, tokens_and_weights
+
 ROWS = 2048
 """Rows of a block, of one or more experts."""
 
@@ -32,8 +34,7 @@ def forward_in_blocks(
     dtype = product_dtype(x_TD)
     y_TD = torch.zeros_like(x_TD, dtype=_sum_dtype(dtype))
     gate_up_P = x_TD.new_empty(len(pair_ids_P), gate_up.shape[-1])
-    token_ids_P = pair_ids_P // weights_TK.shape[1]
-    weights_P1 = weights_TK.reshape(-1, 1).index_select(0, pair_ids_P).to(dtype)
+    token_ids_P, weights_P1 = tokens_and_weights(pair_ids_P, weights_TK.to(dtype))
     gate_up_X, down_X = gate_up.to(dtype).unbind(0), down.to(dtype).unbind(0)
     with torch.autocast(x_TD.device.type, enabled=False):
         for rows, pieces in blocks(ends, dtype):
@@ -63,8 +64,7 @@ def backward_in_blocks(
     dx_TD = torch.zeros_like(x_TD, dtype=_sum_dtype(dtype))
     dgate_up, ddown = torch.empty_like(gate_up, dtype=dtype), torch.empty_like(down, dtype=dtype)
     begun: set[int] = set()
-    token_ids_P = pair_ids_P // weights_TK.shape[1]
-    weights_P1 = weights_TK.reshape(-1, 1).index_select(0, pair_ids_P).to(dtype)
+    token_ids_P, weights_P1 = tokens_and_weights(pair_ids_P, weights_TK.to(dtype))
     dweights_P = torch.empty_like(weights_P1[:, 0])
     gate_up_X, down_X = gate_up.to(dtype).mT.unbind(0), down.to(dtype).mT.unbind(0)
     dgate_up_X, ddown_X = dgate_up.unbind(0), ddown.unbind(0)
@@ -85,8 +85,7 @@ def backward_in_blocks(
     for expert in set(range(len(ends))) - begun:
         dgate_up_X[expert].zero_()
         ddown_X[expert].zero_()
-    dweights_TK = torch.zeros_like(weights_TK)
-    dweights_TK.view(-1).scatter_(0, pair_ids_P.long(), dweights_P.to(weights_TK.dtype))
+    dweights_TK = gate_weight_gradient(dweights_P, pair_ids_P, weights_TK)
     return dx_TD.to(x_TD.dtype), dweights_TK, dgate_up.to(gate_up.dtype), ddown.to(down.dtype)
 
 

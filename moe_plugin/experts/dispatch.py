@@ -66,17 +66,27 @@ def plan_dispatch(expert_ids_TK: Tensor, num_experts: int, used_TK: Tensor | Non
     """
     num_pairs, top_k = expert_ids_TK.numel(), expert_ids_TK.shape[1]
     pair_ids_P, offsets_E = order_pairs(expert_ids_TK, num_experts, used_TK)
-    rows_P = pair_ids_P.new_empty(num_pairs)
-    rows_P.scatter_(0, pair_ids_P, torch.arange(len(pair_ids_P), device=rows_P.device))
     if used_TK is None:
-        pairs_P = None
+        pairs_P, rows_P = None, torch.empty_like(pair_ids_P)
+        rows_P.scatter_(0, pair_ids_P, torch.arange(num_pairs, device=rows_P.device))
         starts_T = torch.arange(0, num_pairs, top_k, device=rows_P.device)
     else:
-        pairs_P = used_TK.flatten().nonzero().squeeze(-1)
-        rows_P = rows_P.index_select(0, pairs_P)
+        pairs_P, rows_P = pair_ids_P.sort()
         used_T = used_TK.sum(-1)
         starts_T = used_T.cumsum(0) - used_T
     return Dispatch(pair_ids_P // top_k, rows_P, offsets_E, starts_T, pairs_P)
+
+
+def tokens_and_weights(pair_ids_P: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
+    """The token of each pair (P,), and its gate weight (P, 1)."""
+    return pair_ids_P // weights_TK.shape[1], weights_TK.reshape(-1, 1).index_select(0, pair_ids_P)
+
+
+def gate_weight_gradient(dweights_P: Tensor, pair_ids_P: Tensor, weights_TK: Tensor) -> Tensor:
+    """The gradient of the gate weights (T, K) from those of the used pairs; that of others is 0."""
+    dweights_TK = torch.zeros_like(weights_TK)
+    dweights_TK.view(-1).scatter_(0, pair_ids_P.long(), dweights_P.to(weights_TK.dtype))
+    return dweights_TK
 
 
 def combine(y_PD: Tensor, weights_TK: Tensor, dispatch: Dispatch) -> Tensor:

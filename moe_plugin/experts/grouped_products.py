@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_plugin.experts.blocks import backward_in_blocks, forward_in_blocks, through_swiglu_
+from moe_plugin.experts.dispatch import gate_weight_gradient, tokens_and_weights
 
 _ALIGNMENT_BYTES = 16  # What grouped_mm asks of every stride.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -21,11 +22,11 @@ def forward_by_groups(
     """The experts' output (T, D), and gate and up projection of each pair (P, 2H), see `fused_experts`."""
     if not _can_group(gate_up, down):
         return forward_in_blocks(x_TD, weights_TK, gate_up, down, pair_ids_P, offsets_E.tolist())
-    x_PD = x_TD.index_select(0, pair_ids_P // weights_TK.shape[1])
+    token_ids_P, weights_P1 = tokens_and_weights(pair_ids_P, weights_TK)
+    x_PD = x_TD.index_select(0, token_ids_P)
     gate_up_P = functional.grouped_mm(x_PD, gate_up, offs=offsets_E)
     gate_PH, up_PH = gate_up_P.chunk(2, dim=-1)
-    hidden_PH = functional.silu(gate_PH).mul_(up_PH)
-    hidden_PH.mul_(weights_TK.reshape(-1, 1).index_select(0, pair_ids_P))
+    hidden_PH = functional.silu(gate_PH).mul_(up_PH).mul_(weights_P1)
     y_PD = functional.grouped_mm(hidden_PH, down, offs=offsets_E)
     return _sum_over_pairs(y_PD, pair_ids_P, weights_TK), gate_up_P
 
@@ -45,8 +46,7 @@ def backward_by_groups(
         return backward_in_blocks(
             gradient_TD, x_TD, weights_TK, gate_up, down, pair_ids_P, offsets_E.tolist(), gate_up_P
         )
-    token_ids_P = pair_ids_P // weights_TK.shape[1]
-    weights_P1 = weights_TK.reshape(-1, 1).index_select(0, pair_ids_P)
+    token_ids_P, weights_P1 = tokens_and_weights(pair_ids_P, weights_TK)
     dy_PD = gradient_TD.index_select(0, token_ids_P)
     dhidden_PH = functional.grouped_mm(dy_PD, down.mT, offs=offsets_E)
     dweights_P = torch.empty_like(weights_P1[:, 0])
@@ -58,9 +58,7 @@ def backward_by_groups(
     dx_TD = _sum_over_pairs(dx_PD, pair_ids_P, weights_TK)
     del dx_PD
     dgate_up = functional.grouped_mm(x_TD.index_select(0, token_ids_P).t(), dgate_up_P, offs=offsets_E)
-    dweights_TK = torch.zeros_like(weights_TK)
-    dweights_TK.view(-1).scatter_(0, pair_ids_P.long(), dweights_P)
-    return dx_TD, dweights_TK, dgate_up, ddown
+    return dx_TD, gate_weight_gradient(dweights_P, pair_ids_P, weights_TK), dgate_up, ddown
 
 
 def _can_group(gate_up: Tensor, down: Tensor) -> bool:
