@@ -18,9 +18,14 @@ def resident(field: str) -> int:
 
 def peak_mib(action: Callable[[], object]) -> float:
     """The most that tensors held at once during an action beyond what they held before it, in MiB."""
+    return max(held_bytes(action)) / 2**20
+
+
+def held_bytes(action: Callable[[], object]) -> list[int]:
+    """What tensors hold beyond what they held before an action: at its start, and after each of its allocations."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         action()
     results: Any = recorded.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]
     changes = [event for event in results.events() if event.name() == "[memory]"]
-    changes.sort(key=lambda event: event.start_ns())
-    return max(accumulate((event.nbytes() for event in changes), initial=0)) / 2**20
+    changes.sort(key=lambda event: event.start_ns())  # They come thread by thread.
+    return list(accumulate((event.nbytes() for event in changes), initial=0))

@@ -22,6 +22,7 @@ from moe_plugin.report.charts import COLORS, Line, line_chart
 
 PROFILES = 512
 """At most so many experts are described on a page, shared evenly by its runs, so that it stays small."""
+_INKS = ("#1c1c22", "#fff")
 _DARK = ("1d2430", "223449", "284868", "31608f", "4a80b4", "74a6d2", "a5cbe9", "dcedfa")
 
 
@@ -98,8 +99,8 @@ def ground_rules() -> str:
 
 def _variables(colors: np.ndarray) -> str:
     return "".join(
-        f"--g{level}:rgb{tuple(color.tolist())};--i{level}:{'#fff' if white else '#1c1c22'};"
-        for level, (color, white) in enumerate(zip(colors, ink_on(colors), strict=True))
+        f"--g{level}:rgb{tuple(color.tolist())};--i{level}:{_INKS[white]};"
+        for level, (color, white) in enumerate(zip(colors, ink_on(colors).astype(int), strict=True))
     )
 
 
@@ -133,20 +134,17 @@ def _number(value: float | None) -> str:
 def _rows(table: Mapping[str, Any], means_L: Sequence[float]) -> list[tuple[str, list[Cell]]]:
     means_GL = np.array(table["means"]).T
     colors = load_colors(ratio_places(means_GL, means_L))
-    white = ink_on(colors)
+    inks = ink_on(colors).astype(int)
     return [
         (
             f"{name} ({tokens:,} tokens)",
             [
-                Cell(
-                    f"{mean:.2f}",
-                    f"background:rgb{tuple(color.tolist())};color:{'#fff' if is_white else '#1c1c22'}",
-                )
-                for mean, color, is_white in zip(*of_kind, strict=True)
+                Cell(f"{mean:.2f}", f"background:rgb{tuple(color.tolist())};color:{_INKS[ink]}")
+                for mean, color, ink in zip(*of_kind, strict=True)
             ],
         )
         for name, tokens, *of_kind in zip(
-            table["names"], table["tokens"], means_GL.tolist(), colors, white, strict=True
+            table["names"], table["tokens"], means_GL.tolist(), colors, inks, strict=True
         )
     ]
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.profiler import ProfilerActivity, profile
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.memory import held_bytes
 from moe_plugin.experts import ExpertShape
 from moe_plugin.models import LanguageModel
 from moe_plugin.plan.cluster import Cluster, Hardware
@@ -56,13 +56,6 @@ class _AwaitCollectives(TorchDispatchMode):
 
 def real_bytes(run: Callable[[], object]) -> tuple[int, int]:
     """What the allocator gave out during a run, as torch's profiler saw it: at most, and still at the end."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler, _AwaitCollectives():
-        kept = run()
-    del kept
-    assert profiler.profiler is not None
-    events = [event for event in profiler.profiler.kineto_results.events() if event.name() == "[memory]"]
-    live = peak = 0
-    for event in sorted(events, key=lambda event: event.start_ns()):  # They come thread by thread.
-        live += event.nbytes()
-        peak = max(peak, live)
-    return peak, live
+    with _AwaitCollectives():
+        held = held_bytes(run)
+    return max(held), held[-1]
