@@ -14,13 +14,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from moe_plugin.launch.last_checkpoint import LastCheckpoint
+from moe_plugin.launch.pace import Pace
 from moe_plugin.launch.signals import STOPPED, StopSignals
 from moe_plugin.launch.step_boundary import is_at_step_boundary
 from moe_plugin.report.stopped import write_stopped
 
 
 class StopAtSignal(Callback):
-    """Lets the ranks agree after each optimizer step and each validation batch whether to stop.
+    """Lets the ranks agree whether to stop: about once a second, after an optimizer step or a validation batch.
+
+    Not after each, for an agreement lets all ranks wait for one another and for their devices.
 
     Stopping itself is Lightning's: its flag `trainer.received_sigterm` makes `LastCheckpoint` save and the loops
     raise `SIGTERMException`. Lightning's own handler would set that flag on one rank alone, run a collective inside
@@ -33,6 +36,7 @@ class StopAtSignal(Callback):
     def __init__(self, signals: StopSignals) -> None:
         """Takes the signals."""
         self.signals = signals
+        self._pace = Pace()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Puts our handler and our agreement in the place of Lightning's."""
@@ -48,6 +52,14 @@ class StopAtSignal(Callback):
         if is_at_step_boundary(trainer):
             self._agree(trainer)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Its batches take another time than steps do."""
+        self._pace.start()
+
+    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """So do steps after it."""
+        self._pace.start()
+
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Agrees after a batch of a validation, which may last longer than the grace period."""
         if self.signals.deferred:
@@ -55,9 +67,13 @@ class StopAtSignal(Callback):
 
     def _agree(self, trainer: Trainer) -> None:
         if trainer.world_size > 1:
-            received = torch.tensor(self.signals.received, device=trainer.strategy.root_device)
-            dist.all_reduce(received, dist.ReduceOp.MAX)
-            self.signals.received = int(received)
+            if not self._pace.is_due():
+                return
+            mine = [self.signals.received, -self._pace.proposal()]
+            largest = torch.tensor(mine, device=trainer.strategy.root_device)
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+            self.signals.received, stride = largest.tolist()
+            self._pace.agreed(-stride)
         if self.signals.received:
             trainer._signal_connector.received_sigterm = True
 
