@@ -4,8 +4,8 @@ Each rank's experts, a slice of neighbouring ones, compute forward and backward 
 batch; the ranks take turns in this process. A step waits in every layer for that layer's fullest rank, so times are
 added up over layers. Only experts are timed: f is 1. Loads are those of finished runs on held-out text, folders such as
 `moe-study` leaves them (runs=STUDY/none/seed_0,STUDY/proportional/seed_0). Without any, one rank gets more than the
-others, and then comes the whole layer with its all-to-all: see `benchmarks.two_ranks`. Shape legend: N batches, L layers,
-E experts, R ranks, Q rows of a rank, D model width.
+others, and then comes the whole layer with its all-to-all: see `benchmarks.two_ranks`. Shape legend: N batches, L
+layers, E experts, R ranks, Q rows of a rank, D model width.
 """
 
 from __future__ import annotations
