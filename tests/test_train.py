@@ -278,26 +278,19 @@ class TestEvaluate:
         assert min(one["tokens_per_second"], eight["tokens_per_second"]) > 0
         assert "16 tokens a sequence" in capsys.readouterr().out
 
-    @pytest.mark.parametrize(
-        ("word", "message"),
-        [
-            ("throughput=yes", "'throughput' must be true or false"),
-            ("throughput.sequences=[8,1]", "'throughput.sequences' must rise, got [8, 1]."),
-            (
-                "throughput.length=17",
-                "'throughput.length' must be <= the model's context_length (16), got 17.",
-            ),
-        ],
-    )
-    def test_wrong_throughput_creates_nothing(
-        self, word: str, message: str, capsys: pytest.CaptureFixture[str]
-    ) -> None:
+    def test_wrong_throughput_creates_nothing(self, capsys: pytest.CaptureFixture[str]) -> None:
         train.main(SMALL)
         folder = run_folder()
         before = sorted(folder.rglob("*"))
-        with pytest.raises(SystemExit, match="2"):
-            evaluate.main([f"ckpt_path={folder}/checkpoints/last.ckpt", word])
-        assert message in capsys.readouterr().err
+        messages = {
+            "throughput=yes": "'throughput' must be true or false",
+            "throughput.sequences=[8,1]": "'throughput.sequences' must rise, got [8, 1].",
+            "throughput.length=17": "'throughput.length' must be <= the model's context_length (16), got 17.",
+        }
+        for word, message in messages.items():
+            with pytest.raises(SystemExit, match="2"):
+                evaluate.main([f"ckpt_path={folder}/checkpoints/last.ckpt", word])
+            assert message in capsys.readouterr().err
         assert sorted(folder.rglob("*")) == before
 
     @pytest.mark.parametrize(
