@@ -6,11 +6,13 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
 from moe_plugin.errors import ConfigError
 from moe_plugin.launch.command import one_line_errors
+from moe_plugin.launch.concurrency import Concurrency, take_concurrency_
 from moe_plugin.launch.signature import unknown_key
 from moe_plugin.launch.words import parse
 
@@ -18,9 +20,12 @@ HELP = """moe-eval: the validation metrics of a checkpoint, of the model and dat
 
   moe-eval ckpt_path=runs/demo/DATE/checkpoints/last.ckpt
   moe-eval ckpt_path=runs/demo/DATE/checkpoints/best.ckpt trainer.accelerator=cpu data.max_val_tokens=100000
+  moe-eval ckpt_path=runs/demo/DATE/checkpoints/last.ckpt throughput=true
 
 Any key of the run's config.yaml can be given another value. Evaluates in one process, prints the metrics and
-writes them beside the checkpoint's folder: RUN/eval_last.json.
+writes them beside the checkpoint's folder: RUN/eval_last.json. With throughput=true it then reads held-out text, 1 to
+1,024 sequences at once, and tells tokens per second, time per token and memory; throughput.sequences=[1,64],
+throughput.length=128 and throughput.rounds=9 change that.
 """
 
 
@@ -35,20 +40,25 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(HELP)
         return
     with one_line_errors():
-        config = read_config(words)
+        changes = {override.get_key_element(): override.value() for override in parse(words)}
+        concurrency = take_concurrency_(changes)
+        config = read_config(changes)
         from moe_plugin.launch.check import check
 
         check(config)
-    evaluate(config)
+        if concurrency is not None:
+            from moe_plugin.launch.inference import check_throughput
+
+            check_throughput(concurrency, config)
+    evaluate(config, concurrency)
 
 
-def read_config(words: Sequence[str]) -> DictConfig:
+def read_config(changes: Mapping[str, Any]) -> DictConfig:
     """Returns the configuration of a checkpoint's run with the given keys changed.
 
     Raises:
         ConfigError: No checkpoint is given, it isn't there or lies in no run, or a key is unknown.
     """
-    changes = {override.get_key_element(): override.value() for override in parse(words)}
     checkpoint = changes.get("ckpt_path")
     if not isinstance(checkpoint, str) or not Path(checkpoint).exists():
         raise ConfigError(f"'ckpt_path' must be an existing checkpoint, got {checkpoint!r}.")
@@ -84,26 +94,40 @@ def run_folder(checkpoint: str) -> Path:
     return Path(checkpoint).resolve().parent.parent
 
 
-def evaluate(config: DictConfig) -> Mapping[str, float | int | None]:
+def evaluate(config: DictConfig, concurrency: Concurrency | None = None) -> Mapping[str, Any]:
     """Validates a checkpoint, prints its metrics and writes them down.
 
     Args:
         config: A run's configuration with ``ckpt_path``.
+        concurrency: How many sequences to read at once for the throughput; None measures none.
 
     Returns:
-        ``val_loss`` and the other validation measures, as in the run's ``summary.json``.
+        ``val_loss`` and the other validation measures, as in the run's ``summary.json``; and ``throughput``, if asked
+        for.
     """
     from rich.console import Console
 
     from moe_plugin.launch.job import validate_checkpoint
 
-    measures = validate_checkpoint(config)
-    target = run_folder(config.ckpt_path) / f"eval_{Path(config.ckpt_path).stem}.json"
-    target.write_text(json.dumps(measures, indent=2) + "\n")
     console = Console()
+    target = run_folder(config.ckpt_path) / f"eval_{Path(config.ckpt_path).stem}.json"
+    measures, trainer = validate_checkpoint(config)
     console.print_json(data=measures)
+    # Now already, for reading a thousand sequences at once may end the process.
+    write(measures, target)
+    if concurrency is not None:
+        from moe_plugin.launch.inference import measure_throughput, throughput_table
+
+        measures["throughput"] = measure_throughput(trainer, concurrency)
+        console.print(throughput_table(measures["throughput"]))
+        write(measures, target)
     console.print(f"Written to {target}", soft_wrap=True, highlight=False)
     return measures
+
+
+def write(measures: Mapping[str, Any], target: Path) -> None:
+    """Writes measures as JSON."""
+    target.write_text(json.dumps(measures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

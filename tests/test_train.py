@@ -258,6 +258,41 @@ class TestEvaluate:
         measures = json.loads((folder / "eval_last.json").read_text())
         assert measures == {key: summary(folder)[key] for key in measures}
 
+    def test_throughput_is_printed_and_written_beside_the_measures(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        train.main([*SMALL, "router=top_p"])
+        folder = run_folder()
+        words = [
+            f"ckpt_path={folder}/checkpoints/last.ckpt",
+            "throughput.sequences=[1,8]",
+            "throughput.rounds=2",
+        ]
+        evaluate.main(words)
+        measures = json.loads((folder / "eval_last.json").read_text())
+        throughput = measures.pop("throughput")
+        assert measures == {key: summary(folder)[key] for key in measures}
+        assert (throughput["device"], throughput["length"], throughput["rounds"]) == ("cpu", 16, 2)
+        one, eight = throughput["readings"]
+        assert (one["sequences"], one["relative_time_per_token"], eight["sequences"]) == (1, 1.0, 8)
+        assert min(one["tokens_per_second"], eight["tokens_per_second"]) > 0
+        assert "16 tokens a sequence" in capsys.readouterr().out
+
+    def test_wrong_throughput_creates_nothing(self, capsys: pytest.CaptureFixture[str]) -> None:
+        train.main(SMALL)
+        folder = run_folder()
+        before = sorted(folder.rglob("*"))
+        messages = {
+            "throughput=yes": "'throughput' must be true or false",
+            "throughput.sequences=[8,1]": "'throughput.sequences' must rise, got [8, 1].",
+            "throughput.length=17": "'throughput.length' must be <= the model's context_length (16), got 17.",
+        }
+        for word, message in messages.items():
+            with pytest.raises(SystemExit, match="2"):
+                evaluate.main([f"ckpt_path={folder}/checkpoints/last.ckpt", word])
+            assert message in capsys.readouterr().err
+        assert sorted(folder.rglob("*")) == before
+
     @pytest.mark.parametrize(
         ("words", "message"),
         [

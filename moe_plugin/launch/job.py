@@ -75,8 +75,8 @@ def fit_and_validate(
     return metrics
 
 
-def validate_checkpoint(config: DictConfig) -> dict[str, Any]:
-    """Returns the validation measures of the checkpoint ``ckpt_path``, over the whole split."""
+def validate_checkpoint(config: DictConfig) -> tuple[dict[str, Any], Trainer]:
+    """Returns the validation measures of the checkpoint ``ckpt_path``, over the whole split, and what measured them."""
     with quiet():
         seed_everything(config.seed, workers=True, verbose=False)
         fit_only = (Checkpoint, LearningRateMonitor)
@@ -85,7 +85,7 @@ def validate_checkpoint(config: DictConfig) -> dict[str, Any]:
         trainer.limit_val_batches = 1.0
         model, data = build_model(config), build_data(config)
         (metrics,) = trainer.validate(model, data, ckpt_path=config.ckpt_path, verbose=False)
-    return validation_measures(metrics, model)
+    return validation_measures(metrics, model), trainer
 
 
 def summarise(config: DictConfig, metrics: Mapping[str, float], clock: Throughput) -> RunSummary:

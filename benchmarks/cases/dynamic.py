@@ -1,0 +1,160 @@
+"""Whether counted FLOPs are saved: the time of routers with different numbers of experts per token beside fixed top-2.
+
+Each step is forward, backward and the update of bias and level, all on the same expert weights and fresh random tokens
+each round. The routers are those of conf/router, driven to their mean number before. "FLOPs" is that of `measure`, for
+the number of experts that the timed steps used. Hosts are Qwen3-MoE's layer with our router in it. Shape legend: T
+tokens, D model width.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping
+from functools import partial
+from typing import Any, NamedTuple
+
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+from benchmarks.row import Row
+from benchmarks.turns import take_turns
+from moe_plugin.balance import balance_
+from moe_plugin.experts import ExpertShape
+from moe_plugin.launch.compose import conf_dir
+from moe_plugin.models.hugging_face import replace_routers_
+from moe_plugin.models.language_model import moe_block
+from moe_plugin.models.size import measure
+
+EXPERTS = 16
+MEANS = (1.0, 1.5, 2.0, 4.0)
+PEER = "sigmoid_top_k, 2"
+DRIVING_STEPS = 400
+
+
+class Size(NamedTuple):
+    """Of a layer: model width, hidden width of an expert, tokens."""
+
+    dim: int
+    hidden: int
+    tokens: int
+
+    def random_tokens(self) -> Tensor:
+        """Hidden states (1, T, D)."""
+        return torch.randn(1, self.tokens, self.dim)
+
+
+class Side:
+    """A balanced layer whose steps are timed."""
+
+    def __init__(self, layer: nn.Module, router: nn.Module, size: Size) -> None:
+        """Drives bias and level to where they stay."""
+        self.layer = layer
+        self.size = measure(layer)
+        self.balanced = balance_(layer)
+        self.used: list[float] = []
+        for _ in range(DRIVING_STEPS):
+            router(size.random_tokens()[0])
+            self.balanced.update()
+
+    def __call__(self, x_1TD: Tensor) -> None:
+        """A training step without optimizer."""
+        self.layer.zero_grad()
+        y_1TD = self.layer(x_1TD.detach().requires_grad_())
+        y_1TD.backward(x_1TD)
+        record = self.balanced.update()
+        ((counts_E, tokens),) = zip(record.counts.values(), record.tokens.values(), strict=True)
+        self.used.append((counts_E.sum() / tokens).item())
+
+    def mean_k(self, rounds: int) -> float:
+        """Experts per token in the last rounds."""
+        return statistics.fmean(self.used[-rounds:])
+
+    def flops(self, rounds: int) -> float:
+        """Counted operations per token of a forward in the last rounds."""
+        return self.size.active_flops(self.mean_k(rounds))
+
+
+def rows(rounds: int = 12, tokens: int = 4096, dim: int = 256, hidden: int = 512) -> Iterator[Row]:
+    """Our layer with each router at each mean number, then hosts with top-p."""
+    size = Size(dim, hidden, tokens)
+    yield from compare(our_sides(size), rounds, size)
+    for implementation in ("eager", "grouped_mm"):
+        yield from compare(host_sides(size, implementation), rounds, size, f"host, {implementation}: ")
+
+
+def compare(sides: Mapping[str, Side], rounds: int, size: Size, prefix: str = "") -> Iterator[Row]:
+    """Each side over fixed top-2."""
+    turns = take_turns(sides, rounds, fresh=size.random_tokens)
+    peer_flops = sides[PEER].flops(rounds)
+    for name, side in sides.items():
+        if name != PEER:
+            note = f"mean {side.mean_k(rounds):.2f}, FLOPs {side.flops(rounds) / peer_flops:.2f} x"
+            yield turns.row(f"{prefix}{name}", name, PEER, note=note)
+
+
+def our_sides(size: Size) -> dict[str, Side]:
+    """Our layer with fixed numbers and with those that vary, on the weights of one layer."""
+    shape = ExpertShape(EXPERTS, 2, size.hidden)
+    sides, experts = {}, None
+    for name, router in {**fixed_routers(), **dynamic_routers()}.items():
+        layer = moe_block(size.dim, router, shape)
+        experts = layer.experts if experts is None else experts
+        layer.experts = experts
+        sides[name] = Side(layer, layer.router, size)
+    return sides
+
+
+def host_sides(size: Size, implementation: str) -> dict[str, Side]:
+    """A layer of transformers with fixed numbers and with top-p, on the weights of one layer."""
+    sides, experts = {}, None
+    top_p = {name: router for name, router in dynamic_routers().items() if name.startswith("top_p")}
+    for name, router in {**fixed_routers(8), **top_p}.items():
+        host = Qwen3MoeSparseMoeBlock(host_config(size, implementation))
+        replace_routers_(host, router, ExpertShape(EXPERTS, 2, size.hidden))
+        experts = drawn(host.experts) if experts is None else experts
+        host.experts = experts
+        sides[name] = Side(host, host.gate, size)
+    return sides
+
+
+def fixed_routers(*more: int) -> dict[str, partial[Any]]:
+    """Routers with as many experts for every token."""
+    return {f"sigmoid_top_k, {k}": from_conf("sigmoid_top_k", top_k=k) for k in (1, 2, 4, *more)}
+
+
+def dynamic_routers() -> dict[str, partial[Any]]:
+    """Routers whose tokens use different numbers of experts, at each mean number."""
+    routers = {}
+    for mean in MEANS:
+        routers[f"top_p, {mean:g}"] = from_conf("top_p", target_k=mean)
+        routers[f"threshold, {mean:g}"] = from_conf("threshold", target_k=mean)
+        # Of four picks a token cannot use four in the mean while some cost nothing.
+        routers[f"zero_experts, {mean:g}"] = from_conf(
+            "zero_experts", target_k=mean, max_k=8 if mean >= 4 else 4
+        )
+    return routers
+
+
+def from_conf(name: str, **settings: float) -> partial[Any]:
+    """A router of conf/router without its sizes."""
+    return partial(instantiate(OmegaConf.load(conf_dir() / "router" / f"{name}.yaml")), **settings)
+
+
+def host_config(size: Size, implementation: str) -> Qwen3MoeConfig:
+    """Of a layer of transformers."""
+    config = Qwen3MoeConfig(
+        hidden_size=size.dim, num_experts=EXPERTS, moe_intermediate_size=size.hidden, hidden_act="silu"
+    )
+    config._experts_implementation = implementation
+    return config
+
+
+def drawn(experts: nn.Module) -> nn.Module:
+    """Experts of transformers, which leave their weights to the model around them, with weights."""
+    for parameter in experts.parameters():
+        nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    return experts
