@@ -14,10 +14,16 @@ import torch.multiprocessing as mp
 
 
 def pytest_configure() -> None:
-    """Let signals do what they do: what a shell starts in the background ignores these two, and all it starts too."""
+    """Prepare what is decided once per process.
+
+    Signals do what they do: what a shell starts in the background ignores these two, and all it starts too.
+    """
     for number, handler in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
         if signal.getsignal(number) is signal.SIG_IGN:
             signal.signal(number, handler)
+    # Triton asks once, when it is imported: without a GPU its kernels are interpreted.
+    if not torch.cuda.is_available():
+        os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
 def _run_rank(rank: int, world_size: int, port: int, function: Callable, results: Any, args: tuple) -> None:

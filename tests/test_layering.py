@@ -16,6 +16,7 @@ PURE = {"errors", "types", "check"}
 TENSORS = {"routing", "balancing", "metrics", "losses"}
 ATTACHED = {
     "experts",
+    "kernels",
     "adapters",
     "balance",
     "balanced",
@@ -33,7 +34,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "types": set(),
     "check": {"errors"},
     **{part: PURE for part in TENSORS},
-    "experts": PURE | {"routing"},
+    "kernels": PURE | {"routing"},
+    "experts": PURE | {"routing", "kernels"},
     "adapters": PURE | {"routing", "balancing"},
     "sidecar": set(),
     "frozen": PURE | {"adapters"},
@@ -101,6 +103,14 @@ class TestLayers:
         banned = MAY_NOT_IMPORT_FROM_OUTSIDE.get(part_of(path), set())
         banned = banned - FOR_USERS_OF.get(path.relative_to(PACKAGE).as_posix(), set())
         assert [(line, name) for line, name, _ in imports_of(path) if name.split(".")[0] in banned] == []
+
+
+class TestTriton:
+    def test_only_files_named_after_it_import_it(self) -> None:
+        importing = [
+            path for path in FILES if any(name.split(".")[0] == "triton" for _, name, _ in imports_of(path))
+        ]
+        assert importing == sorted(PACKAGE.glob("kernels/*_triton.py"))
 
 
 class TestImport:

@@ -35,7 +35,8 @@ def fused_experts(x_TD: Tensor, routing: Routing, gate_up: Tensor, down: Tensor)
 
     Args:
         x_TD: Hidden states.
-        routing: Gate weights, expert ids, and which of them are used. With all used, nothing waits for the device.
+        routing: Gate weights, expert ids, and which of them are used. With all used nothing waits for the device, if
+            torch has a kernel for `grouped_mm`, see `moe_plugin.experts.grouped_products`.
         gate_up: (E, D, 2H), gate first; of the dtype of `x_TD`.
         down: (E, H, D), of the same dtype.
 

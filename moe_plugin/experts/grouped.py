@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from moe_plugin.check import check_positive_integers
 from moe_plugin.experts.fused import fused_experts
+from moe_plugin.kernels.choice import check_choice
 from moe_plugin.types import Routing
 
 
@@ -31,10 +32,11 @@ class GroupedExperts(nn.Module):
             residual_gain: Initial gain of the down projections, which write to the residual stream.
 
         Raises:
-            ConfigError: A size is not positive.
+            ConfigError: A size is not positive, or kernels are asked for that cannot run.
         """
         super().__init__()
         check_positive_integers(num_experts=num_experts, dim=dim, hidden_dim=hidden_dim)
+        check_choice()
         self.num_experts = num_experts
         self.residual_gain = residual_gain
         self.gate_up = nn.Parameter(torch.empty(num_experts, dim, 2 * hidden_dim))

@@ -1,4 +1,7 @@
-"""Experts on a GPU: one grouped product per projection over all rows, without waiting for the device.
+"""Experts on a GPU: one grouped product per projection over all rows.
+
+Nothing here waits for the device, but `grouped_mm` itself does where torch has no kernel for it: torch 2.13 has one for
+bf16 on compute capability 9 and 10, and elsewhere loops over the experts by offsets that the host reads.
 
 Shape legend: T tokens, D model width, H hidden width, E experts, K experts selected per token, P token-expert pairs.
 """
@@ -11,6 +14,7 @@ from torch.nn import functional
 
 from moe_plugin.experts.blocks import backward_in_blocks, forward_in_blocks, through_swiglu_
 from moe_plugin.experts.dispatch import gate_weight_gradient, tokens_and_weights
+from moe_plugin.kernels.choice import kernels_for
 
 _ALIGNMENT_BYTES = 16  # What grouped_mm asks of every stride.
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -22,13 +26,14 @@ def forward_by_groups(
     """The experts' output (T, D), and gate and up projection of each pair (P, 2H), see `fused_experts`."""
     if not _can_group(gate_up, down):
         return forward_in_blocks(x_TD, weights_TK, gate_up, down, pair_ids_P, offsets_E.tolist())
+    kernels = kernels_for(x_TD.device)
     token_ids_P, weights_P1 = tokens_and_weights(pair_ids_P, weights_TK)
-    x_PD = x_TD.index_select(0, token_ids_P)
+    x_PD = kernels.permute(x_TD, token_ids_P)
     gate_up_P = functional.grouped_mm(x_PD, gate_up, offs=offsets_E)
     gate_PH, up_PH = gate_up_P.chunk(2, dim=-1)
     hidden_PH = functional.silu(gate_PH).mul_(up_PH).mul_(weights_P1)
     y_PD = functional.grouped_mm(hidden_PH, down, offs=offsets_E)
-    return _sum_over_pairs(y_PD, pair_ids_P, weights_TK), gate_up_P
+    return kernels.unpermute(y_PD, pair_ids_P, *weights_TK.shape), gate_up_P
 
 
 def backward_by_groups(
@@ -46,8 +51,9 @@ def backward_by_groups(
         return backward_in_blocks(
             gradient_TD, x_TD, weights_TK, gate_up, down, pair_ids_P, offsets_E.tolist(), gate_up_P
         )
+    kernels = kernels_for(x_TD.device)
     token_ids_P, weights_P1 = tokens_and_weights(pair_ids_P, weights_TK)
-    dy_PD = gradient_TD.index_select(0, token_ids_P)
+    dy_PD = kernels.permute(gradient_TD, token_ids_P)
     dhidden_PH = functional.grouped_mm(dy_PD, down.mT, offs=offsets_E)
     dweights_P = torch.empty_like(weights_P1[:, 0])
     hidden_PH, dgate_up_P = through_swiglu_(gate_up_P, dhidden_PH, weights_P1, dweights_P)
@@ -55,9 +61,9 @@ def backward_by_groups(
     ddown = functional.grouped_mm(hidden_PH.t(), dy_PD, offs=offsets_E)
     del hidden_PH, dy_PD
     dx_PD = functional.grouped_mm(dgate_up_P, gate_up.mT, offs=offsets_E)
-    dx_TD = _sum_over_pairs(dx_PD, pair_ids_P, weights_TK)
+    dx_TD = kernels.unpermute(dx_PD, pair_ids_P, *weights_TK.shape)
     del dx_PD
-    dgate_up = functional.grouped_mm(x_TD.index_select(0, token_ids_P).t(), dgate_up_P, offs=offsets_E)
+    dgate_up = functional.grouped_mm(kernels.permute(x_TD, token_ids_P).t(), dgate_up_P, offs=offsets_E)
     return dx_TD, gate_weight_gradient(dweights_P, pair_ids_P, weights_TK), dgate_up, ddown
 
 
@@ -66,16 +72,3 @@ def _can_group(gate_up: Tensor, down: Tensor) -> bool:
     widths = (*gate_up.shape[1:], down.shape[1])
     aligned = all(width * gate_up.element_size() % _ALIGNMENT_BYTES == 0 for width in widths)
     return aligned and gate_up.dtype in _DTYPES
-
-
-def _sum_over_pairs(y_PD: Tensor, pair_ids_P: Tensor, weights_TK: Tensor) -> Tensor:
-    """Sums each token's rows: (T, D). Unlike `index_add` it gives the same bits each time, and is faster."""
-    if not len(pair_ids_P):
-        return y_PD.new_zeros(len(weights_TK), y_PD.shape[1])
-    pairs_P = pair_ids_P.long()
-    rows_N = pairs_P.new_zeros(weights_TK.numel())
-    rows_N.scatter_(0, pairs_P, torch.arange(len(pairs_P), device=pairs_P.device))
-    used_N = y_PD.new_zeros(weights_TK.numel()).index_fill_(0, pairs_P, 1.0)
-    return functional.embedding_bag(
-        rows_N.view_as(weights_TK), y_PD, mode="sum", per_sample_weights=used_N.view_as(weights_TK)
-    )

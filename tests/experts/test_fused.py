@@ -6,12 +6,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from moe_plugin.experts import GroupedExperts
+from moe_plugin.experts import GroupedExperts, grouped_products
 from moe_plugin.experts import blocks as blocks_file
 from moe_plugin.experts.blocks import backward_in_blocks, blocks, forward_in_blocks
 from moe_plugin.experts.dispatch import order_pairs
 from moe_plugin.experts.grouped_products import backward_by_groups, forward_by_groups
+from moe_plugin.kernels.choice import TORCH, triton_kernels
 from moe_plugin.types import Routing
+from tests.kernels.cases import INTERPRETED
 
 T, D, H, E, K = 24, 16, 8, 6, 3
 
@@ -52,6 +54,20 @@ class TestImplementations:
         gradients2 = backward_by_groups(gradient_TD, *given, offsets_E, gate_up2_P)
         for one, other in zip((y_TD, gate_up_P, *gradients), (y2_TD, gate_up2_P, *gradients2), strict=True):
             torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
+
+    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+    @pytest.mark.parametrize("varying", [False, True])
+    @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
+    def test_groups_give_the_same_with_triton(self, monkeypatch, dtype, varying):
+        pytest.importorskip("triton", reason="needs Triton: pip install 'moe_plugin[triton]'")
+        *given, offsets_E = inputs(varying=varying)
+        given = [tensor.to(dtype) if tensor.is_floating_point() else tensor for tensor in given]
+        gradient_TD, results = torch.randn(T, D).to(dtype), []
+        for kernels in (TORCH, triton_kernels()):
+            monkeypatch.setattr(grouped_products, "kernels_for", lambda _, kernels=kernels: kernels)
+            y_TD, gate_up_P = forward_by_groups(*given, offsets_E)
+            results.append((y_TD, *backward_by_groups(gradient_TD, *given, offsets_E, gate_up_P)))
+        torch.testing.assert_close(*results)
 
     @settings(max_examples=50, deadline=None)
     @given(sizes=st.lists(st.integers(0, 6000), min_size=1, max_size=9))

@@ -1,0 +1,66 @@
+"""Which kernels run on a GPU: pure torch, unless the environment variable `MOE_PLUGIN_KERNELS` says `triton`.
+
+Off by default, since nobody has measured yet on a GPU what they gain.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from moe_plugin.errors import ConfigError
+from moe_plugin.kernels import permute, route
+
+VARIABLE = "MOE_PLUGIN_KERNELS"
+
+
+class Kernels(NamedTuple):
+    """One implementation of each.
+
+    Attributes:
+        permute: See `moe_plugin.kernels.permute`.
+        unpermute: See `moe_plugin.kernels.permute`.
+        route: See `moe_plugin.kernels.route`.
+    """
+
+    permute: Callable[..., Tensor]
+    unpermute: Callable[..., Tensor]
+    route: Callable[..., route.Selected]
+
+
+TORCH = Kernels(permute.permute, permute.unpermute, route.route)
+
+
+def kernels_for(device: torch.device) -> Kernels:
+    """The kernels to run on this device. Triton's are for GPUs only, whatever the variable says."""
+    if device.type != "cuda" or os.environ.get(VARIABLE, "torch") == "torch":
+        return TORCH
+    return triton_kernels()
+
+
+def triton_kernels() -> Kernels:
+    """Those in Triton; imports it."""
+    from moe_plugin.kernels import permute_triton, route_triton
+
+    return Kernels(permute_triton.permute, permute_triton.unpermute, route_triton.route)
+
+
+def check_choice() -> None:
+    """Checks the variable, before anything is created.
+
+    Raises:
+        ConfigError: It names no kernels, or Triton is asked for and not installed.
+    """
+    chosen = os.environ.get(VARIABLE, "torch")
+    if chosen not in ("torch", "triton"):
+        raise ConfigError(f"'{VARIABLE}' must be torch or triton, got {chosen!r}. Unset it for torch.")
+    if chosen == "triton" and find_spec("triton") is None:
+        raise ConfigError(
+            f"'{VARIABLE}' must be torch where Triton is not installed, got 'triton'. "
+            "Install it: pip install 'moe_plugin[triton]'."
+        )
