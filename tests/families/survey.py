@@ -6,6 +6,8 @@ import copy
 import logging
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -41,6 +43,18 @@ class Row:
         return f"| {' | '.join(cells)} | verified{f' ({v.notes})' if v.notes else ''} |"
 
 
+@contextmanager
+def without_warnings(logger: str) -> Iterator[None]:
+    """Lets a logger tell of errors only."""
+    log = logging.getLogger(logger)
+    before = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
 def surveyed(family: str) -> Row:
     """Build the family's small model, and run every check on it.
 
@@ -49,8 +63,7 @@ def surveyed(family: str) -> Row:
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    logging.getLogger("moe_plugin.balance").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
+    with warnings.catch_warnings(), without_warnings("moe_plugin.balance"):
         warnings.simplefilter("ignore")  # transformers' own, about configs and checkpointing
         model = build(family)
         try:
