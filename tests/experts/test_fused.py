@@ -108,7 +108,7 @@ class TestCost:
 
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
             experts(x_TD, routing(tokens))
-        assert sum(saved) <= 1.06 * tokens * K * 2 * hidden * dtype.itemsize
+        assert sum(saved) <= 1.05 * tokens * K * 2 * hidden * dtype.itemsize
 
     def test_groups_never_wait_for_the_device(self):
         *given, offsets_E = inputs()
