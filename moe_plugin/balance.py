@@ -12,6 +12,8 @@ from torch import nn
 from moe_plugin.adapters.adapter import Adapter
 from moe_plugin.adapters.attach import attach_
 from moe_plugin.adapters.discover import Findings, checked, survey
+from moe_plugin.adapters.fused_experts import fuse_
+from moe_plugin.adapters.fusible import Experts, check_experts, find_fusible
 from moe_plugin.adapters.token_mask import TokenMask
 from moe_plugin.balanced import Balanced, find_balanced
 from moe_plugin.balancing.rules import Proportional, Rule
@@ -37,6 +39,7 @@ def balance_(
     mask: str | None = "attention_mask",
     adapters: Sequence[Adapter] = (),
     frozen_routers: FrozenRouters = "auto",
+    experts: Experts = None,
     process_group: dist.ProcessGroup | None = None,
 ) -> Balanced:
     """Balance the experts of ``model`` in place, without an auxiliary loss (arXiv 2408.15664).
@@ -54,14 +57,18 @@ def balance_(
         adapters: How blocks route that select experts in a way of their own.
         frozen_routers: What becomes of the bias where the router is frozen now: 'balance' it, 'keep' it, or 'auto':
             keep it where the model owns one that is not zero, balance it elsewhere.
+        experts: 'fused' computes the experts of these routers by `moe_plugin.experts` instead of the model's own code,
+            on the same parameters; all must be SwiGLU in stacked 3-D weights. None leaves the model's own.
         process_group: The data-parallel ranks; None is all ranks of the default group.
 
     Raises:
-        AttachError: If no router is found or matches, or the model is balanced with other settings already.
-        ConfigError: If 'frozen_routers' is none of the three.
+        AttachError: If no router is found or matches, the model is balanced with other settings already, or some of
+            its experts cannot be fused.
+        ConfigError: If 'frozen_routers' is none of the three, or 'experts' neither of the two.
     """
     check_frozen_routers(frozen_routers)
-    settings = (rule, sites, schedule, mask, tuple(adapters), frozen_routers)
+    check_experts(experts)
+    settings = (rule, sites, schedule, mask, tuple(adapters), frozen_routers, experts)
     existing = find_balanced(model)
     if existing is not None:
         if existing.settings != settings:
@@ -73,6 +80,7 @@ def balance_(
     findings = _chosen(model, adapters, sites)
     found = checked(findings, model)
     rules = [_rule_for(router.name, rule) for router in found]
+    fusible = find_fusible(model, found) if experts == "fused" else {}
     token_mask = TokenMask(mask or "")
     token_mask.watch_(model)
     attached = [attach_(router, token_mask) for router in found]
@@ -80,6 +88,9 @@ def balance_(
     rules = [None if keep else rule for keep, rule in zip(kept, rules, strict=True)]
     balanced = Balanced(model, attached, rules, schedule, process_group, settings)
     balanced.refused = dict(findings.refused)
+    for name, (layer, layout) in fusible.items():
+        fuse_(layer, layout)
+        balanced.fused[name] = layer
     return balanced
 
 

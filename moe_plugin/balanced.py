@@ -14,6 +14,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_plugin.adapters.attach import detach_
+from moe_plugin.adapters.fused_experts import has_run, unfuse_
 from moe_plugin.adapters.site import Counted, Site
 from moe_plugin.balancing.budget import level_step
 from moe_plugin.balancing.counts import SPREAD_UNIT
@@ -48,6 +49,7 @@ class Balanced(Mapping[str, Site]):
         record: The load of the last update; None before the first.
         process_group: The data-parallel ranks over which counts are summed.
         refused: Routers that cannot be balanced, by module name, and why.
+        fused: Layers of experts of the model that our fused experts compute, by module name.
     """
 
     def __init__(
@@ -65,6 +67,7 @@ class Balanced(Mapping[str, Site]):
         self.process_group = process_group
         self.settings = settings
         self.refused: dict[str, str] = {}
+        self.fused: dict[str, nn.Module] = {}
         self._model = model
         self._sites = {site.name: site for site in sites}
         self._rules = {site.name: rule for site, rule in zip(sites, rules, strict=True)}
@@ -149,6 +152,8 @@ class Balanced(Mapping[str, Site]):
         for site in self.values():
             detach_(site)
             site.token_mask.unwatch_()
+        for experts in self.fused.values():
+            unfuse_(experts)
         del self._model.__dict__[_ATTRIBUTE]
 
     def state_dict(self) -> dict[str, Any]:
@@ -285,6 +290,16 @@ class Balanced(Mapping[str, Site]):
                 raise EffectError(
                     f"Router {site.name!r} counted no tokens in the first step. Is the model in eval() mode, run under "
                     "no_grad, or is this router not used? Leave it out with 'sites'."
+                )
+        if any(site.is_interpreted for site in self.values()):
+            self._check_fused()
+
+    def _check_fused(self) -> None:
+        for name, experts in self.fused.items():
+            if not has_run(experts):
+                raise EffectError(
+                    f"Experts {name!r} were not called in the first step, so experts='fused' has no effect on them: "
+                    "their model uses their weights in another way. Leave 'experts' out."
                 )
 
     def _check_fits(self, state: Mapping[str, Any]) -> None:

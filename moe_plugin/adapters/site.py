@@ -61,6 +61,7 @@ class Site:
         spread_is_due: Whether it is measured in this step.
         gaps_EG: How far scores were from being selected since the last update; int64, None if not measured.
         observer: Takes each selection and its bool (T,) mask of real tokens, which then do not count; None lets them.
+        is_interpreted: Whether a forward that counted ran outside of compiled code.
         witness: Is shown each selection that counts, unless the forward is compiled; None for nobody.
     """
 
@@ -105,6 +106,7 @@ class Site:
         self.spread_is_due = True
         self.gaps_EG: Tensor | None = None
         self.observer: Observer | None = None
+        self.is_interpreted = False
         self.witness: Observer | None = None
         # Plain tensors, not buffers: DDP would overwrite every rank's counts by those of rank 0.
         self.tally = new_tally(num_experts)
@@ -171,8 +173,10 @@ class Site:
         if self.observer is not None:
             self.observer(selection.detached(), valid_T)
             return
-        if not torch.compiler.is_compiling() and self.witness is not None:
-            self.witness(selection.detached(), valid_T)
+        if not torch.compiler.is_compiling():
+            self.is_interpreted = True
+            if self.witness is not None:
+                self.witness(selection.detached(), valid_T)
         self._to_device(ids_TK.device)
         # A second graph for the steps between would be compiled, which costs more than measuring.
         measures = self.measures_spread and training and (torch.compiler.is_compiling() or self.spread_is_due)

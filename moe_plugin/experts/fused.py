@@ -75,7 +75,7 @@ def _fake_forward(
 
 
 def _fake_backward(_: Tensor, *inputs: Tensor) -> Any:
-    return tuple(tensor.new_empty(tensor.shape) for tensor in inputs[:4])
+    return tuple(torch.empty_like(tensor) for tensor in inputs[:4])  # weights may be transposed views
 
 
 def _forward_in_blocks(*inputs: Any) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,79 @@
+"""Let the fused experts compute a host's layer of experts: on its own parameters, under its own names.
+
+Shape legend: T tokens, D model width, H hidden width, E experts, K experts selected per token.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from moe_plugin.adapters.class_swap import Mixin, swap_, unswap_
+from moe_plugin.adapters.host_experts import Layout
+from moe_plugin.experts.fused import fused_experts
+from moe_plugin.experts.grouped import compute_dtype
+from moe_plugin.types import Routing
+
+_ATTRIBUTE = "_moe_fusion"
+
+
+@dataclass
+class Fusion:
+    """What a layer computed by the fused experts carries.
+
+    Attributes:
+        layout: How it holds its projections.
+        has_run: Whether it has, outside of compiled code.
+    """
+
+    layout: Layout
+    has_run: bool = False
+
+
+class FusedHostExperts(Mixin):
+    """The forward of a layer of stacked experts whose projections are as its `Layout` says."""
+
+    _moe_fusion: Fusion
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """Applies the selected experts to each token, in the dtype of their weights or of the autocast.
+
+        Args:
+            hidden_states: (T, D).
+            top_k_index: Expert ids, int64 (T, K).
+            top_k_weights: Gate weights, (T, K).
+
+        Returns:
+            (T, D) in the dtype of `hidden_states`.
+        """
+        if not torch.compiler.is_compiling():
+            self._moe_fusion.has_run = True
+        layout = self._moe_fusion.layout
+        # Asked for by name each time: sharding and adapters put other tensors there for a forward.
+        gate_up: Tensor = getattr(self, layout.gate_up)
+        down: Tensor = getattr(self, layout.down)
+        if not layout.input_first:
+            gate_up, down = gate_up.mT, down.mT
+        dtype = compute_dtype(gate_up)
+        routing = Routing(top_k_weights, top_k_index, scores_TE=top_k_weights)
+        x_TD = hidden_states.to(dtype).contiguous()
+        return fused_experts(x_TD, routing, gate_up.to(dtype), down.to(dtype)).to(hidden_states.dtype)
+
+
+def fuse_(experts: nn.Module, layout: Layout) -> None:
+    """Let the fused experts compute this layer."""
+    vars(experts)[_ATTRIBUTE] = Fusion(layout)
+    swap_(experts, FusedHostExperts)
+
+
+def has_run(experts: nn.Module) -> bool:
+    """Whether a layer given to `fuse_` has been computed since, outside of compiled code."""
+    return vars(experts)[_ATTRIBUTE].has_run
+
+
+def unfuse_(experts: nn.Module) -> None:
+    """Undo `fuse_`."""
+    unswap_(experts, FusedHostExperts)
+    del vars(experts)[_ATTRIBUTE]
