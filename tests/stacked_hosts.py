@@ -77,7 +77,7 @@ class StackedHost(nn.Module):
         self.layers = nn.ModuleList(block(experts) for _ in range(2))
         self.head = nn.Linear(D, 32)
 
-    def forward(self, tokens_BS):
+    def forward(self, tokens_BS, attention_mask=None):
         x = self.embedding(tokens_BS)
         for layer in self.layers:
             x = layer(x)

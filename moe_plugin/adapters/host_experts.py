@@ -15,6 +15,7 @@ from torch import nn
 
 from moe_plugin.adapters.discover import Found
 from moe_plugin.adapters.surroundings import Surroundings
+from moe_plugin.experts import GroupedExperts
 
 ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
 """What a layer of experts is called with, as transformers has it."""
@@ -67,6 +68,8 @@ def _is_stacked(module: nn.Module, num_experts: int) -> bool:
 
 def layout_of(experts: nn.Module) -> Layout | str:
     """How this layer holds its projections, or why it cannot be computed by the fused experts."""
+    if isinstance(experts, GroupedExperts):
+        return "they are the fused experts already"
     shapes = {name: tuple(parameter.shape) for name, parameter in experts.named_parameters()}
     layouts = [_layout(*pair) for pair in permutations(shapes.items(), 2)] if len(shapes) == 2 else []
     layout = next((layout for layout in layouts if layout), None)

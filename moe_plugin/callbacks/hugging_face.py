@@ -14,6 +14,7 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moe_plugin.adapters.adapter import Adapter
+from moe_plugin.adapters.fusible import Experts, check_experts
 from moe_plugin.balance import DEFAULT_RULE, Balanced, Rules, Sites, balance_
 from moe_plugin.balancing.schedule import RateSchedule
 from moe_plugin.errors import CheckpointError
@@ -47,6 +48,7 @@ class LossFreeTrainerCallback(TrainerCallback):
         adapters: Sequence[Adapter] = (),
         frozen_routers: FrozenRouters = "auto",
         resume_from: str | Path | None = None,
+        experts: Experts = None,
     ) -> None:
         """Choose how to balance, as with `moe_plugin.LossFreeBalancing`.
 
@@ -59,9 +61,10 @@ class LossFreeTrainerCallback(TrainerCallback):
             frozen_routers: What becomes of the bias where the router is frozen: 'balance', 'keep' or 'auto'.
             resume_from: The checkpoint folder given to ``train(resume_from_checkpoint=...)``, of which the Trainer
                 does not tell its callbacks; needed only if it is not one of the Trainer's own output folder.
+            experts: 'fused' computes the model's stacked SwiGLU experts by our own; None leaves them as they are.
 
         Raises:
-            ConfigError: If 'frozen_routers' is none of the three.
+            ConfigError: If 'frozen_routers' is none of the three, or 'experts' neither of the two.
         """
         self._settings = {
             "rule": rule,
@@ -70,6 +73,7 @@ class LossFreeTrainerCallback(TrainerCallback):
             "mask": mask,
             "adapters": tuple(adapters),
             "frozen_routers": check_frozen_routers(frozen_routers),
+            "experts": check_experts(experts),
         }
         self._resume_from = resume_from
 
@@ -79,7 +83,7 @@ class LossFreeTrainerCallback(TrainerCallback):
         """Attach, and continue from the file beside the checkpoint when training is resumed.
 
         Raises:
-            AttachError: If no router is found.
+            AttachError: If no router is found, or experts are to be fused and some cannot.
             CheckpointError: If the folder that training resumes from is not known.
         """
         model: nn.Module = kwargs["model"]

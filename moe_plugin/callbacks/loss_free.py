@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from moe_plugin.adapters.adapter import Adapter
+from moe_plugin.adapters.fusible import Experts, check_experts
 from moe_plugin.balance import DEFAULT_RULE, Rules, Sites, balance_
 from moe_plugin.balancing.rules import AnyRule
 from moe_plugin.balancing.schedule import RateSchedule
@@ -41,6 +42,7 @@ class LossFreeBalancing(Callback):
         adapters: Sequence[Adapter] = (),
         frozen_routers: FrozenRouters = "auto",
         calibration: Calibration | None = None,
+        experts: Experts = None,
     ) -> None:
         """Choose how to balance; the defaults suit most models.
 
@@ -54,9 +56,10 @@ class LossFreeBalancing(Callback):
             frozen_routers: What becomes of the bias where the router is frozen, as with LoRA: 'balance' it, 'keep' it,
                 or 'auto': keep it where the model owns one that is not zero, balance it elsewhere.
             calibration: Solves for the biases once more in the last step of training; None leaves that out.
+            experts: 'fused' computes the model's stacked SwiGLU experts by our own; None leaves them as they are.
 
         Raises:
-            ConfigError: If there is no rule, or 'frozen_routers' is none of the three.
+            ConfigError: If there is no rule, 'frozen_routers' is none of the three, or 'experts' neither of the two.
         """
         if rule is None:
             raise ConfigError(
@@ -69,6 +72,7 @@ class LossFreeBalancing(Callback):
             "mask": mask,
             "adapters": tuple(adapters),
             "frozen_routers": check_frozen_routers(frozen_routers),
+            "experts": check_experts(experts),
         }
         self._attachment = Attachment(lambda pl_module: balance_(pl_module, **settings))
         self._calibration = calibration
@@ -77,7 +81,7 @@ class LossFreeBalancing(Callback):
         """Attach before the strategy wraps or shards the model.
 
         Raises:
-            AttachError: If no router is found.
+            AttachError: If no router is found, or experts are to be fused and some cannot.
         """
         self._attachment.setup(pl_module)
 

@@ -228,9 +228,21 @@ class TestRefusals:
         with pytest.raises(EffectError, match=r"'layers\.0\.experts' were not called in the first step"):
             balanced.update()
 
+    def test_experts_that_are_spread_over_ranks_already_are_refused(self, on_ranks):
+        assert "something else has replaced its forward already" in on_ranks(2, fuse_after_spreading)[0]
+
+
+def fuse_after_spreading(rank, results):
+    model = StackedHost()
+    shard_(model, init_device_mesh("cpu", (2,)), expert_parallel_size=2)
+    try:
+        balance_(model, experts="fused")
+    except AttachError as error:
+        results[rank] = str(error)
+
 
 class TestRanks:
-    @pytest.mark.parametrize("how", ["ddp", "fsdp", "expert_parallel"])
+    @pytest.mark.parametrize("how", ["ddp", "fsdp", "fsdp_before", "expert_parallel"])
     @pytest.mark.filterwarnings("ignore:FSDP2-wrapped module .* returned a view tensor")
     def test_two_ranks_have_the_gradients_of_one(self, on_ranks, how):
         results = on_ranks(2, step_on_rank, how)
@@ -242,17 +254,15 @@ class TestRanks:
 
 
 def step_on_rank(rank, results, how):
-    """Both ranks see the same tokens, of which each expert but two gets some."""
-    _, fused, balanced = twins()
-    run = fused
-    if how == "ddp":
-        run = DistributedDataParallel(fused)
-    else:
-        shard_(
-            fused, init_device_mesh("cpu", (2,)), expert_parallel_size=2 if how == "expert_parallel" else 1
-        )
-    _, gradients = step(fused, run)
+    """Both ranks see the same tokens."""
+    torch.manual_seed(0)
+    fused, mesh = StackedHost(), init_device_mesh("cpu", (2,))
+    if how == "fsdp_before":
+        shard_(fused, mesh)
+    balanced = balance_(fused, Sign(rate=0.1), experts="fused")
+    if how in ("fsdp", "expert_parallel"):
+        shard_(fused, mesh, expert_parallel_size=2 if how == "expert_parallel" else 1)
+    _, gradients = step(fused, DistributedDataParallel(fused) if how == "ddp" else fused)
     balanced.update()
-    results[rank] = {
-        name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients.items()
-    }
+    whole = {name: g.full_tensor() if hasattr(g, "full_tensor") else g for name, g in gradients.items()}
+    results[rank] = whole

@@ -6,6 +6,7 @@ from torch import nn
 
 from moe_plugin.adapters.discover import find_routers
 from moe_plugin.adapters.host_experts import Layout, experts_of_routers, layout_of
+from moe_plugin.experts import GroupedExperts
 from tests.hosts import Host
 from tests.stacked_hosts import D, E, H, InputFirstExperts, StackedExperts, StackedHost
 
@@ -55,6 +56,9 @@ class TestLayout:
         experts = StackedExperts()
         experts.forward = experts.forward
         assert "something else has replaced its forward" in layout_of(experts)
+
+    def test_our_own_experts_are_told(self):
+        assert layout_of(GroupedExperts(E, D, H)) == "they are the fused experts already"
 
     def test_other_arguments_are_told(self):
         assert layout_of(OtherArguments()).endswith("top_k_weights, and takes x, weights, ids")

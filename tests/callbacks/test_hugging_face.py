@@ -9,6 +9,7 @@ from moe_plugin.balance import find_balanced
 from moe_plugin.balancing.rules import Sign
 from moe_plugin.errors import AttachError, CheckpointError
 from tests.hosts import Host, OwningRouter, SoftmaxRouter
+from tests.stacked_hosts import StackedHost
 
 transformers = pytest.importorskip("transformers")
 from moe_plugin.callbacks.hugging_face import SIDECAR, LossFreeTrainerCallback  # noqa: E402
@@ -113,3 +114,14 @@ class TestLossFreeTrainerCallback:
         model.model = torch.nn.Linear(2, 2)
         with pytest.raises(AttachError, match="No router"):
             trained(tmp_path, LossFreeTrainerCallback(), model)
+
+    def test_fused_experts_train_as_the_model_s_own(self, tmp_path):
+        weights = {}
+        for experts in (None, "fused"):
+            model, callback = Project(), LossFreeTrainerCallback(Sign(rate=RATE), experts=experts)
+            torch.manual_seed(0)
+            model.model = StackedHost()
+            trained(tmp_path, callback, model)
+            assert len(callback.balanced.fused) == (2 if experts else 0)
+            weights[experts] = model.state_dict()
+        torch.testing.assert_close(weights["fused"], weights[None], atol=1e-4, rtol=1e-3)

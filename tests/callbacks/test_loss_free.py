@@ -14,6 +14,7 @@ from moe_plugin.balancing.rules import Load, Sign
 from moe_plugin.balancing.schedule import RateSchedule
 from moe_plugin.errors import AttachError, CheckpointError, ConfigError
 from tests.hosts import Host, OwningRouter, SoftmaxRouter
+from tests.stacked_hosts import StackedHost
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
@@ -200,6 +201,33 @@ class TestUpdates:
         callback = LossFreeBalancing(Sign(rate=RATE), schedule=RateSchedule(freeze_after=2))
         fit(module, tmp_path, callback)
         assert biases(module) == slow_biases(Project, [[x] for x in list(loader())[:2]])
+
+
+class StackedProject(Project):
+    def __init__(self):
+        super().__init__(lr=0.1)
+        torch.manual_seed(0)
+        self.model = StackedHost()
+
+
+class TestFusedExperts:
+    def test_they_train_as_the_model_s_own_and_their_checkpoint_fits_it(self, tmp_path):
+        weights = {}
+        for experts in (None, "fused"):
+            project = StackedProject()
+            run = fit(project, tmp_path, LossFreeBalancing(Sign(rate=RATE), experts=experts))
+            assert len(find_balanced(project).fused) == (2 if experts else 0)
+            weights[experts] = project.state_dict()
+        torch.testing.assert_close(weights["fused"], weights[None], atol=1e-5, rtol=1e-4)
+        run.save_checkpoint(tmp_path / "fused.ckpt")
+        resumed = StackedProject()
+        callback = LossFreeBalancing(Sign(rate=RATE))
+        trainer(callback, tmp_path).fit(resumed, loader(), ckpt_path=tmp_path / "fused.ckpt")
+        assert biases(resumed) == biases(project)
+
+    def test_model_that_cannot_have_them_fails_before_training(self, tmp_path):
+        with pytest.raises(AttachError, match="experts='fused' must be able to replace"):
+            fit(Project(), tmp_path, LossFreeBalancing(experts="fused"))
 
 
 class SkippingProject(Project):

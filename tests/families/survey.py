@@ -17,11 +17,12 @@ from transformers.utils import logging as transformers_logging
 from moe_plugin.balance import balance_
 from moe_plugin.errors import AttachError
 from tests.families.checks import Verified, verify
+from tests.families.fused import fused
 from tests.families.models import build
 
 HEADER = (
-    "| family | model | router | driven | experts/k | gate weights | result |",
-    "|---|---|---|---|---|---|---|",
+    "| family | model | router | driven | experts/k | gate weights | result | fused |",
+    "|---|---|---|---|---|---|---|---|",
 )
 
 
@@ -33,14 +34,17 @@ class Row:
     model: str
     verified: Verified | None
     refused: str = ""
+    fused: str = "-"
 
     def __str__(self) -> str:
         """One line of Markdown."""
         if self.verified is None:
-            return f"| {self.family} | {self.model} | - | - | - | - | refused: {self.refused} |"
+            return (
+                f"| {self.family} | {self.model} | - | - | - | - | refused: {self.refused} | {self.fused} |"
+            )
         v = self.verified
         cells = (self.family, self.model, v.router, v.driven, v.experts, v.gates)
-        return f"| {' | '.join(cells)} | verified{f' ({v.notes})' if v.notes else ''} |"
+        return f"| {' | '.join(cells)} | verified{f' ({v.notes})' if v.notes else ''} | {self.fused} |"
 
 
 @contextmanager
@@ -70,8 +74,8 @@ def surveyed(family: str) -> Row:
             refused = balance_(copy.deepcopy(model)).refused
         except AttachError as error:
             return Row(family, type(model).__name__, None, str(error))
-        verified = verify(model)
+        verified, is_fused = verify(model), fused(model)
     if refused:
         left_out = "; ".join(f"`{name}`: {reason}" for name, reason in refused.items())
         verified = Verified(**{**vars(verified), "notes": f"left out {left_out}"})
-    return Row(family, type(model).__name__, verified)
+    return Row(family, type(model).__name__, verified, fused=is_fused)

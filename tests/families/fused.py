@@ -1,0 +1,67 @@
+"""Whether a family's experts can be fused, and that they then compute what its own do."""
+
+from __future__ import annotations
+
+import copy
+import re
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from moe_plugin.balance import balance_
+from moe_plugin.errors import AttachError
+from tests.families.inputs import inputs_of
+
+
+def fused(model: PreTrainedModel) -> str:
+    """'yes', or 'no' and why; the model stays untouched.
+
+    Raises:
+        AssertionError: If something does not hold.
+    """
+    inputs, other = inputs_of(model), copy.deepcopy(model)
+    try:
+        balanced = balance_(other, experts="fused")
+    except AttachError as error:
+        reason = re.search(r"cannot here: (.*)\. Leave 'experts' out", str(error))
+        assert reason, error
+        return f"no, {reason[1]}"
+    assert len(balanced.fused) == len(balanced)
+    results_agree(step(copy.deepcopy(model), inputs), step(other, inputs))
+    balanced.update()
+    one, another = saved(model), saved(other)
+    assert another.keys() == one.keys()
+    assert all(torch.equal(tensor, one[name]) for name, tensor in another.items())
+    return "yes"
+
+
+def results_agree(theirs: tuple[Tensor, dict[str, Tensor]], ours: tuple[Tensor, dict[str, Tensor]]) -> None:
+    """Outputs and gradients differ by no more than rounding."""
+    (output, gradients), (output2, gradients2) = theirs, ours
+    torch.testing.assert_close(output2, output, atol=1e-5, rtol=1e-4)
+    assert gradients2.keys() == gradients.keys(), "other gradients"
+    for name, gradient in gradients.items():
+        error = (gradients2[name] - gradient).abs().max()
+        assert error <= 2e-5 * gradient.abs().max(), f"gradient of {name} differs by {error}"
+
+
+def step(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+    """Output and gradients."""
+    torch.manual_seed(0)
+    output = model(**inputs)[0]
+    output.float().square().mean().backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return output.detach(), gradients
+
+
+def saved(model: PreTrainedModel) -> dict[str, Tensor]:
+    """What its own checkpoint holds, without the biases that balancing moves."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        tensors = load_file(Path(folder) / "model.safetensors")
+    return {name: tensor for name, tensor in tensors.items() if tensor.dim() > 1}
