@@ -3,7 +3,8 @@
 Nothing here waits for the device, but `grouped_mm` itself does where torch has no kernel for it: torch 2.13 has one for
 bf16 on compute capability 9 and 10, and elsewhere loops over the experts by offsets that the host reads.
 
-Shape legend: T tokens, D model width, H hidden width, E experts, K experts selected per token, P token-expert pairs.
+Shape legend: T tokens, D model width, H hidden width, E experts, K experts selected per token, P token-expert pairs,
+I inputs of a projection, O its outputs.
 """
 
 from __future__ import annotations
@@ -58,13 +59,20 @@ def backward_by_groups(
     dweights_P = torch.empty_like(weights_P1[:, 0])
     hidden_PH, dgate_up_P = through_swiglu_(gate_up_P, dhidden_PH, weights_P1, dweights_P)
     del dhidden_PH
-    ddown = functional.grouped_mm(hidden_PH.t(), dy_PD, offs=offsets_E)
+    ddown = _weight_gradient(hidden_PH, dy_PD, down, offsets_E)
     del hidden_PH, dy_PD
     dx_PD = functional.grouped_mm(dgate_up_P, gate_up.mT, offs=offsets_E)
     dx_TD = kernels.unpermute(dx_PD, pair_ids_P, *weights_TK.shape)
     del dx_PD
-    dgate_up = functional.grouped_mm(kernels.permute(x_TD, token_ids_P).t(), dgate_up_P, offs=offsets_E)
+    dgate_up = _weight_gradient(kernels.permute(x_TD, token_ids_P), dgate_up_P, gate_up, offsets_E)
     return dx_TD, gate_weight_gradient(dweights_P, pair_ids_P, weights_TK), dgate_up, ddown
+
+
+def _weight_gradient(inputs_PI: Tensor, gradients_PO: Tensor, weights: Tensor, offsets_E: Tensor) -> Tensor:
+    """The gradient of weights (E, I, O), which lies in memory as they do: else autograd would copy it."""
+    if weights.is_contiguous():
+        return functional.grouped_mm(inputs_PI.t(), gradients_PO, offs=offsets_E)
+    return functional.grouped_mm(gradients_PO.t(), inputs_PI, offs=offsets_E).mT
 
 
 def _can_group(gate_up: Tensor, down: Tensor) -> bool:

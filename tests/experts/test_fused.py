@@ -42,9 +42,12 @@ class TestImplementations:
         varying=st.booleans(),
         skewed=st.booleans(),
         rows=st.sampled_from([1, 5, 2048]),
+        transposed=st.booleans(),
     )
-    def test_blocks_and_groups_give_the_same(self, seed, tokens, varying, skewed, rows):
+    def test_blocks_and_groups_give_the_same(self, seed, tokens, varying, skewed, rows, transposed):
         *given, offsets_E = inputs(seed, tokens, varying=varying, skewed=skewed)
+        if transposed:  # as views into weights of a host
+            given[2:4] = (weights.mT.contiguous().mT for weights in given[2:4])
         gradient_TD = torch.randn(tokens, D)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(blocks_file, "ROWS", rows)
@@ -54,6 +57,8 @@ class TestImplementations:
         gradients2 = backward_by_groups(gradient_TD, *given, offsets_E, gate_up2_P)
         for one, other in zip((y_TD, gate_up_P, *gradients), (y2_TD, gate_up2_P, *gradients2), strict=True):
             torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
+        for results in (gradients, gradients2):
+            assert [x.stride() for x in results[2:]] == [weights.stride() for weights in given[2:4]]
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("varying", [False, True])
