@@ -43,7 +43,7 @@ def disagreement(experts: nn.Module, layout: Layout) -> str:
                 if not error <= _TOLERANCE:
                     return (
                         f"it computes something else than down(silu(gate) * up) with gate first: at activations of "
-                        f"{scale:g} its {what} differs by {error:.1g} of the largest value"
+                        f"{scale:g} its {what} differs by {error:.1g} times its largest value"
                     )
     return ""
 

@@ -56,8 +56,8 @@ experts it selects; counts equal to unpadded tokens x k, also under both kinds o
 draws every token, with unbiased gate weights; updates move every bias; the same `state_dict` keys; deepcopy and pickle;
 saving and loading; bf16 with an fp32 bias; `remove()`.
 
-*Fused* says whether `balance_(model, experts="fused")` replaces its experts, or why not; *yes* means outputs within 1e-4
-and gradients within 2e-5 of the largest value, and the same checkpoint.
+*Fused* says whether `balance_(model, experts="fused")` replaces its experts, or why not: *yes* means equal outputs (to
+1e-4), gradients (to 2e-5 of the largest value), and checkpoints.
 """
 
 

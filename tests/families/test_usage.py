@@ -73,6 +73,43 @@ class TestCompile:
                     assert site.counts.sum() == (3 * LENGTH - PADDING) * site.top_k
                 balanced.update()
 
+    @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "aria"])
+    def test_model_compiles_whole_with_fused_experts(self, family):
+        torch._dynamo.reset()
+        model = build(family)
+        inputs = inputs_of(model)
+        expected = model(**inputs)[0].detach()
+        balanced = balance_(model, Sign(rate=0.1), experts="fused")
+        compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for _ in range(2):
+                output = compiled(**inputs)[0]
+                torch.testing.assert_close(output, expected, atol=1e-5, rtol=1e-4)
+                output.sum().backward()
+        balanced.update()
+
+
+@pytest.mark.filterwarnings("ignore")
+class TestLoRA:
+    def test_weights_that_are_adapted_in_each_forward_are_computed_with(self):
+        peft = pytest.importorskip("peft")
+        outputs = {}
+        for experts in (None, "fused"):
+            torch.manual_seed(0)
+            config = peft.LoraConfig(target_parameters=["experts.gate_up_proj", "experts.down_proj"])
+            model = peft.get_peft_model(build("mixtral"), config)
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    torch.nn.init.normal_(parameter, std=0.1)
+            balanced = balance_(model, experts=experts)
+            output = model(**inputs_of(model.base_model.model))[0]
+            output.square().mean().backward()
+            balanced.update()
+            gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            assert gradients
+            outputs[experts] = (output.detach(), gradients)
+        torch.testing.assert_close(outputs["fused"], outputs[None], atol=1e-5, rtol=1e-3)
+
 
 @pytest.mark.filterwarnings("ignore")
 class TestImages:
