@@ -1,0 +1,107 @@
+"""Qwen3-MoE of transformers with `balance_(experts="fused")` beside the same with its own experts.
+
+First its MoE block, forward and backward with all gradients, then a whole training step of the small model as Qwen3.
+Same weights, equal outputs or losses checked in every round; both sides are watched by `balance_(rule=None)`, so that
+the experts are all that differs. Peers of the block are `grouped_mm` and, where it ends in reasonable time, `eager`;
+that of the step is the faster one.
+
+Shape legend: T tokens, D model width.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+from transformers import Qwen3MoeConfig
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
+
+from benchmarks.cases.layer import LOOPED, SHAPES, D, Shape
+from benchmarks.cases.train_step import IMPLEMENTATIONS, are_close, logits_of, softmax_model, training_step
+from benchmarks.memory import peak_mib
+from benchmarks.models import random_tokens
+from benchmarks.qwen3 import as_qwen3
+from benchmarks.row import Row
+from benchmarks.turns import take_turns
+from moe_plugin import balance_
+
+
+def rows(rounds: int = 9, tokens: int = 4096, batch: int = 4) -> Iterator[Row]:
+    """Every shape of the block, then the step; `batch` is sequences of 256 tokens."""
+    for name, shape in SHAPES.items():
+        peers = IMPLEMENTATIONS if name in LOOPED else ("grouped_mm",)
+        yield from block(f"{name}: {shape.experts} experts, top {shape.top_k}", shape, peers, rounds, tokens)
+    yield whole_step(rounds, batch)
+
+
+def block(title: str, shape: Shape, peers: Sequence[str], rounds: int, tokens: int) -> Iterator[Row]:
+    """The block with fused experts over each of the host's own."""
+    hosts = {name: host_block(shape, name) for name in peers}
+    fused = copy.deepcopy(hosts["grouped_mm"])
+    sides = {name: running(host) for name, host in with_own(fused, hosts).items()}
+    turns = take_turns(sides, rounds, fresh=partial(torch.randn, 1, tokens, D), agree=give_the_same)
+    x_1TD = torch.randn(1, tokens, D)
+    peaks = {name: peak_mib(partial(run, x_1TD)) for name, run in sides.items()}
+    for peer in hosts:
+        note = f"peak of the peer {peaks[peer]:.0f} MiB"
+        yield turns.row(f"block {title}, fp32", "fused", peer, memory_mib=peaks["fused"], note=note)
+
+
+def whole_step(rounds: int, batch: int) -> Row:
+    """A training step of a whole model."""
+    hosts = {name: as_qwen3(softmax_model(), name) for name in IMPLEMENTATIONS}
+    models = with_own(as_qwen3(softmax_model(), IMPLEMENTATIONS[0]), hosts)
+    sides = {name: training_step(model, partial(logits_of, model), "fp32") for name, model in models.items()}
+    agree = partial(are_close, tolerance=1e-4)
+    turns = take_turns(sides, rounds, fresh=partial(random_tokens, batch), agree=agree, warm_up=2)
+    best = min(hosts, key=turns.milliseconds)
+    tokens = random_tokens(batch)
+    memory = {name: peak_mib(partial(sides[name], tokens)) for name in ("fused", best)}
+    note = f"best of {' and '.join(hosts)}; {memory[best]:.0f} MiB"
+    return turns.row("step of small as Qwen3, fp32", "fused", best, memory_mib=memory["fused"], note=note)
+
+
+def with_own(fused: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
+    """All sides, watched alike."""
+    balance_(fused, rule=None, experts="fused")
+    for host in hosts.values():
+        balance_(host, rule=None)
+    return {"fused": fused, **hosts}
+
+
+def host_block(shape: Shape, implementation: str) -> nn.Module:
+    """The block of one shape, with the same weights for every implementation."""
+    torch.manual_seed(0)
+    config = Qwen3MoeConfig(
+        hidden_size=D,
+        num_experts=shape.experts,
+        num_experts_per_tok=shape.top_k,
+        moe_intermediate_size=shape.hidden,
+        norm_topk_prob=True,
+    )
+    config._experts_implementation = implementation
+    host = Qwen3MoeSparseMoeBlock(config)
+    for parameter in host.parameters():
+        nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    return host
+
+
+def running(host: nn.Module) -> Callable[[Tensor], Tensor]:
+    """Forward and backward with all gradients, which are then forgotten."""
+
+    def run(x_1TD: Tensor) -> Tensor:
+        x_1TD = x_1TD.clone().requires_grad_()
+        y_1TD = host(x_1TD)
+        y_1TD.backward(torch.ones_like(y_1TD))
+        host.zero_grad()
+        return y_1TD.detach()
+
+    return run
+
+
+def give_the_same(results: Mapping[str, Tensor]) -> bool:
+    """Whether all sides agree to fp32 rounding."""
+    return all(torch.allclose(results["fused"], y, atol=2e-4, rtol=1e-3) for y in results.values())
