@@ -12,7 +12,7 @@ from torch import nn
 from moe_plugin.adapters.adapter import Adapter
 from moe_plugin.adapters.attach import attach_
 from moe_plugin.adapters.discover import Findings, checked, survey
-from moe_plugin.adapters.fused_experts import fuse_
+from moe_plugin.adapters.fused_experts import Fusion, fuse_
 from moe_plugin.adapters.fusible import Experts, check_experts, find_fusible
 from moe_plugin.adapters.token_mask import TokenMask
 from moe_plugin.balanced import Balanced, find_balanced
@@ -88,8 +88,9 @@ def balance_(
     rules = [None if keep else rule for keep, rule in zip(kept, rules, strict=True)]
     balanced = Balanced(model, attached, rules, schedule, process_group, settings)
     balanced.refused = dict(findings.refused)
+    varies = any(site.dynamic is not None for site in attached)
     for name, (layer, layout) in fusible.items():
-        fuse_(layer, layout)
+        fuse_(layer, Fusion(layout, leaves_out_zeros=varies))
         balanced.fused[name] = layer
     return balanced
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Mapping
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from hydra.utils import instantiate
@@ -50,11 +50,13 @@ class Size(NamedTuple):
 class Side:
     """A balanced layer whose steps are timed."""
 
-    def __init__(self, layer: nn.Module, router: nn.Module, size: Size) -> None:
+    def __init__(
+        self, layer: nn.Module, router: nn.Module, size: Size, experts: Literal["fused"] | None = None
+    ) -> None:
         """Drives bias and level to where they stay."""
         self.layer = layer
         self.size = measure(layer)
-        self.balanced = balance_(layer)
+        self.balanced = balance_(layer, experts=experts)
         self.used: list[float] = []
         for _ in range(DRIVING_STEPS):
             router(size.random_tokens()[0])
@@ -82,7 +84,7 @@ def rows(rounds: int = 12, tokens: int = 4096, dim: int = 256, hidden: int = 512
     """Our layer with each router at each mean number, then hosts with top-p."""
     size = Size(dim, hidden, tokens)
     yield from compare(our_sides(size), rounds, size)
-    for implementation in ("eager", "grouped_mm"):
+    for implementation in ("eager", "grouped_mm", "fused"):
         yield from compare(host_sides(size, implementation), rounds, size, f"host, {implementation}: ")
 
 
@@ -113,11 +115,13 @@ def host_sides(size: Size, implementation: str) -> dict[str, Side]:
     sides, experts = {}, None
     top_p = {name: router for name, router in dynamic_routers().items() if name.startswith("top_p")}
     for name, router in {**fixed_routers(8), **top_p}.items():
-        host = Qwen3MoeSparseMoeBlock(host_config(size, implementation))
+        fused = "fused" if implementation == "fused" else None
+        host = Qwen3MoeSparseMoeBlock(host_config(size, "eager" if fused else implementation))
         replace_routers_(host, router, ExpertShape(EXPERTS, 2, size.hidden))
         experts = drawn(host.experts) if experts is None else experts
-        host.experts = experts
-        sides[name] = Side(host, host.gate, size)
+        # Not the layer itself, which each side may give another forward.
+        host.experts._parameters.update(experts._parameters)
+        sides[name] = Side(host, host.gate, size, fused)
     return sides
 
 

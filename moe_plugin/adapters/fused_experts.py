@@ -25,10 +25,13 @@ class Fusion:
 
     Attributes:
         layout: How it holds its projections.
+        leaves_out_zeros: Whether pairs of gate weight 0 take no room and no time: those that a router whose tokens use
+            different numbers of experts does not use. Finding them waits for the device.
         has_run: Whether it has, outside of compiled code.
     """
 
     layout: Layout
+    leaves_out_zeros: bool = False
     has_run: bool = False
 
 
@@ -57,14 +60,15 @@ class FusedHostExperts(Mixin):
         if not layout.input_first:
             gate_up, down = gate_up.mT, down.mT
         dtype = compute_dtype(gate_up)
-        routing = Routing(top_k_weights, top_k_index, scores_TE=top_k_weights)
+        used_TK = top_k_weights != 0 if self._moe_fusion.leaves_out_zeros else None
+        routing = Routing(top_k_weights, top_k_index, scores_TE=top_k_weights, used_TK=used_TK)
         x_TD = hidden_states.to(dtype).contiguous()
         return fused_experts(x_TD, routing, gate_up.to(dtype), down.to(dtype)).to(hidden_states.dtype)
 
 
-def fuse_(experts: nn.Module, layout: Layout) -> None:
+def fuse_(experts: nn.Module, fusion: Fusion) -> None:
     """Let the fused experts compute this layer."""
-    vars(experts)[_ATTRIBUTE] = Fusion(layout)
+    vars(experts)[_ATTRIBUTE] = fusion
     swap_(experts, FusedHostExperts)
 
 

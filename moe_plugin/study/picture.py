@@ -36,7 +36,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     parser = argparse.ArgumentParser(prog="python -m moe_plugin.study.picture", description=__doc__)
     parser.add_argument("csv", type=Path)
-    parser.add_argument("--studies", nargs="+", default=["balancing", "dynamic"], help="default: %(default)s")
+    parser.add_argument(
+        "--studies", nargs="+", default=["balancing", "softmax", "dynamic"], help="default: %(default)s"
+    )
     parser.add_argument("--out", type=Path, default=Path("study.png"), help="default: %(default)s")
     options = parser.parse_args(arguments)
     results = read_csv(options.csv)

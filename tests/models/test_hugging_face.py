@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from moe_plugin import LossFreeBalancing, balance_
 from moe_plugin.balance import find_balanced
 from moe_plugin.balancing.rules import Proportional
+from moe_plugin.experts import fused
 from moe_plugin.losses import LoadBalancingLoss
 from moe_plugin.models import measure
 from moe_plugin.models.hugging_face import HostRouter
@@ -139,3 +140,26 @@ class TestHuggingFaceModel:
             InstantiationException, match="'router' must be one of ours for this model, got native"
         ):
             instantiate(compose("tiny", "native").model)
+
+
+class TestDifferentNumbersOfExperts:
+    def test_fused_experts_compute_the_same_on_used_pairs_only(self, monkeypatch):
+        pairs, run = [], fused.run_forward
+
+        def counting(*inputs):
+            pairs.append(len(inputs[4]))
+            return run(*inputs)
+
+        monkeypatch.setattr(fused, "run_forward", counting)
+        results = []
+        for experts in (None, "fused"):
+            model = build("qwen3_moe", "top_p")
+            balanced = balance_(model, experts=experts)
+            tokens = rows(4)[0]["tokens"][None]
+            loss = model.token_losses({"tokens": tokens}).mean()
+            loss.backward()
+            results.append((loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]))
+            used = [int(site.counts.sum()) for site in balanced.values()]
+        assert pairs[-len(used) :] == used, "those before are of the proof at attaching"
+        assert sum(used) < LENGTH * len(used) * 8, "some pairs must be left out for this to say anything"
+        torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)
