@@ -75,7 +75,8 @@ def corpus(cache):
 
 def fit(cache, callbacks=(), ckpt_path=None, **settings):
     recorder = Recorder()
-    trainer = Trainer(**{**QUIET, "max_epochs": 3, "callbacks": list(callbacks), **settings})
+    ours = {"max_epochs": 3, "callbacks": list(callbacks), "default_root_dir": cache}
+    trainer = Trainer(**{**QUIET, **ours, **settings})
     trainer.fit(recorder, datamodule=corpus(cache), ckpt_path=ckpt_path)
     return recorder
 
