@@ -58,6 +58,8 @@ class Side:
         self.size = measure(layer)
         self.balanced = balance_(layer, experts=experts)
         self.used: list[float] = []
+        layer(size.random_tokens())  # The first step asks whether fused experts run at all.
+        self.balanced.update()
         for _ in range(DRIVING_STEPS):
             router(size.random_tokens()[0])
             self.balanced.update()
