@@ -9,6 +9,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
+
 from benchmarks.row import Row
 
 
@@ -50,11 +52,12 @@ def take_turns(
     before: Callable[[], object] = lambda: None,
     agree: Callable[[Mapping[str, Any]], bool] = lambda results: True,
     warm_up: int = 3,
-    clock: Callable[[], float] = time.process_time,
+    clock: Callable[[], float] | None = None,
 ) -> Turns:
     """Times each side once per round.
 
-    Process time leaves out what other processes do with the core; it counts all threads of this one together.
+    Process time leaves out what other processes do with the core, but adds up the threads of this one, waiting ones
+    too: with several threads only wall time, on an idle machine, says something.
 
     Args:
         sides: What to time, by name; each is called with what `fresh` returned in its round.
@@ -63,11 +66,12 @@ def take_turns(
         before: Called before each side, untimed.
         agree: Whether the results of a round, by side, are equal enough for their times to be compared.
         warm_up: Rounds before, which do not count.
-        clock: Seconds.
+        clock: Seconds; None is process time with one thread, and wall time with several.
 
     Raises:
         ValueError: The sides disagree.
     """
+    clock = clock or (time.process_time if torch.get_num_threads() == 1 else time.perf_counter)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(warm_up + rounds):
         given, results = fresh(), {}
