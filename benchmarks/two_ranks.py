@@ -7,21 +7,17 @@ legend: T tokens of a rank, D model width, K experts selected per token, P = T *
 
 from __future__ import annotations
 
-import os
-import random
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 
+from benchmarks.ranks import on_ranks
 from benchmarks.row import Row
 from benchmarks.turns import Turns, take_turns
 from moe_plugin.experts import GroupedExperts
@@ -44,11 +40,7 @@ class Size(NamedTuple):
 
 def layer_rows(rounds: int, tokens: int, hidden: int) -> Iterator[Row]:
     """The step at each violation over the balanced one."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(  # pyright: ignore[reportPrivateImportUsage]
-            work, (folder, Size(rounds, tokens, hidden)), nprocs=RANKS, start_method="spawn"
-        )
-        worked, waited = (Turns(seconds) for seconds in torch.load(Path(folder) / "seconds"))
+    worked, waited = map(Turns, on_ranks(RANKS, measure, Size(rounds, tokens, hidden)))
     share = worked.ratio("experts", PEER)[1]
     for side, violation in VIOLATIONS.items():
         if side != PEER:
@@ -58,28 +50,16 @@ def layer_rows(rounds: int, tokens: int, hidden: int) -> Iterator[Row]:
             yield waited.row(f"{name}, wall", side, PEER, note=note)
 
 
-def work(rank: int, folder: str, size: Size) -> None:
-    """A rank; the first one leaves the processor and the wall seconds of its steps in the folder."""
-    torch.set_num_threads(1)
-    random.seed(0)  # the same turns on both ranks
-    torch.manual_seed(rank)
-    store = dist.FileStore(os.path.join(folder, "store"), RANKS)  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS, store=store)
-    seconds = measure(size)
-    if rank == 0:
-        torch.save(seconds, Path(folder) / "seconds")
-    dist.destroy_process_group()
-
-
 def measure(size: Size) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
     """Processor and wall seconds of this rank's steps by violation, and of its experts alone as "experts"."""
+    torch.manual_seed(dist.get_rank())
     layer, own = GroupedExperts(EXPERTS, D, size.hidden), GroupedExperts(OWN, D, size.hidden)
     parallelize_experts_(layer, init_device_mesh("cpu", (RANKS,)))
     wall: dict[str, list[float]] = {}
     sides = {
-        name: partial(step, layer, partial(skewed, violation), size.tokens)
+        name: partial(routed_step, layer, partial(skewed, violation), size.tokens)
         for name, violation in VIOLATIONS.items()
-    } | {"experts": partial(step, own, only_own, size.tokens * TOP_K)}
+    } | {"experts": partial(routed_step, own, only_own, size.tokens * TOP_K)}
     timed = {name: by_the_clock(side, wall.setdefault(name, [])) for name, side in sides.items()}
     turns = take_turns(timed, size.rounds, before=dist.barrier)
     return dict(turns.seconds), {name: seconds[-size.rounds :] for name, seconds in wall.items()}
@@ -96,9 +76,14 @@ def by_the_clock(side: Callable[[], None], seconds: list[float]) -> Callable[[ob
     return run
 
 
-def step(experts: GroupedExperts, route: Callable[[int], Tensor], tokens: int) -> None:
-    """Forward and backward on fresh hidden states."""
-    x_TD, ids_TK = torch.randn(tokens, D, requires_grad=True), route(tokens)
+def routed_step(experts: GroupedExperts, route: Callable[[int], Tensor], tokens: int) -> None:
+    """A step of so many tokens, routing included."""
+    step(experts, route(tokens))
+
+
+def step(experts: GroupedExperts, ids_TK: Tensor) -> None:
+    """Forward and backward on fresh hidden states, all gate weights one."""
+    x_TD = torch.randn(len(ids_TK), D, requires_grad=True)
     ones_TK = torch.ones(ids_TK.shape)
     experts.zero_grad()
     y_TD = experts(x_TD, Routing(ones_TK, ids_TK, scores_TE=ones_TK))

@@ -7,21 +7,17 @@ Ranks wait for one another before each is timed, by wall time. Collectives of th
 
 from __future__ import annotations
 
-import os
-import random
-import tempfile
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from benchmarks.models import LENGTH, small_model
+from benchmarks.ranks import on_ranks
 from benchmarks.row import Row
 from benchmarks.turns import Turns, take_turns
 from moe_plugin.balance import balance_
@@ -53,27 +49,12 @@ class Collectives(TorchDispatchMode):
 
 def rows(rounds: int = 5, layers: int = 60, experts: int = 256, tokens: int = 2048) -> Iterator[Row]:
     """The update over the step, and one all-reduce per layer over the update."""
-    with tempfile.TemporaryDirectory() as folder:
-        mp.start_processes(  # pyright: ignore[reportPrivateImportUsage]
-            work, (folder, Sizes(rounds, layers, experts, tokens)), nprocs=RANKS, start_method="fork"
-        )
-        seconds, collectives = torch.load(Path(folder) / "result")
+    sizes = Sizes(rounds, layers, experts, tokens)
+    seconds, collectives = on_ranks(RANKS, measure, sizes, start_method="fork")
     turns = Turns(seconds)
     yield turns.row("update of all biases", "update", "step", note="forward, backward, gradient all-reduce")
     yield turns.row("one all-reduce per layer", "reduce_per_layer", "update", note="packed in one")
     yield Row("collectives of an update", collectives, "", unit="", goal=1)
-
-
-def work(rank: int, folder: str, sizes: Sizes) -> None:
-    """A rank; the first one leaves what was measured in the folder."""
-    torch.set_num_threads(1)
-    random.seed(0)  # the same turns on every rank
-    store = dist.FileStore(os.path.join(folder, "store"), RANKS)  # pyright: ignore[reportPrivateImportUsage]
-    dist.init_process_group("gloo", rank=rank, world_size=RANKS, store=store)
-    result = measure(sizes)
-    if rank == 0:
-        torch.save(result, Path(folder) / "result")
-    dist.destroy_process_group()
 
 
 def measure(sizes: Sizes) -> tuple[dict[str, list[float]], int]:

@@ -20,15 +20,13 @@ from torch import Tensor
 
 from benchmarks.row import Row
 from benchmarks.turns import Turns, take_turns
-from benchmarks.two_ranks import layer_rows
+from benchmarks.two_ranks import EXPERTS, TOP_K, D, layer_rows, step
 from moe_plugin.experts import GroupedExperts
 from moe_plugin.metrics.rank_groups import rank_violation
 from moe_plugin.study.trained import counts_of, in_batches, load_run, look
-from moe_plugin.types import Routing
 
 RANKS = (2, 4, 8, 16)
 VIOLATIONS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
-EXPERTS, TOP_K, D = 16, 2, 256
 WARM_UP = 1
 
 
@@ -110,12 +108,7 @@ def expert_step(num_own: int, rank: int, hidden: int) -> Callable[[Tensor], None
     """Forward and backward of a rank's experts, on rows in the numbers that they get of a layer's counts."""
     experts = GroupedExperts(num_own, D, hidden)
 
-    def step(counts_E: Tensor) -> None:
-        ids_Q1 = torch.arange(num_own).repeat_interleave(counts_E.view(-1, num_own)[rank])[:, None]
-        ones_Q1 = torch.ones(len(ids_Q1), 1)
-        x_QD = torch.randn(len(ids_Q1), D, requires_grad=True)
-        experts.zero_grad()
-        y_QD = experts(x_QD, Routing(ones_Q1, ids_Q1, scores_TE=ones_Q1))
-        y_QD.backward(x_QD.detach())
+    def run(counts_E: Tensor) -> None:
+        step(experts, torch.arange(num_own).repeat_interleave(counts_E.view(-1, num_own)[rank])[:, None])
 
-    return step
+    return run
