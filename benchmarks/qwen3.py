@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from moe_plugin.models import LanguageModel
 from moe_plugin.models.size import measure
@@ -35,6 +36,24 @@ def as_qwen3(ours: LanguageModel, experts_implementation: str) -> Qwen3MoeForCau
             _copy_layer_(theirs, layer)
     check_same_size(ours, peer)
     return peer
+
+
+def qwen3_block(
+    dim: int, experts: int, top_k: int, hidden: int, experts_implementation: str
+) -> Qwen3MoeSparseMoeBlock:
+    """Qwen3-MoE's block alone, with random weights that keep the scale of its input."""
+    config = Qwen3MoeConfig(
+        hidden_size=dim,
+        num_experts=experts,
+        num_experts_per_tok=top_k,
+        moe_intermediate_size=hidden,
+        norm_topk_prob=True,
+    )
+    config._experts_implementation = experts_implementation
+    block = Qwen3MoeSparseMoeBlock(config)
+    for parameter in block.parameters():
+        nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
+    return block
 
 
 def check_same_size(ours: LanguageModel, peer: nn.Module) -> None:

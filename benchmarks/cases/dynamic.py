@@ -17,9 +17,8 @@ import torch
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
 from torch import Tensor, nn
-from transformers import Qwen3MoeConfig
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
+from benchmarks.qwen3 import qwen3_block
 from benchmarks.row import Row
 from benchmarks.turns import take_turns
 from moe_plugin.balance import balance_
@@ -118,9 +117,9 @@ def host_sides(size: Size, implementation: str) -> dict[str, Side]:
     top_p = {name: router for name, router in dynamic_routers().items() if name.startswith("top_p")}
     for name, router in {**fixed_routers(8), **top_p}.items():
         fused = "fused" if implementation == "fused" else None
-        host = Qwen3MoeSparseMoeBlock(host_config(size, "eager" if fused else implementation))
+        host = qwen3_block(size.dim, EXPERTS, 2, size.hidden, "eager" if fused else implementation)
         replace_routers_(host, router, ExpertShape(EXPERTS, 2, size.hidden))
-        experts = drawn(host.experts) if experts is None else experts
+        experts = host.experts if experts is None else experts
         # Not the layer itself, which each side may give another forward.
         host.experts._parameters.update(experts._parameters)
         sides[name] = Side(host, host.gate, size, fused)
@@ -148,19 +147,3 @@ def dynamic_routers() -> dict[str, partial[Any]]:
 def from_conf(name: str, **settings: float) -> partial[Any]:
     """A router of conf/router without its sizes."""
     return partial(instantiate(OmegaConf.load(conf_dir() / "router" / f"{name}.yaml")), **settings)
-
-
-def host_config(size: Size, implementation: str) -> Qwen3MoeConfig:
-    """Of a layer of transformers."""
-    config = Qwen3MoeConfig(
-        hidden_size=size.dim, num_experts=EXPERTS, moe_intermediate_size=size.hidden, hidden_act="silu"
-    )
-    config._experts_implementation = implementation
-    return config
-
-
-def drawn(experts: nn.Module) -> nn.Module:
-    """Experts of transformers, which leave their weights to the model around them, with weights."""
-    for parameter in experts.parameters():
-        nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    return experts

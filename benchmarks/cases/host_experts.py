@@ -16,14 +16,12 @@ from functools import partial
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3MoeConfig
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
 from benchmarks.cases.layer import LOOPED, SHAPES, D, Shape
 from benchmarks.cases.train_step import IMPLEMENTATIONS, are_close, logits_of, softmax_model, training_step
 from benchmarks.memory import peak_mib
 from benchmarks.models import random_tokens
-from benchmarks.qwen3 import as_qwen3
+from benchmarks.qwen3 import as_qwen3, qwen3_block
 from benchmarks.row import Row
 from benchmarks.turns import take_turns
 from moe_plugin import balance_
@@ -75,18 +73,7 @@ def with_own(fused: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, nn.M
 def host_block(shape: Shape, implementation: str) -> nn.Module:
     """The block of one shape, with the same weights for every implementation."""
     torch.manual_seed(0)
-    config = Qwen3MoeConfig(
-        hidden_size=D,
-        num_experts=shape.experts,
-        num_experts_per_tok=shape.top_k,
-        moe_intermediate_size=shape.hidden,
-        norm_topk_prob=True,
-    )
-    config._experts_implementation = implementation
-    host = Qwen3MoeSparseMoeBlock(config)
-    for parameter in host.parameters():
-        nn.init.normal_(parameter, std=parameter.shape[-1] ** -0.5)
-    return host
+    return qwen3_block(D, shape.experts, shape.top_k, shape.hidden, implementation)
 
 
 def running(host: nn.Module) -> Callable[[Tensor], Tensor]:
