@@ -15,15 +15,13 @@ from torch import Tensor, nn
 
 from moe_plugin.adapters.attach import detach_
 from moe_plugin.adapters.fused_experts import has_run, unfuse_
-from moe_plugin.adapters.site import Counted, Site
-from moe_plugin.balancing.budget import level_step
-from moe_plugin.balancing.counts import SPREAD_UNIT
-from moe_plugin.balancing.rate import resolve_rate
+from moe_plugin.adapters.site import Site
 from moe_plugin.balancing.reduce import all_reduce_
-from moe_plugin.balancing.rules import Load, Rule
+from moe_plugin.balancing.rules import Memory, Rule
 from moe_plugin.balancing.schedule import RateSchedule
 from moe_plugin.errors import CheckpointError, EffectError
 from moe_plugin.sidecar import read_sidecar, write_sidecar
+from moe_plugin.site_group import Counted, SiteGroup, site_groups
 from moe_plugin.types import LoadRecord
 
 if TYPE_CHECKING:
@@ -31,7 +29,6 @@ if TYPE_CHECKING:
     from moe_plugin.warm_start import Batches, Violation
 
 _ATTRIBUTE = "_moe_balanced"
-_SPREAD = "score_spread"
 SPREAD_EVERY = 16
 """With ``rate: auto`` one step in this many measures the spread of the scores."""
 
@@ -71,7 +68,7 @@ class Balanced(Mapping[str, Site]):
         self._model = model
         self._sites = {site.name: site for site in sites}
         self._rules = {site.name: rule for site, rule in zip(sites, rules, strict=True)}
-        self._states: dict[str, dict[str, Tensor]] = {site.name: {} for site in sites}
+        self._memories: dict[str, Memory] = {site.name: {} for site in sites}
         self._schedule = schedule
         for site, rule in zip(sites, rules, strict=True):
             site.measures_spread = rule is not None and rule.rate == "auto"
@@ -116,20 +113,22 @@ class Balanced(Mapping[str, Site]):
         Raises:
             EffectError: In the first update, if a site saw no tokens.
         """
-        counted = [site.take() for site in self.values()]
-        all_reduce_([tensor for each in counted for tensor in each if tensor is not None], self.process_group)
-        tallies = [each.tally for each in counted]
+        groups = site_groups(list(self.values()), self._rules, self._memories)
+        taken = [group.take() for group in groups]
+        all_reduce_([tensor for each in taken for tensor in each if tensor is not None], self.process_group)
+        pairs = list(zip(groups, taken, strict=True))
         self._count_steps_(self.step + 1)
         if self.step == 1:
-            self._check_effect(tallies)
-        healthy = self._healthy(tallies)
+            self._check_effect(pairs)
+        healthy = torch.stack([group.num_rejected(each) for group, each in pairs]).sum() == 0
         counts, tokens = {}, {}
-        for site, each in zip(self.values(), counted, strict=True):
-            step = each._replace(tally=torch.where(healthy, each.tally, 0))
-            counts[site.name], tokens[site.name] = step.tally[: site.num_routed], site.tokens_in(step.tally)
-            self._move_bias_(site, step)
-            self._hold_budget_(site, step)
-        bias = {site.name: site.bias[: site.num_routed] for site in self.values()}
+        for group, each in pairs:
+            counted = each._replace(slots_LS=torch.where(healthy, each.slots_LS, 0))
+            counts |= group.counts(counted)
+            tokens |= group.tokens(counted)
+            self._move_(group, counted)
+        bias = {name: site.bias[: site.num_routed] for name, site in self.items()}
+        counts, tokens = ({name: found[name] for name in self} for found in (counts, tokens))
         self.record = LoadRecord(self.step, counts, tokens, bias)
         return self.record
 
@@ -140,7 +139,7 @@ class Balanced(Mapping[str, Site]):
             condition: bool scalar, such as a loss not being finite. It is enough that it holds on one rank.
         """
         site = next(iter(self.values()))
-        site.tally[site.num_experts] += condition.to(site.tally.device)
+        site.tally.slots_S[-1] += condition.to(site.tally.slots_S.device)
 
     def discard_counts_(self) -> None:
         """Forget the tokens counted since the last update."""
@@ -159,7 +158,10 @@ class Balanced(Mapping[str, Site]):
     def state_dict(self) -> dict[str, Any]:
         """Biases, rule states and the update counter. Counts of a step that is not complete are left out."""
         sites = {
-            name: {"bias": site.bias.clone(), "state": dict(self._states[name])}
+            name: {
+                "bias": site.bias.clone(),
+                "state": {key: value.clone() for key, value in self._memories[name].items()},
+            }
             for name, site in self.items()
         }
         return {"step": self.step, "sites": sites}
@@ -176,7 +178,7 @@ class Balanced(Mapping[str, Site]):
         for name, saved in state["sites"].items():
             site = self[name]
             site.bias.copy_(saved["bias"])
-            self._states[name] = {key: value.to(site.bias.device) for key, value in saved["state"].items()}
+            self._memories[name] = {key: value.to(site.bias.device) for key, value in saved["state"].items()}
         self.discard_counts_()
 
     def save(self, path: str | Path) -> None:
@@ -232,65 +234,27 @@ class Balanced(Mapping[str, Site]):
 
         return export(self._model, self, self.step, model, None if path is None else Path(path))
 
-    def _move_bias_(self, site: Site, counted: Counted) -> None:
-        rule = self._rules[site.name]
+    def _move_(self, group: SiteGroup, counted: Counted) -> None:
         factor = self._schedule(self.step)
-        if rule is None or factor == 0:
-            return
-        counts_E = counted.tally[: site.num_experts]
-        rate = resolve_rate(rule, self._spread(site, counted.tally)) * factor
-        memory = dict(self._states[site.name])
-        step_E = rule.step(Load(counts_E, site.bias, counted.gaps_EG, site.shares_E), rate, memory)
-        moves = counts_E.sum() > 0
-        site.bias.add_(step_E.where(moves, 0.0))
-        self._remember_(site, memory, moves)
-
-    def _hold_budget_(self, site: Site, counted: Counted) -> None:
-        """Move the level of a dynamic router, whether its experts are balanced or only watched."""
-        if site.dynamic is not None and counted.budget_1G is not None:
-            tokens = site.tokens_in(counted.tally)
-            step = level_step(counted.budget_1G, tokens, site.dynamic.target_k)
-            site.dynamic.level.add_(step.where(tokens > 0, 0.0))
-
-    def _remember_(self, site: Site, memory: dict[str, Tensor], moves: Tensor) -> None:
-        """Take what a rule remembers, unless the step had no tokens: that leaves no trace."""
-        before = self._states[site.name]
-        for key, value in memory.items():
-            if value is not before.get(key):
-                memory[key] = value.where(moves, before.get(key, torch.zeros_like(value)))
-        self._states[site.name] = memory
-
-    def _spread(self, site: Site, tally: Tensor) -> Tensor:
-        """The score spread as last measured: it changes slowly, so that one step in `SPREAD_EVERY` measures it."""
-        state = self._states[site.name]
-        before = state.get(_SPREAD, torch.zeros((), dtype=torch.float32, device=tally.device))
-        if site.measures_spread and (self.step - 1) % SPREAD_EVERY == 0:
-            tokens = site.tokens_in(tally)
-            fresh = (tally[-1] / tokens.clamp(min=1) / SPREAD_UNIT).float()
-            state[_SPREAD] = torch.where(tokens > 0, fresh, before)
-        return state.get(_SPREAD, before)
+        if factor and (self.step - 1) % SPREAD_EVERY == 0:  # it changes slowly
+            group.measure_spread_(counted)
+        group.move_biases_(counted, factor)
+        group.hold_budgets_(counted)
 
     def _count_steps_(self, step: int) -> None:
         self.step = step
         for site in self.values():
-            site.spread_is_due = step % SPREAD_EVERY == 0
+            site.looks_closely = step % SPREAD_EVERY == 0
 
-    def _healthy(self, tallies: Sequence[Tensor]) -> Tensor:
-        """Whether no selection and no loss of the step was NaN or infinite; bool scalar on the device."""
-        return (
-            torch.stack(
-                [tally[site.num_experts] for site, tally in zip(self.values(), tallies, strict=True)]
-            ).sum()
-            == 0
-        )
-
-    def _check_effect(self, tallies: Sequence[Tensor]) -> None:
-        for site, tally in zip(self.values(), tallies, strict=True):
-            if tally[site.num_experts + 1] == 0:
-                raise EffectError(
-                    f"Router {site.name!r} counted no tokens in the first step. Is the model in eval() mode, run under "
-                    "no_grad, or is this router not used? Leave it out with 'sites'."
-                )
+    def _check_effect(self, pairs: Sequence[tuple[SiteGroup, Counted]]) -> None:
+        for group, counted in pairs:
+            group.check_rule(counted)
+            for site, seen in zip(group.sites, group.num_seen(counted).tolist(), strict=True):
+                if seen == 0:
+                    raise EffectError(
+                        f"Router {site.name!r} counted no tokens in the first step. Is the model in eval() mode, run "
+                        "under no_grad, or is this router not used? Leave it out with 'sites'."
+                    )
         if any(site.is_interpreted for site in self.values()):
             self._check_fused()
 

@@ -497,8 +497,8 @@ def ranks_update(rank, results, split, rule):
         else:
             train_step(model, x[:1])
             balanced.discard_counts_()
-            balanced["layers.0.router"].tally[5] += 1
-            balanced["layers.1.router"].tally[5] += 1
+            balanced["layers.0.router"].tally.slots_S[5] += 1
+            balanced["layers.1.router"].tally.slots_S[5] += 1
         balanced.update()
     results[rank] = [site.bias.tolist() for site in balanced.values()]
 

@@ -72,10 +72,7 @@ class Intercept(TorchFunctionMode):
         """
         super().__init__()
         self.functions = FUNCTIONS[choice.kind]
-        self.num_experts = choice.num_experts
-        self.top_k = choice.top_k
-        self.use = choice.use
-        self.zeros_masked = choice.zeros_masked
+        self.choice = choice
         self.bias_E = bias_E
         self.seen = seen
         self.guard = guard
@@ -86,60 +83,64 @@ class Intercept(TorchFunctionMode):
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
         call = read_call(func, args, kwargs)
-        if (
-            call is None
-            or call.num_items != self.num_experts
-            or (call.k and self.use.k not in (None, call.k))
-        ):
+        if call is None or not self._selects(call):
             return func(*args, **kwargs)
+        draws_largest = call.largest != self.choice.use.from_end
         if self.bias_E is None:
-            return self._see(call, func(*args, **kwargs))
+            result = func(*args, **kwargs)
+            self._see(call, result, draws_largest)
+            return result
         if self.guard is not None:
             self.guard()
-        ranked_TE = self._left_by_earlier_rounds(call, self._biased(call, self.bias_E))
+        ranked_TE = self._ranked(call, self.bias_E, draws_largest)
         result = func(ranked_TE, *args[1:], **kwargs) if args else func(**kwargs | {"input": ranked_TE})
-        self._see(call, result)
+        self._see(call, result, draws_largest)
         return _unbiased_result(call, result)
 
-    def _biased(self, call: Call, bias_E: Tensor) -> Tensor:
-        if self._draws_largest(call):
-            return biased(call.scores, bias_E, call.dim, self.zeros_masked)
-        return -biased(-call.scores, bias_E, call.dim, self.zeros_masked)
+    def _selects(self, call: Call) -> bool:
+        choice = self.choice
+        return call.num_items == choice.num_experts and (not call.k or choice.use.k in (None, call.k))
 
-    def _draws_largest(self, call: Call) -> bool:
-        return call.largest != self.use.from_end
+    def _ranked(self, call: Call, bias_E: Tensor, draws_largest: bool) -> Tensor:
+        zeros_masked = self.choice.zeros_masked
+        if draws_largest:
+            ranked_TE = biased(call.scores, bias_E, call.dim, zeros_masked)
+        else:
+            ranked_TE = -biased(-call.scores, bias_E, call.dim, zeros_masked)
+        return ranked_TE if self.choice.use.rounds == 1 else self._left_by_earlier_rounds(call, ranked_TE)
 
     def _left_by_earlier_rounds(self, call: Call, ranked_TE: Tensor) -> Tensor:
         """Experts chosen in earlier rounds cannot be chosen again: hosts that zero them leave them in the ranking."""
-        for earlier in self.seen[len(self.seen) // self.use.rounds * self.use.rounds :]:
+        rounds = self.choice.use.rounds
+        for earlier in self.seen[len(self.seen) // rounds * rounds :]:
             ids = earlier.expert_ids_TK.movedim(-1, call.dim)
             ranked_TE = ranked_TE.scatter(call.dim, ids, -torch.inf if call.largest else torch.inf)
         return ranked_TE
 
-    def _see(self, call: Call, result: Any) -> Any:
+    def _see(self, call: Call, result: Any, draws_largest: bool) -> None:
         """Note what was chosen."""
-        if call.kind == "topk" and not self.use.cut:
+        if call.kind == "topk" and not self.choice.use.cut:
             values, ids = result
         else:
             ids = self._cut(call, result if isinstance(result, Tensor) else result[1])
             values = call.scores.gather(call.dim, ids)
-        scores = call.scores if self._draws_largest(call) else -call.scores
+        scores = call.scores if draws_largest else -call.scores
         if self.seen and self.seen[-1].ranked_TE is scores:  # ranked once more, for a loss
-            return result
+            return
         chosen = (scores, values, ids)
         last = call.scores.dim() - 1
         self.seen.append(
             Selection(*(chosen if call.dim == last else (t.movedim(call.dim, -1) for t in chosen)))
         )
-        return result
 
     def _cut(self, call: Call, ids: Tensor) -> Tensor:
         """Those that the host uses of the ids returned."""
         if ids.dim() < call.scores.dim():
             return ids.unsqueeze(call.dim)
         size = ids.shape[call.dim]
-        kept = min(self.top_k // self.use.rounds, size)
-        return ids.narrow(call.dim, size - kept if self.use.from_end else 0, kept)
+        use = self.choice.use
+        kept = min(self.choice.top_k // use.rounds, size)
+        return ids.narrow(call.dim, size - kept if use.from_end else 0, kept)
 
 
 def select(scores_TE: Tensor, k: int, bias_E: Tensor) -> Selection:

@@ -65,7 +65,8 @@ class AdaptedMethod:
 
         assert self.adapter.route is not None, "a refused block is never attached"
         output = self.adapter.route(self.module, select_experts, *args, **kwargs)
-        site.record_(seen, output, training=self.module.training)
+        training, compiling = self.module.training, torch.compiler.is_compiling()
+        site.record_(seen, output, training=training, compiling=compiling)
         return output
 
 
@@ -102,15 +103,15 @@ def _watched(module: Any, forward: Callable[..., Any], args: tuple, kwargs: dict
     bias = site.bias_tensor
     version = 0 if compiling else bias._version
     seen: list[Selection] = []
-    bias_E, guard = (None, None) if site.host_owns_bias else (bias, _refuse_to_be_recomputed)
-    with Intercept(site, bias_E, seen, None if compiling else guard):
+    guard = _refuse_to_be_recomputed if site.looks_closely and not compiling else None
+    with Intercept(site, None if site.host_owns_bias else bias, seen, guard):
         output = forward(*args, **kwargs)
     if not compiling and (bias._version != version or site.bias_tensor is not bias):
         raise EffectError(
             f"Router {site.name!r} moves its own {site.bias_name!r} in its forward, as balancing does between steps. "
             "Switch the model's own balancing off, or leave the router out with 'sites'."
         )
-    site.record_(seen, output, training=module.training)
+    site.record_(seen, output, training=module.training, compiling=compiling)
     return output
 
 

@@ -6,7 +6,7 @@ Shape legend: T tokens, K experts selected per token, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -16,28 +16,15 @@ from moe_plugin.adapters.selecting import Use
 from moe_plugin.adapters.selections import as_one
 from moe_plugin.adapters.token_mask import TokenMask
 from moe_plugin.balancing.budget import count_slack_, new_budget
-from moe_plugin.balancing.counts import EXTRA_SLOTS, count_, new_poison, new_tally
+from moe_plugin.balancing.counts import count_
 from moe_plugin.balancing.gaps import count_gaps_, gaps_of, new_gaps
+from moe_plugin.balancing.tally import Tally
 from moe_plugin.errors import EffectError
 from moe_plugin.routing import DynamicRouter, ZeroExpertRouter
 from moe_plugin.types import Routing
 
 _FIX = "Write an Adapter for it and pass it in 'adapters', or leave it out with 'sites'."
 Observer = Callable[[Selection, Tensor | None], None]
-
-
-class Counted(NamedTuple):
-    """What a site has counted in a step; all int64.
-
-    Attributes:
-        tally: See `moe_plugin.balancing.counts`.
-        gaps_EG: How far scores were from being selected, where the rule needs it.
-        budget_1G: How far selected experts were from being left out, where their number varies.
-    """
-
-    tally: Tensor
-    gaps_EG: Tensor | None
-    budget_1G: Tensor | None
 
 
 class Site:
@@ -58,7 +45,7 @@ class Site:
         zeros_masked: Whether the host marks experts outside the chosen groups by exact zeros.
         proven: Whether it was seen that the host's own bias reaches its selection.
         measures_spread: Whether the spread of the scores is measured, which ``rate: auto`` needs.
-        spread_is_due: Whether it is measured in this step.
+        looks_closely: Whether this step measures the spread, and looks for what is not expected to change.
         gaps_EG: How far scores were from being selected since the last update; int64, None if not measured.
         observer: Takes each selection and its bool (T,) mask of real tokens, which then do not count; None lets them.
         is_interpreted: Whether a forward that counted ran outside of compiled code.
@@ -103,15 +90,13 @@ class Site:
         self.token_mask = token_mask
         self.masked = token_mask.describes(name)
         self.measures_spread = False
-        self.spread_is_due = True
+        self.looks_closely = True
         self.gaps_EG: Tensor | None = None
         self.observer: Observer | None = None
         self.is_interpreted = False
         self.witness: Observer | None = None
-        # Plain tensors, not buffers: DDP would overwrite every rank's counts by those of rank 0.
-        self.tally = new_tally(num_experts)
-        self.eval_tally = new_tally(num_experts)
-        self.poison = new_poison()
+        self.tally = Tally(num_experts)
+        self.eval_tally = Tally(num_experts)
 
     @property
     def bias(self) -> Tensor:
@@ -121,40 +106,42 @@ class Site:
     @property
     def bias_tensor(self) -> Tensor:
         """The module's own tensor behind `bias`, in the shape it has there."""
-        return getattr(self.bias_owner, self.bias_name)
+        buffer = self.bias_owner._buffers.get(self.bias_name)  # its __getattr__ takes longer
+        return getattr(self.bias_owner, self.bias_name) if buffer is None else buffer
 
     @property
     def counts(self) -> Tensor:
-        """Tokens per routed expert in training forwards since the last update, on this rank; int64 (E,), live."""
-        return self.tally[: self.num_routed]
+        """Tokens per routed expert in training forwards since the last update, on this rank; int64 (E,)."""
+        return self.tally.settled()[: self.num_routed]
 
     @property
     def eval_counts(self) -> Tensor:
-        """Tokens per routed expert in evaluation forwards on this rank; int64 (E,), live until `forget_eval_`."""
-        return self.eval_tally[: self.num_routed]
+        """Tokens per routed expert in evaluation forwards on this rank; int64 (E,), until `forget_eval_`."""
+        return self.eval_tally.settled()[: self.num_routed]
 
     @property
     def eval_tokens(self) -> Tensor:
         """Tokens in evaluation forwards on this rank; int64 scalar."""
-        return self.tokens_in(self.eval_tally)
+        return self.tokens_in(self.eval_tally.settled())
 
     def forget_eval_(self) -> None:
         """Count evaluation forwards anew."""
-        self.eval_tally.zero_()
+        self.eval_tally.reset_()
 
-    def tokens_in(self, tally: Tensor) -> Tensor:
-        """The tokens that a tally of this site is of; int64 scalar."""
+    def tokens_in(self, slots_S: Tensor) -> Tensor:
+        """The tokens that slots of this site's tallies are of, int64 (..., S); int64 (...)."""
         if self.dynamic is not None:
-            return tally[self.num_experts + 2]
-        return tally[: self.num_experts].sum() // self.top_k
+            return slots_S[..., self.num_experts + 2]
+        return slots_S[..., : self.num_experts].sum(-1) // self.top_k
 
-    def record_(self, seen: list[Selection], output: Any, *, training: bool) -> None:
+    def record_(self, seen: list[Selection], output: Any, *, training: bool, compiling: bool) -> None:
         """Count what the router's forward selected.
 
         Args:
             seen: The selections.
             output: What the router returned.
             training: Whether it is in training mode.
+            compiling: Whether it is being compiled.
 
         Raises:
             EffectError: If the forward made no recognisable selection.
@@ -165,56 +152,60 @@ class Site:
                 f"Router {self.name!r} selected no experts by {how} over {self.num_experts} scores with "
                 f"k={self.top_k}, so it cannot be balanced. {_FIX}"
             )
-        selection = as_one(seen, self.use, rounds=len(seen) if self.kind == "adapter" else self.use.rounds)
-        if isinstance(output, Routing):
+        selection = seen[0] if len(seen) == 1 else self._joined(seen)
+        if isinstance(output, Routing) and output.used_TK is not None:
             selection = selection._replace(used_TK=output.used_TK)
         ids_TK = selection.expert_ids_TK
-        valid_T = self._valid(ids_TK) if self.masked else None
+        valid_T = None
+        if self.masked and self.token_mask.mask_BS is not None:
+            valid_T = self.token_mask.for_tokens(ids_TK.numel() // ids_TK.shape[-1], self.name)
         if self.observer is not None:
             self.observer(selection.detached(), valid_T)
             return
-        if not torch.compiler.is_compiling():
+        if not compiling:
             self.is_interpreted = True
             if self.witness is not None:
                 self.witness(selection.detached(), valid_T)
-        self._to_device(ids_TK.device)
+        self._count_(selection, valid_T, training, compiling)
+        if training and (self.gaps_EG is not None or self.budget_1G is not None):
+            self._count_gaps_(selection, output, valid_T)
+
+    def _count_(self, selection: Selection, valid_T: Tensor | None, training: bool, compiling: bool) -> None:
+        ids_TK = selection.expert_ids_TK
+        tally = self.tally if training else self.eval_tally
+        if tally.slots_S.device != ids_TK.device:
+            self._to_device(ids_TK.device)
         # A second graph for the steps between would be compiled, which costs more than measuring.
-        measures = self.measures_spread and training and (torch.compiler.is_compiling() or self.spread_is_due)
-        selected_TK = selection.selected_TK
+        measures = self.measures_spread and training and (compiling or self.looks_closely)
+        used_TK = None if self.dynamic is None else selection.used_TK
+        if not (compiling or measures) and valid_T is None and used_TK is None and not _is_captured(ids_TK):
+            tally.keep_(ids_TK, selection.selected_TK, training=training)
+            return
         count_(
-            self.tally if training else self.eval_tally,
+            tally.slots_S,
             ids_TK,
-            selected_TK.detach() if selected_TK.requires_grad else selected_TK,
-            poison=self.poison if training else None,
+            selection.selected_TK.detach() if training else None,
             scores_TE=self.unbiased(selection.ranked_TE.detach()) if measures else None,
             valid_T=valid_T,
-            used_TK=selection.used_TK if self.dynamic is not None else None,
+            used_TK=used_TK,
             training=training,
         )
-        if self.gaps_EG is not None and training and self.top_k < self.num_experts:
+
+    def _count_gaps_(self, selection: Selection, output: Any, valid_T: Tensor | None) -> None:
+        if self.gaps_EG is not None and self.top_k < self.num_experts:
             biased_TE = self.unbiased(selection.ranked_TE.detach()) + self.bias
             count_gaps_(self.gaps_EG, gaps_of(biased_TE, self.top_k), valid_T)
-        if self.budget_1G is not None and training and output.slack_TK is not None:
+        if self.budget_1G is not None and output.slack_TK is not None:
             count_slack_(self.budget_1G, output.slack_TK, valid_T)
 
     def measure_gaps_(self) -> None:
         """Count from now on how far scores are from being selected, which some rules need."""
-        self.gaps_EG = new_gaps(self.num_experts).to(self.tally.device)
-
-    def take(self) -> Counted:
-        """What this rank has counted since the last call; all counting restarts from zero."""
-        tally = self.tally.clone()
-        tally[self.num_experts] += self.poison.isnan()
-        tally[self.num_experts + 1] += tally[: self.num_experts].sum()
-        assert tally.numel() == self.num_experts + EXTRA_SLOTS
-        gaps_EG = None if self.gaps_EG is None else self.gaps_EG.clone()
-        budget_1G = None if self.budget_1G is None else self.budget_1G.clone()
-        self.discard_()
-        return Counted(tally, gaps_EG, budget_1G)
+        self.gaps_EG = new_gaps(self.num_experts).to(self.tally.slots_S.device)
 
     def discard_(self) -> None:
-        """Forget what was counted since the last `take`."""
-        for counts in (self.tally, self.poison, self.gaps_EG, self.budget_1G):
+        """Forget what was counted since the last update."""
+        self.tally.reset_()
+        for counts in (self.gaps_EG, self.budget_1G):
             if counts is not None:
                 counts.zero_()
 
@@ -224,14 +215,17 @@ class Site:
             ranked_TE = ranked_TE.masked_fill(ranked_TE == 0, -torch.inf)
         return ranked_TE - self.bias if self.host_owns_bias else ranked_TE
 
-    def _valid(self, ids_TK: Tensor) -> Tensor | None:
-        return self.token_mask.for_tokens(ids_TK.numel() // ids_TK.shape[-1], self.name)
+    def _joined(self, seen: list[Selection]) -> Selection:
+        return as_one(seen, self.use, rounds=len(seen) if self.kind == "adapter" else self.use.rounds)
 
     def _to_device(self, device: torch.device) -> None:
-        if self.tally.device != device:
-            self.tally = self.tally.to(device)
-            self.eval_tally = self.eval_tally.to(device)
-            self.poison = self.poison.to(device)
-            self.gaps_EG = None if self.gaps_EG is None else self.gaps_EG.to(device)
-            self.budget_1G = None if self.budget_1G is None else self.budget_1G.to(device)
-            self.shares_E = None if self.shares_E is None else self.shares_E.to(device)
+        self.tally.to_(device)
+        self.eval_tally.to_(device)
+        self.gaps_EG = None if self.gaps_EG is None else self.gaps_EG.to(device)
+        self.budget_1G = None if self.budget_1G is None else self.budget_1G.to(device)
+        self.shares_E = None if self.shares_E is None else self.shares_E.to(device)
+
+
+def _is_captured(tensor: Tensor) -> bool:
+    """Whether a CUDA graph is recorded, which a replay would leave out of Python's lists."""
+    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()

@@ -159,8 +159,10 @@ class TestKernels:
     def test_balancing_adds_a_constant_number_per_layer_and_none_per_expert(self, tmp_path: Path) -> None:
         added = added_kernels(tmp_path)
         per_layer = (added_kernels(tmp_path, num_layers=4) - added) / 2
-        assert per_layer <= 32
-        assert added - 2 * per_layer <= 11  # whatever the number of layers
+        assert (
+            per_layer <= 2
+        )  # a selection is copied, and what the layers' scores add to is looked at together
+        assert added - 2 * per_layer <= 52  # whatever the number of layers
         assert added_kernels(tmp_path, num_experts=16) == added
 
 

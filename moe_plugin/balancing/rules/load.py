@@ -13,13 +13,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Load:
-    """The load of one site in one step over all ranks, and where its bias stands.
+    """The load of one step over all ranks, and where the bias stands.
+
+    That of one site, or of several with a leading dimension: sums and means are over the last one.
 
     Attributes:
         counts_E: Tokens per expert; int64 (..., E).
         bias_E: The selection bias; floating (..., E).
-        shares_E: The share of the tokens that each expert should get; float64 (E,), summing to one. None for equal
-            shares.
+        shares_E: The share of the tokens that each expert should get; float64 (..., E), summing to one. None for
+            equal shares.
         gaps_EG: How far scores were from being selected, see `moe_plugin.balancing.gaps`; int64 (..., E, G). None
             unless the rule sets ``needs_gaps``.
     """
@@ -28,6 +30,12 @@ class Load:
     bias_E: Tensor
     gaps_EG: Tensor | None = None
     shares_E: Tensor | None = None
+
+    def of(self, site: int) -> Load:
+        """That of one site of several."""
+        gaps_EG = None if self.gaps_EG is None else self.gaps_EG[site]
+        shares_E = None if self.shares_E is None else self.shares_E[site]
+        return Load(self.counts_E[site], self.bias_E[site], gaps_EG, shares_E)
 
     @property
     def expected_E(self) -> Tensor:  # noqa: N802 (shape suffix)

@@ -28,13 +28,15 @@ class Rule(Protocol):
     def step(self, load: Load, rate: float | Tensor, memory: Memory) -> Tensor:
         """How far to move the bias.
 
-        It is called by all ranks with the same numbers. What comes of a step that must change nothing (a skipped,
+        It is called by all ranks with the same numbers, and once for all sites that are alike, stacked in a leading
+        dimension. What comes of a step that must change nothing (a skipped,
         non-finite or empty one) is thrown away, the memory of it too, so that rules need not look for those.
 
         Args:
             load: The load of this step.
             rate: The rule's rate in this step: resolved where it is 'auto', times the schedule.
-            memory: The rule's memory of this site. New tensors are put in the place of old ones; none is changed.
+            memory: The rule's memory, stacked like the load. New tensors are put in the place of old ones; none is
+                changed.
 
         Returns:
             float64 (..., E) with zero mean over the experts unless the rule says otherwise.

@@ -1,0 +1,40 @@
+"""What a rule remembers of several sites, as one memory and back.
+
+Shape legend: L sites.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from moe_plugin.balancing.rules.rule import Memory
+
+
+def stacked(memories: Sequence[Memory]) -> Memory:
+    """One memory with a leading dimension (L, ...); what a site lacks stands for zero."""
+    found = {key: value for memory in memories for key, value in memory.items()}
+    return {
+        key: torch.stack([memory.get(key, torch.zeros_like(value)) for memory in memories])
+        for key, value in found.items()
+    }
+
+
+def remember_(memories: Sequence[Memory], before: Memory, after: Memory, moved_L: Tensor) -> None:
+    """Give each site its part of what a rule has changed, unless the site had no tokens: that leaves no trace.
+
+    Args:
+        memories: One for each site; changed in place.
+        before: Of `stacked`.
+        after: The same after the rule's step.
+        moved_L: bool, whether the site had tokens.
+    """
+    for key, value in after.items():
+        if value is before.get(key):
+            continue
+        moved = moved_L.view(-1, *[1] * (value.dim() - 1))
+        kept = value.where(moved, before.get(key, torch.zeros_like(value)))
+        for memory, part in zip(memories, kept.unbind(), strict=True):
+            memory[key] = part
