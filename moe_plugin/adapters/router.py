@@ -103,7 +103,7 @@ def _watched(module: Any, forward: Callable[..., Any], args: tuple, kwargs: dict
     bias = site.bias_tensor
     version = 0 if compiling else bias._version
     seen: list[Selection] = []
-    guard = _refuse_to_be_recomputed if site.looks_closely and not compiling else None
+    guard = _refuse_to_be_recomputed if not compiling and site.looks_closely else None
     with Intercept(site, None if site.host_owns_bias else bias, seen, guard):
         output = forward(*args, **kwargs)
     if not compiling and (bias._version != version or site.bias_tensor is not bias):
