@@ -30,3 +30,19 @@ class TestCompiledModel:
         assert all(load.sum() == 2 * 2 * tokens.numel() for load in loads)
         assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
         assert not torch._dynamo.utils.counters["graph_break"]
+
+    @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated.*:DeprecationWarning")
+    @pytest.mark.filterwarnings("ignore:The .grad attribute:UserWarning")  # torch's own, while compiling
+    def test_layers_compiled_before_they_are_balanced_are_looked_at_as_written(self) -> None:
+        torch.manual_seed(0)
+        model = language_model()
+        torch.compiler.reset()
+        torch._dynamo.utils.counters.clear()
+        for layer in model.network.layers:
+            layer.compile(fullgraph=True, backend="aot_eager")
+        balanced = balance_(model)
+        assert not torch._dynamo.utils.counters["stats"], "nothing may be compiled for fake inputs"
+        batch = token_batch(2)
+        model._losses(batch)[0].backward()
+        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+        assert [site.counts.sum() for site in balanced.values()] == [2 * batch["tokens"][:, 1:].numel()] * 2
