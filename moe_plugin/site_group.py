@@ -153,8 +153,9 @@ class SiteGroup:
 
     def _rate(self, memory: Memory) -> float | Tensor:
         assert self.rule is not None, "sites without a rule are not moved"
-        none_L = torch.zeros(len(self.sites), device=self.sites[0].tally.slots_S.device)
-        return resolve_rate(self.rule, memory.get(SPREAD, none_L)[:, None])
+        device = self.sites[0].tally.slots_S.device
+        spread_L = memory[SPREAD] if SPREAD in memory else torch.zeros(len(self.sites), device=device)
+        return resolve_rate(self.rule, spread_L[:, None])
 
     def _by_name(self, values_L: Tensor) -> dict[str, Tensor]:
         return {site.name: value for site, value in zip(self.sites, values_L.unbind(), strict=True)}

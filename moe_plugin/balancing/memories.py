@@ -17,8 +17,10 @@ def stacked(memories: Sequence[Memory]) -> Memory:
     """One memory with a leading dimension (L, ...); what a site lacks stands for zero."""
     found = {key: value for memory in memories for key, value in memory.items()}
     return {
-        key: torch.stack([memory.get(key, torch.zeros_like(value)) for memory in memories])
-        for key, value in found.items()
+        key: torch.stack(
+            [memory[key] if key in memory else torch.zeros_like(found[key]) for memory in memories]
+        )
+        for key in found
     }
 
 
@@ -35,6 +37,6 @@ def remember_(memories: Sequence[Memory], before: Memory, after: Memory, moved_L
         if value is before.get(key):
             continue
         moved = moved_L.view(-1, *[1] * (value.dim() - 1))
-        kept = value.where(moved, before.get(key, torch.zeros_like(value)))
+        kept = value.where(moved, before[key] if key in before else torch.zeros_like(value))
         for memory, part in zip(memories, kept.unbind(), strict=True):
             memory[key] = part

@@ -162,7 +162,7 @@ class TestKernels:
         assert (
             per_layer <= 2
         )  # a selection is copied, and what the layers' scores add to is looked at together
-        assert added - 2 * per_layer <= 52  # whatever the number of layers
+        assert added - 2 * per_layer <= 51  # whatever the number of layers
         assert added_kernels(tmp_path, num_experts=16) == added
 
 
