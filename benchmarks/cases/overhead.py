@@ -1,8 +1,7 @@
 """What balancing adds to a training step: to that of the tiny model as a whole, and alone beside that of the small one.
 
 Whole: two trainings of the same model on the same batches take turns, one with the callback's default rule, its biases
-set back to zero after each update so that both route alike, and one without. Equal losses are checked; eager, and with
-layers compiled. Such a ratio
+set back to zero after each update so that both route alike, and one without. Equal losses are checked. Such a ratio
 shows no less than a percent. Alone: all routers of the small model are called with and without balancing, the update
 included; what that takes more is compared with a step of the model, and shows a hundredth of a percent.
 """
@@ -24,8 +23,6 @@ from moe_plugin.routing import Router
 def rows(rounds: int = 60, batch: int = 16) -> Iterator[Row]:
     """Both, with `batch` sequences of 256 tokens."""
     yield whole(rounds, batch, "balanced step of tiny", tiny_model, tolerance=0.0)
-    # Other fused kernels round otherwise.
-    yield whole(rounds, batch, "the same, layers compiled", compiled_model, tolerance=1e-3)
     yield alone(rounds, batch)
 
 
@@ -39,14 +36,6 @@ def whole(rounds: int, batch: int, name: str, make: Callable[[], LanguageModel],
         agree=lambda loss: max(loss.values()) - min(loss.values()) <= tolerance,
     )
     return turns.row(name, "balanced", "plain", note="the same step without balancing")
-
-
-def compiled_model() -> LanguageModel:
-    """The tiny model as `strategy.compile=inductor` runs it."""
-    model = tiny_model()
-    for layer in model.network.layers:
-        layer.compile()
-    return model
 
 
 def alone(rounds: int, batch: int) -> Row:
