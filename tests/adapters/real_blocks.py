@@ -149,7 +149,12 @@ def _of_softmax(name: str) -> Callable[[Any, Tensor, Tensor], Tensor]:
     return gates
 
 
-GROUPS: dict[str, Any] = {"n_expert_groups": 4, "n_topk_groups": 2, "n_topk_scores_per_group": 2, "norm_topk_prob": True}
+GROUPS: dict[str, Any] = {
+    "n_expert_groups": 4,
+    "n_topk_groups": 2,
+    "n_topk_scores_per_group": 2,
+    "norm_topk_prob": True,
+}
 TITAN_GROUPS: dict[str, Any] = {"num_expert_groups": 4, "num_limited_groups": 2}
 
 
