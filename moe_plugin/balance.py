@@ -64,7 +64,8 @@ def balance_(
     Raises:
         AttachError: If no router is found or matches, the model is balanced with other settings already, or some of
             its experts cannot be fused.
-        ConfigError: If 'frozen_routers' is none of the three, or 'experts' neither of the two.
+        ConfigError: If 'frozen_routers' is none of the three, 'experts' neither of the two, or 'fused' with kernels
+            that cannot run.
     """
     check_frozen_routers(frozen_routers)
     check_experts(experts)

@@ -36,7 +36,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     **{part: PURE for part in TENSORS},
     "kernels": PURE | {"routing"},
     "experts": PURE | {"routing", "kernels"},
-    "adapters": PURE | {"routing", "balancing", "experts"},
+    "adapters": PURE | {"routing", "balancing", "experts", "kernels"},
     "sidecar": set(),
     "frozen": PURE | {"adapters"},
     "balance": PURE | {"routing", "balancing", "adapters", "frozen", "balanced"},

@@ -229,6 +229,15 @@ class TestWrongUse:
                 "must divide the number of processes (2), got 3.",
             ),
             (["strategy=fsdp_ep", "experts.num_experts=5"], "must divide the experts of 'network.layers.0"),
+            (
+                ["balancing.callback.experts=fused", "strategy=fsdp_ep"],
+                "'balancing.callback.experts' must be null where experts are spread over processes "
+                "(expert_parallel_size is 2), got 'fused'.",
+            ),
+            (
+                ["balancing.callback.experts=fused"],
+                "'network.layers.0.feed_forward.experts': they are the fused experts already",
+            ),
             (["strategy.compile=gcc"], "'strategy.compile' must be null or one of"),
             (["-m", "seed=1,x"], "'seed' must be a whole number, got 'x'."),
         ],

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
 from moe_plugin.adapters.code import uses
+from moe_plugin.adapters.names import aliases, levels, shared_levels
 from moe_plugin.adapters.surroundings import LISTS, Surroundings
 
 _TOP_K = frozenset({"topk"})
@@ -51,3 +52,21 @@ def is_stack(module: nn.Module) -> bool:
     return any(tensor.dim() == 3 and len(tensor) > 1 for tensor in stacks) or any(
         len(part) > 1 for part in lists
     )
+
+
+def without_router(
+    model: nn.Module, blocks: Sequence[str], holders: set[str], routers: Sequence[str]
+) -> list[str]:
+    """The blocks to which no router belongs: one near them that is not nearer to other experts, of `holders`."""
+    names = aliases(model)
+    known = [alias for router in routers for alias in names[router]]
+    nearest = {
+        router: max((shared_levels(router, block) for block in holders), default=0) for router in known
+    }
+    lonely = []
+    for name in blocks:
+        reach = len(levels(Surroundings.of(model, name).path[-1][0]))
+        near = [router for router in nearest if shared_levels(router, name) >= reach]
+        if not any(shared_levels(router, name) == nearest[router] for router in near):
+            lonely.append(name)
+    return lonely

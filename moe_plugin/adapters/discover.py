@@ -16,9 +16,15 @@ from torch.jit import ScriptModule
 from torch.nn.parameter import is_lazy
 
 from moe_plugin.adapters.adapter import Adapter, adapter_for
-from moe_plugin.adapters.blocks import experts_of, has_gate_for_a_stack, is_stack, may_route
+from moe_plugin.adapters.blocks import (
+    experts_of,
+    has_gate_for_a_stack,
+    is_stack,
+    may_route,
+    without_router,
+)
 from moe_plugin.adapters.code import uses
-from moe_plugin.adapters.names import aliases, holds, inner_first, inside, levels, shared_levels
+from moe_plugin.adapters.names import aliases, holds, inner_first, inside
 from moe_plugin.adapters.routing_style import NoStyle, Style, understand
 from moe_plugin.adapters.selecting import NAMES, Use
 from moe_plugin.adapters.surroundings import Surroundings
@@ -121,7 +127,7 @@ def survey(model: nn.Module, adapters: Sequence[Adapter] = ()) -> Findings:
     if lazy:
         raise AttachError(f"{lazy[0]!r} has no size yet. Run the model on one batch before it is balanced.")
     findings = Findings()
-    doubts: list[str] = []
+    doubts, unseen = [], []
     styles: dict[Any, Style | NoStyle | None] = {}
     adapted = _adapted(model, adapters, findings)
     names = aliases(model)
@@ -140,9 +146,10 @@ def survey(model: nn.Module, adapters: Sequence[Adapter] = ()) -> Findings:
             if key not in styles:
                 styles[key] = understand(around)
             _note(findings, name, around, styles[key])
-            if styles[key] is None and may_route(module):
-                doubts.append(name)
+            if styles[key] is None:
+                (doubts if may_route(module) else unseen).append(name)
     _note_strangers(model, doubts, findings)
+    _note_siblings(model, unseen, findings)
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
     findings.routers = dict(sorted(findings.routers.items(), key=lambda item: order[item[0]]))
     return findings
@@ -195,34 +202,28 @@ def _note_strangers(model: nn.Module, doubts: Sequence[str], findings: Findings)
         *doubts,
         *(name for name, found in findings.routers.items() if is_stack(found.module)),
     }
-    for name in _without_router(model, blocks, holders, findings):
+    for name in without_router(model, blocks, holders, findings.names):
         findings.strangers[name] = (
             f"{type(model.get_submodule(name)).__name__} holds experts, but no module near it was seen to select "
             "among them by topk, sort, argsort, argmax or max"
         )
-    for name in _without_router(model, doubts, holders, findings):
+    for name in without_router(model, doubts, holders, findings.names):
         findings.refused[name] = (
             f"{type(model.get_submodule(name)).__name__} looks like a block of experts, but was not seen to select "
             "any. If it does, write an Adapter for it and pass it in 'adapters'"
         )
 
 
-def _without_router(
-    model: nn.Module, blocks: Sequence[str], holders: set[str], findings: Findings
-) -> list[str]:
-    """The blocks to which no router belongs: one near them that is not nearer to other experts."""
-    names = aliases(model)
-    routers = [alias for found in findings.names for alias in names[found]]
-    nearest = {
-        router: max((shared_levels(router, block) for block in holders), default=0) for router in routers
-    }
-    lonely = []
-    for name in blocks:
-        reach = len(levels(Surroundings.of(model, name).path[-1][0]))
-        near = [router for router in nearest if shared_levels(router, name) >= reach]
-        if not any(shared_levels(router, name) == nearest[router] for router in near):
-            lonely.append(name)
-    return lonely
+def _note_siblings(model: nn.Module, unseen: Sequence[str], findings: Findings) -> None:
+    """Leave modules out that are of a router's class, but were not seen to select, as gates inside gates."""
+    kinds = {type(found.module): name for name, found in reversed(findings.routers.items())}
+    for name in unseen:
+        kind = type(model.get_submodule(name))
+        if kind in kinds:
+            findings.refused[name] = (
+                f"{kind.__name__} is the class of router {kinds[kind]!r}, but was not seen to select one set of "
+                "experts for each token here. If it does, write an Adapter for it and pass it in 'adapters'"
+            )
 
 
 def structure(around: Surroundings) -> Any:

@@ -12,6 +12,7 @@ from moe_plugin.adapters.agreement import disagreement
 from moe_plugin.adapters.discover import Found
 from moe_plugin.adapters.host_experts import Layout, experts_of_routers, layout_of
 from moe_plugin.errors import AttachError, ConfigError
+from moe_plugin.kernels.choice import check_choice
 
 Experts = Literal["fused"] | None
 
@@ -20,10 +21,12 @@ def check_experts(value: Experts) -> Experts:
     """Return a valid setting unchanged.
 
     Raises:
-        ConfigError: If it is neither of the two.
+        ConfigError: If it is neither of the two, or 'fused' with kernels that cannot run.
     """
     if value is not None and value not in get_args(get_args(Experts)[0]):
         raise ConfigError(f"'experts' must be 'fused' or None, got {value!r}.")
+    if value == "fused":
+        check_choice()
     return value
 
 

@@ -15,6 +15,8 @@ from moe_plugin.plots.lift import lift
 
 TOP = 2
 """So many kinds are named."""
+LINE = "<br>"
+"""Ends a line in a cell."""
 
 
 def expert_profiles(
@@ -48,15 +50,18 @@ def expert_profiles(
 
 
 def profile_table(experts: Sequence[Mapping[str, Any]]) -> str:
-    """The experts of a layer as a table in Markdown."""
+    """The experts of a layer as a table in Markdown.
+
+    Kinds and texts have lines of their own: TensorBoard breaks words of the narrow columns where another is wide.
+    """
     kinds = list(experts[0]["kinds"]) if experts else []
     lines = [
         "| expert | load | " + " | ".join(kinds) + " | typical text, at `[the token]` |",
         "|---" * (len(kinds) + 3) + "|",
     ]
     for each in experts:
-        cells = [", ".join(f"{name} {ratio:.1f}x" for name, ratio in each["kinds"][kind]) for kind in kinds]
-        texts = " ".join(
+        cells = [LINE.join(f"{name} {ratio:.1f}x" for name, ratio in each["kinds"][kind]) for kind in kinds]
+        texts = LINE.join(
             f"`{_plain(before)}[{_plain(token)}]{_plain(after)}`" for before, token, after in each["snippets"]
         )
         lines.append(f"| {each['expert']} | {each['load']:.2f} | " + " | ".join([*cells, texts]) + " |")

@@ -64,7 +64,8 @@ class LossFreeTrainerCallback(TrainerCallback):
             experts: 'fused' computes the model's stacked SwiGLU experts by our own; None leaves them as they are.
 
         Raises:
-            ConfigError: If 'frozen_routers' is none of the three, or 'experts' neither of the two.
+            ConfigError: If 'frozen_routers' is none of the three, 'experts' neither of the two, or 'fused' with kernels
+                that cannot run.
         """
         self._settings = {
             "rule": rule,

@@ -59,7 +59,8 @@ class LossFreeBalancing(Callback):
             experts: 'fused' computes the model's stacked SwiGLU experts by our own; None leaves them as they are.
 
         Raises:
-            ConfigError: If there is no rule, 'frozen_routers' is none of the three, or 'experts' neither of the two.
+            ConfigError: If there is no rule, 'frozen_routers' is none of the three, 'experts' neither of the two, or
+                'fused' with kernels that cannot run.
         """
         if rule is None:
             raise ConfigError(

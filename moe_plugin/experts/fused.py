@@ -8,6 +8,7 @@ Shape legend: T tokens, D model width, H hidden width, E experts, K experts sele
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,14 +17,15 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moe_plugin.experts.blocks import backward_in_blocks, forward_in_blocks
 from moe_plugin.experts.dispatch import order_pairs
-from moe_plugin.experts.grouped_products import backward_by_groups, forward_by_groups
+from moe_plugin.experts.grouped_products import backward_by_groups, forward_by_groups, only_wanted
 from moe_plugin.types import Routing
 
 _LIBRARY = torch.library.Library("moe_plugin", "FRAGMENT")
 _INPUTS = "Tensor x_TD, Tensor weights_TK, Tensor gate_up, Tensor down, Tensor pair_ids_P, Tensor offsets_E"
 _LIBRARY.define(f"experts({_INPUTS}) -> (Tensor, Tensor)")
 _LIBRARY.define(
-    f"experts_backward(Tensor gradient_TD, {_INPUTS}, Tensor gate_up_P) -> (Tensor, Tensor, Tensor, Tensor)"
+    f"experts_backward(Tensor gradient_TD, {_INPUTS}, Tensor gate_up_P, bool[] wanted)"
+    " -> (Tensor, Tensor, Tensor, Tensor)"
 )
 
 
@@ -31,7 +33,8 @@ def fused_experts(x_TD: Tensor, routing: Routing, gate_up: Tensor, down: Tensor)
     """``y_t = sum_k weight_tk * (silu(x_t G) * (x_t U)) W`` with G, U and W those of expert k of token t.
 
     Kept for the backward are the input, the gate weights, the order of the pairs, and gate and up projection before the
-    activation: 2H numbers per pair. All else is computed again. Gradients have no gradient of their own.
+    activation: 2H numbers per pair. All else is computed again. Gradients have no gradient of their own, and those that
+    nobody asks for, as of frozen weights, are left out.
 
     Args:
         x_TD: Hidden states.
@@ -61,11 +64,10 @@ class _Experts(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> Any:
-        return (
-            *run_backward(gradients[0].contiguous(), *ctx.saved_tensors),
-            None,
-            None,
-        )
+        wanted = ctx.needs_input_grad[:4]
+        found = run_backward(gradients[0].contiguous(), *ctx.saved_tensors, wanted)
+        asked = (gradient if is_wanted else None for gradient, is_wanted in zip(found, wanted, strict=True))
+        return (*asked, None, None)
 
 
 def _fake_forward(
@@ -74,8 +76,10 @@ def _fake_forward(
     return torch.empty_like(x_TD), x_TD.new_empty(pair_ids_P.shape[0], gate_up.shape[-1])
 
 
-def _fake_backward(_: Tensor, *inputs: Tensor) -> Any:
-    return tuple(torch.empty_like(tensor) for tensor in inputs[:4])  # weights may be transposed views
+def _fake_backward(_: Tensor, *inputs: Any) -> Any:
+    *tensors, wanted = inputs
+    # Weights may be transposed views.
+    return only_wanted([torch.empty_like(tensor) for tensor in tensors[:4]], wanted)
 
 
 def _forward_in_blocks(*inputs: Any) -> tuple[Tensor, Tensor]:
@@ -83,9 +87,9 @@ def _forward_in_blocks(*inputs: Any) -> tuple[Tensor, Tensor]:
     return forward_in_blocks(*given, ends=offsets_E.tolist())
 
 
-def _backward_in_blocks(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *given, offsets_E, gate_up_P = inputs
-    return backward_in_blocks(*given, ends=offsets_E.tolist(), gate_up_P=gate_up_P)
+def _backward_in_blocks(*inputs: Any) -> Sequence[Tensor]:
+    *given, offsets_E, gate_up_P, wanted = inputs
+    return only_wanted(backward_in_blocks(*given, ends=offsets_E.tolist(), gate_up_P=gate_up_P), wanted)
 
 
 _LIBRARY.impl("experts", _forward_in_blocks, "CompositeExplicitAutograd")
@@ -104,4 +108,6 @@ def _forward_flops(x: Any, weights: Any, gate_up: Any, down: Any, pair_ids: Any,
 
 @register_flop_formula(torch.ops.moe_plugin.experts_backward)
 def _backward_flops(gradient: Any, *inputs: Any, **_: Any) -> int:
-    return 2 * _forward_flops(*inputs)
+    _, _, gate_up, down, pair_ids, *_rest, wanted = inputs
+    of_gate_up, of_down = gate_up[1] * gate_up[2], down[1] * down[2]
+    return 2 * pair_ids[0] * (of_gate_up * (wanted[0] + wanted[2]) + of_down * (1 + wanted[3]))

@@ -9,6 +9,8 @@ I inputs of a projection, O its outputs.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -46,12 +48,13 @@ def backward_by_groups(
     pair_ids_P: Tensor,
     offsets_E: Tensor,
     gate_up_P: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of hidden states, gate weights, and both projections."""
+    wanted: Sequence[bool] = (True, True, True, True),
+) -> Sequence[Tensor]:
+    """Gradients of hidden states, gate weights, and both projections; an empty tensor for each that is not wanted."""
     if not _can_group(gate_up, down):
-        return backward_in_blocks(
-            gradient_TD, x_TD, weights_TK, gate_up, down, pair_ids_P, offsets_E.tolist(), gate_up_P
-        )
+        given = gradient_TD, x_TD, weights_TK, gate_up, down, pair_ids_P
+        return only_wanted(backward_in_blocks(*given, offsets_E.tolist(), gate_up_P), wanted)
+    gradients: list[Tensor | None] = [None] * len(wanted)
     kernels = kernels_for(x_TD.device)
     token_ids_P, weights_P1 = tokens_and_weights(pair_ids_P, weights_TK)
     dy_PD = kernels.permute(gradient_TD, token_ids_P)
@@ -59,13 +62,26 @@ def backward_by_groups(
     dweights_P = torch.empty_like(weights_P1[:, 0])
     hidden_PH, dgate_up_P = through_swiglu_(gate_up_P, dhidden_PH, weights_P1, dweights_P)
     del dhidden_PH
-    ddown = _weight_gradient(hidden_PH, dy_PD, down, offsets_E)
+    if wanted[1]:
+        gradients[1] = gate_weight_gradient(dweights_P, pair_ids_P, weights_TK)
+    if wanted[3]:
+        gradients[3] = _weight_gradient(hidden_PH, dy_PD, down, offsets_E)
     del hidden_PH, dy_PD
-    dx_PD = functional.grouped_mm(dgate_up_P, gate_up.mT, offs=offsets_E)
-    dx_TD = kernels.unpermute(dx_PD, pair_ids_P, *weights_TK.shape)
-    del dx_PD
-    dgate_up = _weight_gradient(kernels.permute(x_TD, token_ids_P), dgate_up_P, gate_up, offsets_E)
-    return dx_TD, gate_weight_gradient(dweights_P, pair_ids_P, weights_TK), dgate_up, ddown
+    if wanted[0]:
+        dx_PD = functional.grouped_mm(dgate_up_P, gate_up.mT, offs=offsets_E)
+        gradients[0] = kernels.unpermute(dx_PD, pair_ids_P, *weights_TK.shape)
+        del dx_PD
+    if wanted[2]:
+        gradients[2] = _weight_gradient(kernels.permute(x_TD, token_ids_P), dgate_up_P, gate_up, offsets_E)
+    return [x_TD.new_empty(0) if gradient is None else gradient for gradient in gradients]
+
+
+def only_wanted(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
+    """The gradients, with an empty tensor for each that is not wanted: an operator must return tensors."""
+    return [
+        gradient if is_wanted else gradient.new_empty(0)
+        for gradient, is_wanted in zip(gradients, wanted, strict=True)
+    ]
 
 
 def _weight_gradient(inputs_PI: Tensor, gradients_PO: Tensor, weights: Tensor, offsets_E: Tensor) -> Tensor:

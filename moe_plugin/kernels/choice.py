@@ -37,10 +37,12 @@ TORCH = Kernels(permute.permute, permute.unpermute, route.route)
 
 
 def kernels_for(device: torch.device) -> Kernels:
-    """The kernels to run on this device. Triton's are for GPUs only, whatever the variable says."""
-    if device.type != "cuda" or os.environ.get(VARIABLE, "torch") == "torch":
-        return TORCH
-    return triton_kernels()
+    """The kernels to run on this device. Triton's are for GPUs only, whatever the variable says.
+
+    Raises:
+        ConfigError: The variable names no kernels.
+    """
+    return triton_kernels() if _chosen() == "triton" and device.type == "cuda" else TORCH
 
 
 def triton_kernels() -> Kernels:
@@ -51,16 +53,21 @@ def triton_kernels() -> Kernels:
 
 
 def check_choice() -> None:
-    """Checks the variable, before anything is created.
+    """Checks the variable, before anything is created: wherever our experts are made, or take the place of others.
 
     Raises:
         ConfigError: It names no kernels, or Triton is asked for and not installed.
     """
-    chosen = os.environ.get(VARIABLE, "torch")
-    if chosen not in ("torch", "triton"):
-        raise ConfigError(f"'{VARIABLE}' must be torch or triton, got {chosen!r}. Unset it for torch.")
-    if chosen == "triton" and find_spec("triton") is None:
+    if _chosen() == "triton" and find_spec("triton") is None:
         raise ConfigError(
             f"'{VARIABLE}' must be torch where Triton is not installed, got 'triton'. "
             "Install it: pip install 'moe_plugin[triton]'."
         )
+
+
+def _chosen() -> str:
+    """The only reader of the variable, so that a misspelt one is nowhere taken for another."""
+    chosen = os.environ.get(VARIABLE, "torch")
+    if chosen not in ("torch", "triton"):
+        raise ConfigError(f"'{VARIABLE}' must be torch or triton, got {chosen!r}. Unset it for torch.")
+    return chosen

@@ -19,6 +19,7 @@ from moe_plugin.launch.build import build_callbacks, build_data, build_model_on_
 from moe_plugin.launch.checkpoint_experts import check_checkpoint_experts
 from moe_plugin.launch.expert_parallel import check_experts
 from moe_plugin.launch.explain import locate, one_line
+from moe_plugin.launch.fused_experts import check_fused_experts
 from moe_plugin.launch.last_checkpoint import LAST
 from moe_plugin.launch.noise import quiet
 from moe_plugin.launch.processes import check_processes, number_of_processes
@@ -183,4 +184,5 @@ BUILDERS: dict[str, Callable[[DictConfig], object]] = {
     "data": build_data,
     "model": build_model_on_meta,
     "strategy": check_experts,
+    "balancing.callback": check_fused_experts,
 }

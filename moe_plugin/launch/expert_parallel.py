@@ -59,7 +59,12 @@ def check_experts(config: DictConfig) -> None:
     Raises:
         ConfigError: They cannot.
     """
-    size = config.strategy.get("expert_parallel_size", 1)
-    size = number_of_processes(config) if size == "auto" else size
+    size = expert_parallel_size(config)
     if size > 1:
         find_expert_layers(build_model_on_meta(config), size)
+
+
+def expert_parallel_size(config: DictConfig) -> int:
+    """Among how many processes the strategy divides each layer's experts."""
+    size = config.strategy.get("expert_parallel_size", 1)
+    return number_of_processes(config) if size == "auto" else size

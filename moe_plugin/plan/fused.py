@@ -79,7 +79,7 @@ def _experts(*inputs: Any) -> tuple[Tensor, Tensor]:
 
 
 def _experts_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    *given, offsets_E, gate_up_P = inputs
+    *given, offsets_E, gate_up_P, _ = inputs  # a plan is of training, which wants every gradient
     return backward_in_blocks(*given, ends=_even_ends(given[5], offsets_E), gate_up_P=gate_up_P)
 
 

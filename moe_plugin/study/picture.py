@@ -1,4 +1,4 @@
-"""Perplexity over MaxVio of every run: ``python -m moe_plugin.study.picture docs/study.csv --out docs/study.png``."""
+"""MaxVio and perplexity of every run: ``python -m moe_plugin.study.picture docs/study.csv --out docs/study.png``."""
 
 from __future__ import annotations
 
@@ -14,22 +14,13 @@ from moe_plugin.study.results import Result, by_arm, read_csv
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLORS = (
-    "#1b6ca8",
-    "#d1495b",
-    "#2e8b57",
-    "#edae49",
-    "#7b4fa3",
-    "#00798c",
-    "#8d6b4f",
-    "#e377c2",
-    "#555555",
-    "#9acd32",
-)
+COLOR = "#1b6ca8"
+ROW, MARGIN = 0.24, 0.8
+"""Inches of an arm, and around the arms of a study."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Draws the studies of a CSV side by side.
+    """Draws the studies of a CSV one below the other.
 
     Args:
         arguments: Words after the program's name; by default the program's own.
@@ -46,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def draw(studies: dict[str, list[Result]], out: Path) -> Path:
-    """A panel per study: small dots are runs, large ones the mean over seeds.
+    """A row of two panels per study, a line per arm: small dots are runs, large ones the mean over seeds.
 
     Returns:
         The file.
@@ -54,29 +45,41 @@ def draw(studies: dict[str, list[Result]], out: Path) -> Path:
     import matplotlib.style
     from matplotlib.figure import Figure
 
+    heights = [MARGIN + ROW * len(by_arm(results)) for results in studies.values()]
     with matplotlib.style.context(STYLE):
-        figure = Figure((5.4 * len(studies), 4.4), layout="constrained", facecolor="white")
-        for ax, (name, results) in zip(
-            figure.subplots(1, len(studies), squeeze=False)[0], studies.items(), strict=True
-        ):
-            _draw(ax, name, results)
+        figure = Figure((9.5, sum(heights)), layout="constrained", facecolor="white")
+        panels = figure.subplots(len(studies), 2, squeeze=False, sharey="row", height_ratios=heights)
+        for row, (name, results) in zip(panels, studies.items(), strict=True):
+            _draw(row, name, results)
         figure.savefig(out, dpi=150)
     return out
 
 
-def _draw(ax: Axes, name: str, results: Sequence[Result]) -> None:
-    for color, (arm, runs) in zip(COLORS, by_arm(results).items(), strict=False):
-        violations = [run.max_violation_global for run in runs.values()]
-        perplexities = [_relative(run, results) for run in runs.values()]
-        ax.scatter(violations, perplexities, s=12, color=color, alpha=0.5, linewidths=0)
-        ax.scatter(fmean(violations), fmean(perplexities), s=80, color=color, label=f"{arm} ({len(runs)})")
-    ax.set_xscale("log")
-    ax.axhline(0, color=FAINT, linewidth=1, linestyle=(0, (4, 2)))
-    ax.grid(color=RULE, linewidth=0.6)
-    ax.set_title(name, loc="left", fontweight="bold", color=INK)
-    ax.set_xlabel("MaxVio global, held-out text")
-    ax.set_ylabel("perplexity, % over the mean of the seed")
-    ax.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
+def _draw(panels: Sequence[Axes], name: str, results: Sequence[Result]) -> None:
+    """The arms in the order of their balance, the best on top."""
+    arms = by_arm(results)
+    order = sorted(arms, key=lambda arm: -fmean(run.max_violation_global for run in arms[arm].values()))
+    for place, arm in enumerate(order):
+        runs = arms[arm].values()
+        _draw_line(panels[0], place, [run.max_violation_global for run in runs])
+        _draw_line(panels[1], place, [_relative(run, results) for run in runs])
+    panels[0].set_yticks(
+        range(len(order)), [f"{arm} ({len(arms[arm])})" for arm in order], fontsize=8, color=INK
+    )
+    panels[0].set_ylim(-0.7, len(order) - 0.3)
+    panels[0].set_xscale("log")
+    panels[0].set_title(name, loc="left", fontweight="bold", color=INK)
+    panels[0].set_xlabel("MaxVio global, held-out text")
+    panels[1].axvline(0, color=FAINT, linewidth=1, linestyle=(0, (4, 2)))
+    panels[1].set_xlabel("perplexity, % over the mean of the seed")
+    for ax in panels:
+        ax.grid(color=RULE, linewidth=0.6)
+        ax.set_axisbelow(True)
+
+
+def _draw_line(ax: Axes, place: int, values: Sequence[float]) -> None:
+    ax.scatter(values, [place] * len(values), s=12, color=COLOR, alpha=0.5, linewidths=0)
+    ax.scatter(fmean(values), place, s=60, color=COLOR)
 
 
 def _relative(run: Result, results: Sequence[Result]) -> float:

@@ -1,6 +1,7 @@
 """Blocks that select experts where no bias can be added, and modules that rank something else than experts.
 
-Shape legend: T tokens, D model width, E experts, K experts selected per token, H heads.
+Shape legend: T tokens, D model width, E experts, K experts selected per token, H heads,
+B batch, S sequence, G groups of experts.
 """
 
 from __future__ import annotations
@@ -165,6 +166,36 @@ class Beams(nn.Module):
 
 
 NO_ROUTERS = (DepthRouter, Classifier, Codebooks, Memory, Beams)
+
+
+class Gate(nn.Module):
+    """A gate in the style of lucidrains' mixture-of-experts; ``groups`` of them in one if there are gates above it."""
+
+    def __init__(self, *groups):
+        super().__init__()
+        self.num_gates = 4
+        self.weight = nn.Parameter(torch.randn(*groups, D, self.num_gates))
+
+    def forward(self, x):
+        scores = (x @ self.weight).softmax(-1)
+        values, ids = scores.topk(2)
+        return torch.zeros_like(scores).scatter(-1, ids, values)
+
+
+class Hierarchical(nn.Module):
+    """Gates inside gates: four groups of four experts, and a gate for each group."""
+
+    def __init__(self):
+        super().__init__()
+        self.outer, self.inner = Gate(), Gate(4)
+        self.experts = nn.ParameterList([torch.randn(4, D, D)])
+
+    def forward(self, x_BSD):
+        x_TD = x_BSD.flatten(0, 1)
+        outer_TG = self.outer(x_TD)
+        inner_GTE = self.inner(x_TD.expand(4, *x_TD.shape))
+        gates_TE = torch.einsum("tg,gte->te", outer_TG, inner_GTE)
+        return torch.einsum("td,edh,te->th", x_TD, self.experts[0], gates_TE).view_as(x_BSD)
 
 
 class HostMovesItsBias(Wild):

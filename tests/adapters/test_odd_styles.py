@@ -79,6 +79,16 @@ class TestDoubtful:
         assert "was not seen to select any" in balanced.refused["1"]
         assert f"Not balanced: 1, {block.__name__}" in caplog.text
 
+    def test_gate_of_a_routers_class_for_several_sets_of_experts_is_left_out_and_told(self, caplog):
+        model = nn.Sequential(odd_styles.Hierarchical())
+        balanced = balance_(model)
+        model(inputs())
+        assert list(balanced) == ["0.outer"]
+        assert (
+            "Gate is the class of router '0.outer', but was not seen to select" in balanced.refused["0.inner"]
+        )
+        assert "Not balanced: 0.inner, Gate is" in caplog.text
+
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
     def test_torchscript_is_left_out_and_told(self):
         block = torch.jit.trace(Wild(), inputs())

@@ -64,3 +64,17 @@ class TestProfiles:
         table = profile_table([first, second])
         assert table.splitlines()[2] == "| 0 | 1.00 | code 1.5x | `a[b]c¦'↵` |"
         assert all(line.count("|") == 5 for line in table.splitlines())
+
+    def test_no_line_of_a_cell_is_longer_than_a_kind_or_a_text(self):
+        kinds = {"domain": [("code", 2.1), ("prose", 1.3)], "syntax": [("name", 1.8)]}
+        text = ("a" * 20, "b", "c" * 12)
+        table = profile_table([{"expert": 0, "load": 1.0, "kinds": kinds, "snippets": [text] * 4}])
+        cells = [cell.split("<br>") for cell in table.splitlines()[2].strip("| ").split(" | ")]
+        expected = [
+            ["0"],
+            ["1.00"],
+            ["code 2.1x", "prose 1.3x"],
+            ["name 1.8x"],
+            [f"`{'a' * 20}[b]{'c' * 12}`"] * 4,
+        ]
+        assert cells == expected

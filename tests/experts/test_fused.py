@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
-from moe_plugin.experts import GroupedExperts, grouped_products
+from moe_plugin.experts import GroupedExperts, fused, grouped_products
 from moe_plugin.experts import blocks as blocks_file
 from moe_plugin.experts.blocks import backward_in_blocks, blocks, forward_in_blocks
 from moe_plugin.experts.dispatch import order_pairs
@@ -88,6 +91,64 @@ class TestImplementations:
         assert covered == sizes
 
 
+class TestUnwanted:
+    @pytest.mark.parametrize("wanted", list(product([False, True], repeat=4)))
+    def test_groups_leave_out_what_is_not_wanted_and_its_products(self, wanted):
+        *given, offsets_E = inputs()
+        gradient_TD = torch.randn(T, D)
+        _, gate_up_P = forward_by_groups(*given, offsets_E)
+        everything = backward_by_groups(gradient_TD, *given, offsets_E, gate_up_P)
+        with _Names() as seen:
+            gradients = backward_by_groups(gradient_TD, *given, offsets_E, gate_up_P, wanted)
+        for gradient, full, is_wanted in zip(gradients, everything, wanted, strict=True):
+            assert torch.equal(gradient, full) if is_wanted else gradient.numel() == 0
+        products = sum("_grouped_mm" in name for name in seen.names)
+        assert products == 1 + wanted[0] + wanted[2] + wanted[3]
+
+    @pytest.mark.parametrize("frozen", [("gate_up",), ("down",), ("gate_up", "down")])
+    @pytest.mark.parametrize("of_input", [False, True])
+    def test_frozen_experts_get_no_gradient_and_the_rest_the_same(self, monkeypatch, frozen, of_input):
+        torch.manual_seed(0)
+        experts, x_TD, decisions, results = GroupedExperts(E, D, H), torch.randn(T, D), routing(), []
+        asked = _asked(monkeypatch)
+        for names in ((), frozen):
+            for name, parameter in experts.named_parameters():
+                parameter.grad = None
+                parameter.requires_grad_(name not in names)
+            x_TD, decisions.weights_TK.grad = x_TD.detach().requires_grad_(of_input), None
+            with FlopCounterMode(display=False) as flops:
+                experts(x_TD, decisions).square().sum().backward()
+            gradients = {name: parameter.grad for name, parameter in experts.named_parameters()}
+            results.append({**gradients, "x": x_TD.grad, "weights": decisions.weights_TK.grad})
+        everything, some = results
+        assert [name for name, gradient in some.items() if gradient is None] == [
+            *frozen,
+            *(["x"] * (not of_input)),
+        ]
+        assert all(
+            torch.equal(gradient, everything[name]) for name, gradient in some.items() if gradient is not None
+        )
+        wanted = [of_input, True, "gate_up" not in frozen, "down" not in frozen]
+        assert asked == [[of_input, True, True, True], wanted]
+        of_down = 2 * T * K * D * H
+        forward, backward = 3 * of_down, of_down * (2 * (wanted[0] + wanted[2]) + 1 + wanted[3])
+        assert flops.get_total_flops() == forward + backward
+
+
+def _asked(monkeypatch) -> list[list[bool]]:
+    """Which gradients each backward is asked for, from now on."""
+    asked, run = [], fused.run_backward
+
+    def noted(*given):
+        asked.append(list(given[-1]))
+        found = run(*given)
+        assert [gradient.numel() > 0 for gradient in found] == asked[-1]
+        return found
+
+    monkeypatch.setattr(fused, "run_backward", noted)
+    return asked
+
+
 class _Names(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
@@ -138,3 +199,16 @@ class TestCompile:
                 x_TD, decisions = torch.randn(T, D, dtype=dtype), routing()
                 torch.testing.assert_close(compiled(x_TD, decisions), experts(x_TD, decisions))
                 compiled(x_TD, decisions).float().sum().backward()
+
+    @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated.*:DeprecationWarning")
+    def test_frozen_experts_are_one_graph_too(self):
+        torch.compiler.reset()
+        experts = GroupedExperts(E, D, H).requires_grad_(False)
+        compiled, results = torch.compile(experts, fullgraph=True, backend="aot_eager"), []
+        for run in (experts, compiled):
+            torch.manual_seed(0)
+            x_TD, decisions = torch.randn(T, D, requires_grad=True), routing()
+            run(x_TD, decisions).square().sum().backward()
+            results.append((x_TD.grad, decisions.weights_TK.grad))
+        torch.testing.assert_close(*results)
+        assert experts.gate_up.grad is None

@@ -322,8 +322,8 @@ def _explain(site: Site, found: dict[str, None]) -> Any:
         formula = odd_gates.explained(router, args[0], output, site.bias)
         if formula is None and site.kind != "adapter":
             formula = explained(output, site.num_experts, site.top_k)
-        if formula is not None:
-            found[formula] = None
+        assert formula is not None, f"{site.name}: gate weights not checked"
+        found[formula] = None
 
     return hook
 

@@ -84,20 +84,23 @@ def _nllb(router: Any, x_TD: Tensor, output: tuple, bias_E: Tensor) -> str:
     return "softmax"
 
 
-def _phimoe(router: Any, x_TD: Tensor, output: tuple, bias_E: Tensor) -> str | None:
-    if router.training:  # experts are drawn then
-        return None
+def _phimoe(router: Any, x_TD: Tensor, output: tuple, bias_E: Tensor) -> str:
     scores_TE = linear(x_TD, router.weight)
     _, weights_TK, ids_TK = output
     open_TE = torch.ones_like(scores_TE, dtype=torch.bool)
-    for pick in range(2):
-        ranked_TE = (scores_TE + bias_E).masked_fill(~open_TE, -torch.inf)
-        ids_T1 = ranked_TE.argmax(-1, keepdim=True)
-        best_T1 = scores_TE.gather(1, ids_T1)
+    for ids_T1, weights_T1 in zip(ids_TK.split(1, dim=1), weights_TK.split(1, dim=1), strict=True):
+        likeliest_T1 = (scores_TE + bias_E).masked_fill(~open_TE, -torch.inf).argmax(-1, keepdim=True)
+        best_T1 = scores_TE.gather(1, likeliest_T1)
         far_TE = (best_T1 - scores_TE) / scores_TE.abs().maximum(best_T1) > 2 * router.router_jitter_noise
         weights_TE = scores_TE.masked_fill(~open_TE | far_TE, -torch.inf).softmax(-1)
-        assert torch.equal(ids_TK[:, pick : pick + 1], ids_T1)
-        torch.testing.assert_close(weights_TK[:, pick : pick + 1], weights_TE.gather(1, ids_T1))
+        expected_T1 = weights_TE.gather(1, ids_T1)
+        if router.training:  # experts are drawn then, and most of the unlikely ones weigh a third
+            assert expected_T1.all()
+            is_third_T1 = (weights_T1 < expected_T1 / 2) & (expected_T1 < weights_TE.amax(-1, keepdim=True))
+            expected_T1 = torch.where(is_third_T1, expected_T1 * 0.3333, expected_T1)
+        else:
+            assert torch.equal(ids_T1, likeliest_T1)
+        torch.testing.assert_close(weights_T1, expected_T1)
         open_TE = open_TE.scatter(1, ids_T1, False)
     return "softmax of those near the best"
 

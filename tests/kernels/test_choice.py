@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 
+from moe_plugin import LossFreeBalancing, balance_
 from moe_plugin.errors import ConfigError
 from moe_plugin.experts import GroupedExperts
 from moe_plugin.kernels import choice
 from moe_plugin.kernels.choice import TORCH, VARIABLE, check_choice, kernels_for
+from tests.stacked_hosts import StackedHost
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
@@ -36,12 +40,33 @@ class TestCheckChoice:
             monkeypatch.setenv(VARIABLE, value)
         check_choice()
 
-    def test_unknown_kernels_are_refused_before_experts_are_made(
-        self, monkeypatch: pytest.MonkeyPatch
+    @pytest.mark.parametrize(
+        "use",
+        [
+            lambda: GroupedExperts(2, 4, 4),
+            lambda: balance_(StackedHost(), experts="fused"),
+            lambda: LossFreeBalancing(experts="fused"),
+            lambda: kernels_for(CUDA),
+        ],
+        ids=["our experts", "fused experts", "callback", "run"],
+    )
+    def test_unknown_kernels_are_refused_wherever_they_would_run(
+        self, monkeypatch: pytest.MonkeyPatch, use: Callable[[], object]
     ) -> None:
-        monkeypatch.setenv(VARIABLE, "cutlass")
-        with pytest.raises(ConfigError, match="'MOE_PLUGIN_KERNELS' must be torch or triton, got 'cutlass'"):
-            GroupedExperts(2, 4, 4)
+        monkeypatch.setenv(VARIABLE, "trition")
+        with pytest.raises(
+            ConfigError,
+            match=r"'MOE_PLUGIN_KERNELS' must be torch or triton, got 'trition'\. Unset it for torch",
+        ):
+            use()
+
+    def test_unknown_kernels_change_no_model(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv(VARIABLE, "trition")
+        model = StackedHost()
+        kinds = [type(part) for part in model.modules()]
+        with pytest.raises(ConfigError):
+            balance_(model, experts="fused")
+        assert [type(part) for part in model.modules()] == kinds
 
     def test_triton_that_is_not_installed_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(VARIABLE, "triton")
