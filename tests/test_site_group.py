@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 import torch
@@ -100,6 +101,15 @@ class MixesLayers:
 
 
 class TestCheckRule:
+    def test_rule_of_the_documentation_moves_the_fullest_experts(self):
+        text = Path("docs/rules.md").read_text()
+        code = text.split("### A rule of your own")[1].split("```python\n")[1].split("```")[0]
+        names = {"model": Host()}
+        exec(compile(code, "docs/rules.md", "exec"), names)
+        names["model"](torch.randint(0, 32, (4, 9))).square().mean().backward()
+        for name, counts_E in names["balanced"].update().counts.items():
+            assert torch.equal(names["balanced"][name].bias < 0, counts_E == counts_E.max())
+
     def test_rule_that_mixes_sites_is_an_error_before_a_bias_moves(self):
         model = Host()
         balanced = balance_(model, MixesLayers())
