@@ -72,7 +72,6 @@ def backward_in_blocks(
     with torch.autocast(x_TD.device.type, enabled=False):
         for rows, pieces in blocks(ends, dtype):
             dy_ND = gradient_TD.index_select(0, token_ids_P[rows]).to(dtype)
-            x_ND = x_TD.index_select(0, token_ids_P[rows]).to(dtype)
             hidden_NH, dgate_up_N = through_swiglu_(
                 gate_up_P[rows].to(dtype),
                 _multiply(pieces, dy_ND, down_X),
@@ -80,9 +79,13 @@ def backward_in_blocks(
                 dweights_P[rows],
             )
             _add_products_(ddown_X, pieces, hidden_NH, dy_ND, begun)
+            del hidden_NH, dy_ND  # Here and below, or they would still be held while others are made.
+            x_ND = x_TD.index_select(0, token_ids_P[rows]).to(dtype)
             _add_products_(dgate_up_X, pieces, x_ND, dgate_up_N, begun)
+            del x_ND
             begun.update(expert for expert, _ in pieces)
             dx_TD.index_add_(0, token_ids_P[rows], _multiply(pieces, dgate_up_N, gate_up_X).to(dx_TD.dtype))
+            del dgate_up_N
     for expert in set(range(len(ends))) - begun:
         dgate_up_X[expert].zero_()
         ddown_X[expert].zero_()
@@ -152,11 +155,11 @@ def through_swiglu_(
     gate_NH, up_NH = gate_up_N.chunk(2, dim=-1)
     active_NH = functional.silu(gate_NH)
     hidden_NH = active_NH * up_NH
-    dweights_N.copy_((hidden_NH * dhidden_NH).sum(-1))
-    hidden_NH.mul_(weights_N1)
-    dhidden_NH.mul_(weights_N1)
     dgate_up_N = torch.empty_like(gate_up_N)
     dgate_NH, dup_NH = dgate_up_N.chunk(2, dim=-1)
+    torch.sum(torch.mul(hidden_NH, dhidden_NH, out=dup_NH), -1, out=dweights_N)
+    hidden_NH.mul_(weights_N1)
+    dhidden_NH.mul_(weights_N1)
     torch.mul(dhidden_NH, active_NH, out=dup_NH)
     torch.ops.aten.silu_backward.grad_input(dhidden_NH.mul_(up_NH), gate_NH, grad_input=dgate_NH)
     return hidden_NH, dgate_up_N
