@@ -35,7 +35,8 @@ def forward_in_blocks(
     dtype = product_dtype(x_TD.dtype, x_TD.device)
     y_TD = torch.zeros_like(x_TD, dtype=_sum_dtype(dtype))
     gate_up_P = x_TD.new_empty(len(pair_ids_P), gate_up.shape[-1])
-    token_ids_P, weights_P1 = tokens_and_weights(pair_ids_P.long(), weights_TK.to(dtype))  # index_add_'s fast ids
+    pair_ids_P = pair_ids_P.long()  # index_add_ is faster with int64.
+    token_ids_P, weights_P1 = tokens_and_weights(pair_ids_P, weights_TK.to(dtype))
     gate_up_X, down_X = gate_up.unbind(0), down.unbind(0)
     with torch.autocast(x_TD.device.type, enabled=False):
         for rows, pieces in blocks(ends, dtype):
@@ -65,7 +66,8 @@ def backward_in_blocks(
     dx_TD = torch.zeros_like(x_TD, dtype=_sum_dtype(dtype))
     dgate_up, ddown = torch.empty_like(gate_up, dtype=dtype), torch.empty_like(down, dtype=dtype)
     begun: set[int] = set()
-    token_ids_P, weights_P1 = tokens_and_weights(pair_ids_P.long(), weights_TK.to(dtype))  # index_add_'s fast ids
+    pair_ids_P = pair_ids_P.long()  # index_add_ is faster with int64.
+    token_ids_P, weights_P1 = tokens_and_weights(pair_ids_P, weights_TK.to(dtype))
     dweights_P = torch.empty_like(weights_P1[:, 0])
     gate_up_X, down_X = gate_up.mT.unbind(0), down.mT.unbind(0)
     dgate_up_X, ddown_X = dgate_up.unbind(0), ddown.unbind(0)
