@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from moe_plugin.adapters.class_swap import Mixin, swap_, unswap_
 from moe_plugin.adapters.host_experts import Layout
+from moe_plugin.experts.dtypes import compute_dtype
 from moe_plugin.experts.fused import fused_experts
-from moe_plugin.experts.grouped import compute_dtype
 from moe_plugin.types import Routing
 
 _ATTRIBUTE = "_moe_fusion"
@@ -59,11 +59,10 @@ class FusedHostExperts(Mixin):
         down: Tensor = getattr(self, layout.down)
         if not layout.input_first:
             gate_up, down = gate_up.mT, down.mT
-        dtype = compute_dtype(gate_up)
         used_TK = top_k_weights != 0 if self._moe_fusion.leaves_out_zeros else None
         routing = Routing(top_k_weights, top_k_index, scores_TE=top_k_weights, used_TK=used_TK)
-        x_TD = hidden_states.to(dtype).contiguous()
-        return fused_experts(x_TD, routing, gate_up.to(dtype), down.to(dtype)).to(hidden_states.dtype)
+        x_TD = hidden_states.to(compute_dtype(gate_up)).contiguous()
+        return fused_experts(x_TD, routing, gate_up, down).to(hidden_states.dtype)
 
 
 def fuse_(experts: nn.Module, fusion: Fusion) -> None:

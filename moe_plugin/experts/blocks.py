@@ -1,7 +1,7 @@
 """Experts on a CPU: blocks of rows that stay in its caches, one product per expert and block.
 
 A grouped product over all rows writes every intermediate to memory and reads it back; in blocks that happens only to
-what is kept. Half precision is computed in fp32 on processors without instructions for it, 7 to 23 times faster there.
+what is kept. Half precision is computed in fp32 on processors without instructions for it.
 
 Shape legend: T tokens, D model width, H hidden width, E experts, K experts selected per token, P token-expert pairs,
 N rows of a block, X one tensor per expert.
@@ -16,6 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_plugin.experts.dispatch import gate_weight_gradient, tokens_and_weights
+from moe_plugin.experts.dtypes import product_dtype
 
 ROWS = 2048
 """Rows of a block, of one or more experts."""
@@ -31,11 +32,12 @@ def forward_in_blocks(
 
     `ends` says where the rows of each expert end.
     """
-    dtype = product_dtype(x_TD)
+    dtype = product_dtype(x_TD.dtype, x_TD.device)
     y_TD = torch.zeros_like(x_TD, dtype=_sum_dtype(dtype))
     gate_up_P = x_TD.new_empty(len(pair_ids_P), gate_up.shape[-1])
+    pair_ids_P = pair_ids_P.long()  # index_add_ is faster with int64.
     token_ids_P, weights_P1 = tokens_and_weights(pair_ids_P, weights_TK.to(dtype))
-    gate_up_X, down_X = gate_up.to(dtype).unbind(0), down.to(dtype).unbind(0)
+    gate_up_X, down_X = gate_up.unbind(0), down.unbind(0)
     with torch.autocast(x_TD.device.type, enabled=False):
         for rows, pieces in blocks(ends, dtype):
             x_ND = x_TD.index_select(0, token_ids_P[rows]).to(dtype)
@@ -60,18 +62,18 @@ def backward_in_blocks(
     gate_up_P: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Gradients of hidden states, gate weights, and both projections."""
-    dtype = product_dtype(x_TD)
+    dtype = product_dtype(x_TD.dtype, x_TD.device)
     dx_TD = torch.zeros_like(x_TD, dtype=_sum_dtype(dtype))
     dgate_up, ddown = torch.empty_like(gate_up, dtype=dtype), torch.empty_like(down, dtype=dtype)
     begun: set[int] = set()
+    pair_ids_P = pair_ids_P.long()  # index_add_ is faster with int64.
     token_ids_P, weights_P1 = tokens_and_weights(pair_ids_P, weights_TK.to(dtype))
     dweights_P = torch.empty_like(weights_P1[:, 0])
-    gate_up_X, down_X = gate_up.to(dtype).mT.unbind(0), down.to(dtype).mT.unbind(0)
+    gate_up_X, down_X = gate_up.mT.unbind(0), down.mT.unbind(0)
     dgate_up_X, ddown_X = dgate_up.unbind(0), ddown.unbind(0)
     with torch.autocast(x_TD.device.type, enabled=False):
         for rows, pieces in blocks(ends, dtype):
             dy_ND = gradient_TD.index_select(0, token_ids_P[rows]).to(dtype)
-            x_ND = x_TD.index_select(0, token_ids_P[rows]).to(dtype)
             hidden_NH, dgate_up_N = through_swiglu_(
                 gate_up_P[rows].to(dtype),
                 _multiply(pieces, dy_ND, down_X),
@@ -79,9 +81,13 @@ def backward_in_blocks(
                 dweights_P[rows],
             )
             _add_products_(ddown_X, pieces, hidden_NH, dy_ND, begun)
+            del hidden_NH, dy_ND  # Here and below, or they would still be held while others are made.
+            x_ND = x_TD.index_select(0, token_ids_P[rows]).to(dtype)
             _add_products_(dgate_up_X, pieces, x_ND, dgate_up_N, begun)
+            del x_ND
             begun.update(expert for expert, _ in pieces)
             dx_TD.index_add_(0, token_ids_P[rows], _multiply(pieces, dgate_up_N, gate_up_X).to(dx_TD.dtype))
+            del dgate_up_N
     for expert in set(range(len(ends))) - begun:
         dgate_up_X[expert].zero_()
         ddown_X[expert].zero_()
@@ -112,14 +118,6 @@ def blocks(ends: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[slice, lis
         yield slice(start, position), pieces
 
 
-def product_dtype(x: Tensor) -> torch.dtype:
-    """The dtype of products for inputs of this one."""
-    has_bf16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    if x.device.type == "cpu" and (x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and not has_bf16)):
-        return torch.float32
-    return x.dtype
-
-
 def _multiply(
     pieces: list[Piece], rows_NI: Tensor, weights_X: tuple[Tensor, ...], out_NO: Tensor | None = None
 ) -> Tensor:
@@ -127,7 +125,7 @@ def _multiply(
     out_NO = rows_NI.new_empty(len(rows_NI), weights_X[0].shape[1]) if out_NO is None else out_NO
     sizes = [size for _, size in pieces]
     for (expert, _), rows, out in zip(pieces, rows_NI.split(sizes), out_NO.split(sizes), strict=True):
-        torch.mm(rows, weights_X[expert], out=out)
+        torch.mm(rows, weights_X[expert].to(rows.dtype), out=out)
     return out_NO
 
 
@@ -159,11 +157,11 @@ def through_swiglu_(
     gate_NH, up_NH = gate_up_N.chunk(2, dim=-1)
     active_NH = functional.silu(gate_NH)
     hidden_NH = active_NH * up_NH
-    dweights_N.copy_((hidden_NH * dhidden_NH).sum(-1))
-    hidden_NH.mul_(weights_N1)
-    dhidden_NH.mul_(weights_N1)
     dgate_up_N = torch.empty_like(gate_up_N)
     dgate_NH, dup_NH = dgate_up_N.chunk(2, dim=-1)
+    torch.sum(torch.mul(hidden_NH, dhidden_NH, out=dup_NH), -1, out=dweights_N)
+    hidden_NH.mul_(weights_N1)
+    dhidden_NH.mul_(weights_N1)
     torch.mul(dhidden_NH, active_NH, out=dup_NH)
     torch.ops.aten.silu_backward.grad_input(dhidden_NH.mul_(up_NH), gate_NH, grad_input=dgate_NH)
     return hidden_NH, dgate_up_N

@@ -17,6 +17,7 @@ from torch.utils.flop_counter import register_flop_formula
 
 from moe_plugin.experts.blocks import backward_in_blocks, forward_in_blocks
 from moe_plugin.experts.dispatch import order_pairs
+from moe_plugin.experts.dtypes import product_dtype
 from moe_plugin.experts.grouped_products import backward_by_groups, forward_by_groups, only_wanted
 from moe_plugin.types import Routing
 
@@ -40,12 +41,15 @@ def fused_experts(x_TD: Tensor, routing: Routing, gate_up: Tensor, down: Tensor)
         x_TD: Hidden states.
         routing: Gate weights, expert ids, and which of them are used. With all used nothing waits for the device, if
             torch has a kernel for `grouped_mm`, see `moe_plugin.experts.grouped_products`.
-        gate_up: (E, D, 2H), gate first; of the dtype of `x_TD`.
-        down: (E, H, D), of the same dtype.
+        gate_up: (E, D, 2H), gate first; of any dtype.
+        down: (E, H, D).
 
     Returns:
-        (T, D).
+        (T, D), in the dtype of `x_TD`.
     """
+    # Weights that need no cast for the products stay as they are: nothing is copied, nothing rounded.
+    wide = product_dtype(x_TD.dtype, x_TD.device)
+    gate_up, down = (w if w.dtype == wide else w.to(x_TD.dtype) for w in (gate_up, down))
     pair_ids_P, offsets_E = order_pairs(routing.expert_ids_TK, len(gate_up), routing.used_TK)
     weights_TK = routing.weights_TK.to(x_TD.dtype)
     return _Experts.apply(x_TD, weights_TK, gate_up, down, pair_ids_P.int(), offsets_E)

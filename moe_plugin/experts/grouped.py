@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_plugin.check import check_positive_integers
+from moe_plugin.experts.dtypes import compute_dtype
 from moe_plugin.experts.fused import fused_experts
 from moe_plugin.kernels.choice import check_choice
 from moe_plugin.types import Routing
@@ -58,18 +59,9 @@ class GroupedExperts(nn.Module):
         Returns:
             (T, D) in the dtype of `x_TD`, or of the autocast where one is active.
         """
-        dtype = compute_dtype(x_TD)
-        return fused_experts(x_TD.to(dtype), routing, self.gate_up.to(dtype), self.down.to(dtype))
+        return fused_experts(x_TD.to(compute_dtype(x_TD)), routing, self.gate_up, self.down)
 
     def extra_repr(self) -> str:
         """Sizes, for `print(model)`."""
         num_experts, hidden_dim, dim = self.down.shape
         return f"num_experts={num_experts}, dim={dim}, hidden_dim={hidden_dim}"
-
-
-def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that the experts compute in: that of `x`, or of the autocast where one is active."""
-    # grouped_mm does not know autocast, so it is asked for here. Like autocast itself, leave fp64 alone.
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
-        return torch.get_autocast_dtype(x.device.type)
-    return x.dtype

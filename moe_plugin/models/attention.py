@@ -11,6 +11,7 @@ from torch.nn import functional
 
 from moe_plugin.errors import ConfigError
 from moe_plugin.experts import Linear
+from moe_plugin.experts.dtypes import product_dtype
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -58,8 +59,11 @@ class CausalSelfAttention(nn.Module):
 
     def forward(self, x_BSD: Tensor, rotary: Rotary) -> Tensor:
         """Maps (B, S, D) to (B, S, D)."""
-        q, k, v = self.qkv(x_BSD).unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
-        y_BNSA = functional.scaled_dot_product_attention(
-            rotate(q, rotary), rotate(k, rotary), v, is_causal=True
-        )
-        return self.out(y_BNSA.transpose(1, 2).flatten(2))
+        qkv = self.qkv(x_BSD)
+        heads = qkv.unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
+        q, k, v = (each.to(product_dtype(qkv.dtype, qkv.device)) for each in heads)
+        with torch.autocast(qkv.device.type, enabled=False):
+            y_BNSA = functional.scaled_dot_product_attention(
+                rotate(q, rotary), rotate(k, rotary), v, is_causal=True
+            )
+        return self.out(y_BNSA.transpose(1, 2).flatten(2).to(qkv.dtype))

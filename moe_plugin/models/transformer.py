@@ -11,10 +11,10 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
 from moe_plugin.experts import Linear, MoEBlock
+from moe_plugin.experts.linear import linear
 from moe_plugin.losses import AuxiliaryLoss, LoadStatistics, load_statistics
 from moe_plugin.models.attention import CausalSelfAttention, Rotary, rotary_table
 from moe_plugin.routing import Router
@@ -144,7 +144,7 @@ class Transformer(nn.Module):
         auxiliary = auxiliary_loss(measured) if auxiliary_loss is not None and measured else zero
         x_BSD = self.norm(x_BSD)
         if self.head is None:
-            return functional.linear(x_BSD, self.embedding.weight), auxiliary
+            return linear(x_BSD, self.embedding.weight), auxiliary
         return self.head(x_BSD), auxiliary
 
 

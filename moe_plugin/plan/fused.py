@@ -5,7 +5,7 @@ Shape legend: B batch, N heads, S sequence, A head width, P rows, I input width,
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -13,15 +13,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from moe_plugin.experts import fused
+from moe_plugin.experts import dtypes, fused
 from moe_plugin.experts.blocks import backward_in_blocks, forward_in_blocks
 
 
 @contextmanager
 def fused_kernels() -> Iterator[None]:
-    """Takes attention to be one kernel that never holds the scores, and grouped products to take any dtype.
+    """Takes attention to be one kernel that never holds the scores, and products to be in the dtype asked for.
 
-    The functions are replaced, not caught by a `TorchFunctionMode`: that is closed while a backward recomputes.
+    Functions are replaced, not caught by a `TorchFunctionMode`: that is closed while a backward recomputes.
     """
     before = {place: getattr(*place) for place in _STAND_INS}
     _set(_STAND_INS)
@@ -31,9 +31,9 @@ def fused_kernels() -> Iterator[None]:
         _set(before)
 
 
-def _set(functions: Mapping[tuple[Any, str], Callable]) -> None:
-    for (module, name), function in functions.items():
-        setattr(module, name, function)
+def _set(values: Mapping[tuple[Any, str], Any]) -> None:
+    for (module, name), value in values.items():
+        setattr(module, name, value)
 
 
 class _FlashAttention(torch.autograd.Function):
@@ -93,7 +93,9 @@ def _grouped_mm(rows_PI: Tensor, weights_EIO: Tensor, *_: Any, **__: Any) -> Ten
     return _GroupedProduct.apply(rows_PI, weights_EIO)  # pyright: ignore[reportReturnType]
 
 
-_STAND_INS: dict[tuple[Any, str], Callable] = {
+_STAND_INS: dict[tuple[Any, str], Any] = {
+    # Whatever this machine emulates: what is planned does not.
+    (dtypes, "EMULATED_BY_CPU"): frozenset(),
     (fused, "run_forward"): _experts,
     (fused, "run_backward"): _experts_backward,
     (functional, "scaled_dot_product_attention"): _attention,

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from moe_plugin.adapters.routed_experts import RoutedExperts, find_routed_experts
 from moe_plugin.errors import ConfigError
 from moe_plugin.experts.dispatch import combine, plan_dispatch
-from moe_plugin.experts.grouped import GroupedExperts, compute_dtype
+from moe_plugin.experts.dtypes import compute_dtype
+from moe_plugin.experts.grouped import GroupedExperts
 from moe_plugin.types import Routing
 
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_plugin.errors import ConfigError
-from moe_plugin.experts import GroupedExperts
+from moe_plugin.experts import GroupedExperts, dtypes
 from moe_plugin.types import Routing
 
 
@@ -71,7 +71,9 @@ class TestForward:
         assert_matches_reference(experts, x_TD, random_routing(num_tokens, 6, top_k), 1e-4)
 
     @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.bfloat16, 0.1), (torch.float16, 0.02)])
-    def test_half_precision_matches_reference(self, dtype, tolerance):
+    @pytest.mark.parametrize("emulated", [False, True])
+    def test_half_precision_matches_reference(self, monkeypatch, dtype, tolerance, emulated):
+        monkeypatch.setattr(dtypes, "EMULATED_BY_CPU", {torch.float16, torch.bfloat16} if emulated else set())
         experts = GroupedExperts(4, 16, 8).to(dtype)
         x_TD = torch.randn(10, 16, dtype=dtype, requires_grad=True)
         assert experts(x_TD, random_routing(10, 4, 2)).dtype == dtype
@@ -118,6 +120,18 @@ class TestForward:
         assert y_TD.dtype == dtype
         assert experts.gate_up.grad.dtype == torch.float32
         torch.testing.assert_close(y_TD.float(), experts(x_TD, routing), atol=0.1, rtol=0.1)
+
+    @pytest.mark.parametrize("emulated", [False, True])
+    def test_autocast_casts_weights_only_where_their_products_are_not_emulated(self, monkeypatch, emulated):
+        monkeypatch.setattr(dtypes, "EMULATED_BY_CPU", {torch.float16, torch.bfloat16} if emulated else set())
+        experts, saved = GroupedExperts(4, 16, 8), []
+        with (
+            torch.autocast("cpu", dtype=torch.bfloat16),
+            torch.autograd.graph.saved_tensors_hooks(saved.append, lambda tensor: tensor),
+        ):
+            experts(torch.randn(10, 16), random_routing(10, 4, 2))
+        kept = {tensor.data_ptr() for tensor in saved if tensor is not None}
+        assert all((weights.data_ptr() in kept) == emulated for weights in experts.parameters())
 
 
 class TestParameters:

@@ -1,11 +1,13 @@
 from __future__ import annotations
 
 import math
+from copy import deepcopy
 
 import pytest
 import torch
 
 from moe_plugin.errors import ConfigError
+from moe_plugin.experts import dtypes
 from moe_plugin.models.attention import CausalSelfAttention, rotary_table, rotate
 
 CPU = torch.device("cpu")
@@ -47,6 +49,21 @@ class TestCausalSelfAttention:
             heads.append(torch.stack(rows))
         expected = attention.out(torch.cat(heads, dim=-1))
         torch.testing.assert_close(attention(x, table)[0], expected, atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.parametrize("emulated", [False, True])
+    @pytest.mark.parametrize("autocasts", [False, True])
+    def test_bf16_matches_fp32(self, monkeypatch, emulated, autocasts):
+        monkeypatch.setattr(dtypes, "EMULATED_BY_CPU", {torch.float16, torch.bfloat16} if emulated else set())
+        attention, x, table = CausalSelfAttention(16, 2), torch.randn(2, 7, 16), rotary_table(7, 8, CPU)
+        narrow = deepcopy(attention) if autocasts else deepcopy(attention).bfloat16()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocasts):
+            y = narrow(x if autocasts else x.bfloat16(), table)
+        assert y.dtype == torch.bfloat16
+        torch.testing.assert_close(y.float(), attention(x, table), atol=0.1, rtol=0.05)
+        y.sum().backward()
+        attention(x, table).sum().backward()
+        for one, other in zip(narrow.parameters(), attention.parameters(), strict=True):
+            torch.testing.assert_close(one.grad.float(), other.grad, atol=0.5, rtol=0.05)
 
     @pytest.mark.parametrize("num_heads", [0, 3, 8])
     def test_odd_head_width_is_refused(self, num_heads):

@@ -137,7 +137,8 @@ class TestFit:
         results = on_ranks(2, fit_briefly, ours, "fsdp", 2)
         alone = fit(0, ours, "single", steps=5, precision=precision)
         losses = torch.tensor([result["losses"] for result in results.values()]).mean(0)
-        torch.testing.assert_close(losses, torch.tensor(alone["losses"]), atol=0.02, rtol=0)
+        # Two steps of bf16 between 2 and 4, in which the losses come.
+        torch.testing.assert_close(losses, torch.tensor(alone["losses"]), atol=2 / 64, rtol=0)
         assert results[0]["biases"] == results[1]["biases"]
         assert any(any(bias) for bias in results[0]["biases"])
 
