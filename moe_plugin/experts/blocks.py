@@ -58,11 +58,13 @@ def backward_in_blocks(
     pair_ids_P: Tensor,
     ends: Sequence[int],
     gate_up_P: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of hidden states, gate weights, and both projections."""
+    wanted: Sequence[bool] = (True, True, True, True),
+) -> Sequence[Tensor]:
+    """Gradients of hidden states, gate weights, and both projections; an empty tensor for each that is not wanted."""
     dtype = product_dtype(x_TD)
-    dx_TD = torch.zeros_like(x_TD, dtype=_sum_dtype(dtype))
-    dgate_up, ddown = torch.empty_like(gate_up, dtype=dtype), torch.empty_like(down, dtype=dtype)
+    dx_TD = torch.zeros_like(x_TD, dtype=_sum_dtype(dtype)) if wanted[0] else x_TD.new_empty(0)
+    dgate_up = torch.empty_like(gate_up, dtype=dtype) if wanted[2] else x_TD.new_empty(0)
+    ddown = torch.empty_like(down, dtype=dtype) if wanted[3] else x_TD.new_empty(0)
     begun: set[int] = set()
     token_ids_P, weights_P1 = tokens_and_weights(pair_ids_P, weights_TK.to(dtype))
     dweights_P = torch.empty_like(weights_P1[:, 0])
@@ -71,21 +73,26 @@ def backward_in_blocks(
     with torch.autocast(x_TD.device.type, enabled=False):
         for rows, pieces in blocks(ends, dtype):
             dy_ND = gradient_TD.index_select(0, token_ids_P[rows]).to(dtype)
-            x_ND = x_TD.index_select(0, token_ids_P[rows]).to(dtype)
             hidden_NH, dgate_up_N = through_swiglu_(
                 gate_up_P[rows].to(dtype),
                 _multiply(pieces, dy_ND, down_X),
                 weights_P1[rows],
                 dweights_P[rows],
             )
-            _add_products_(ddown_X, pieces, hidden_NH, dy_ND, begun)
-            _add_products_(dgate_up_X, pieces, x_ND, dgate_up_N, begun)
+            if wanted[3]:
+                _add_products_(ddown_X, pieces, hidden_NH, dy_ND, begun)
+            if wanted[2]:
+                x_ND = x_TD.index_select(0, token_ids_P[rows]).to(dtype)
+                _add_products_(dgate_up_X, pieces, x_ND, dgate_up_N, begun)
             begun.update(expert for expert, _ in pieces)
-            dx_TD.index_add_(0, token_ids_P[rows], _multiply(pieces, dgate_up_N, gate_up_X).to(dx_TD.dtype))
+            if wanted[0]:
+                dx_ND = _multiply(pieces, dgate_up_N, gate_up_X)
+                dx_TD.index_add_(0, token_ids_P[rows], dx_ND.to(dx_TD.dtype))
     for expert in set(range(len(ends))) - begun:
-        dgate_up_X[expert].zero_()
-        ddown_X[expert].zero_()
-    dweights_TK = gate_weight_gradient(dweights_P, pair_ids_P, weights_TK)
+        for gradients_X in (dgate_up_X, ddown_X):
+            if gradients_X:  # wanted
+                gradients_X[expert].zero_()
+    dweights_TK = gate_weight_gradient(dweights_P, pair_ids_P, weights_TK) if wanted[1] else x_TD.new_empty(0)
     return dx_TD.to(x_TD.dtype), dweights_TK, dgate_up.to(gate_up.dtype), ddown.to(down.dtype)
 
 
