@@ -60,11 +60,13 @@ def backward_in_blocks(
     pair_ids_P: Tensor,
     ends: Sequence[int],
     gate_up_P: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of hidden states, gate weights, and both projections."""
+    wanted: Sequence[bool] = (True, True, True, True),
+) -> Sequence[Tensor]:
+    """Gradients of hidden states, gate weights, and both projections; an empty tensor for each that is not wanted."""
     dtype = product_dtype(x_TD.dtype, x_TD.device)
-    dx_TD = torch.zeros_like(x_TD, dtype=_sum_dtype(dtype))
-    dgate_up, ddown = torch.empty_like(gate_up, dtype=dtype), torch.empty_like(down, dtype=dtype)
+    dx_TD = torch.zeros_like(x_TD, dtype=_sum_dtype(dtype)) if wanted[0] else x_TD.new_empty(0)
+    dgate_up = torch.empty_like(gate_up, dtype=dtype) if wanted[2] else x_TD.new_empty(0)
+    ddown = torch.empty_like(down, dtype=dtype) if wanted[3] else x_TD.new_empty(0)
     begun: set[int] = set()
     pair_ids_P = pair_ids_P.long()  # index_add_ is faster with int64.
     token_ids_P, weights_P1 = tokens_and_weights(pair_ids_P, weights_TK.to(dtype))
@@ -80,18 +82,24 @@ def backward_in_blocks(
                 weights_P1[rows],
                 dweights_P[rows],
             )
-            _add_products_(ddown_X, pieces, hidden_NH, dy_ND, begun)
+            if wanted[3]:
+                _add_products_(ddown_X, pieces, hidden_NH, dy_ND, begun)
             del hidden_NH, dy_ND  # Here and below, or they would still be held while others are made.
-            x_ND = x_TD.index_select(0, token_ids_P[rows]).to(dtype)
-            _add_products_(dgate_up_X, pieces, x_ND, dgate_up_N, begun)
-            del x_ND
+            if wanted[2]:
+                x_ND = x_TD.index_select(0, token_ids_P[rows]).to(dtype)
+                _add_products_(dgate_up_X, pieces, x_ND, dgate_up_N, begun)
+                del x_ND
             begun.update(expert for expert, _ in pieces)
-            dx_TD.index_add_(0, token_ids_P[rows], _multiply(pieces, dgate_up_N, gate_up_X).to(dx_TD.dtype))
+            if wanted[0]:
+                dx_ND = _multiply(pieces, dgate_up_N, gate_up_X).to(dx_TD.dtype)
+                dx_TD.index_add_(0, token_ids_P[rows], dx_ND)
+                del dx_ND
             del dgate_up_N
     for expert in set(range(len(ends))) - begun:
-        dgate_up_X[expert].zero_()
-        ddown_X[expert].zero_()
-    dweights_TK = gate_weight_gradient(dweights_P, pair_ids_P, weights_TK)
+        for gradients_X in (dgate_up_X, ddown_X):
+            if gradients_X:  # wanted
+                gradients_X[expert].zero_()
+    dweights_TK = gate_weight_gradient(dweights_P, pair_ids_P, weights_TK) if wanted[1] else x_TD.new_empty(0)
     return dx_TD.to(x_TD.dtype), dweights_TK, dgate_up.to(gate_up.dtype), ddown.to(down.dtype)
 
 

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import register_flop_formula
 from moe_plugin.experts.blocks import backward_in_blocks, forward_in_blocks
 from moe_plugin.experts.dispatch import order_pairs
 from moe_plugin.experts.dtypes import product_dtype
-from moe_plugin.experts.grouped_products import backward_by_groups, forward_by_groups, only_wanted
+from moe_plugin.experts.grouped_products import backward_by_groups, forward_by_groups
 from moe_plugin.types import Routing
 
 _LIBRARY = torch.library.Library("moe_plugin", "FRAGMENT")
@@ -82,8 +82,10 @@ def _fake_forward(
 
 def _fake_backward(_: Tensor, *inputs: Any) -> Any:
     *tensors, wanted = inputs
-    # Weights may be transposed views.
-    return only_wanted([torch.empty_like(tensor) for tensor in tensors[:4]], wanted)
+    return tuple(
+        torch.empty_like(tensor) if is_wanted else tensor.new_empty(0)  # weights may be transposed views
+        for tensor, is_wanted in zip(tensors[:4], wanted, strict=True)
+    )
 
 
 def _forward_in_blocks(*inputs: Any) -> tuple[Tensor, Tensor]:
@@ -93,7 +95,7 @@ def _forward_in_blocks(*inputs: Any) -> tuple[Tensor, Tensor]:
 
 def _backward_in_blocks(*inputs: Any) -> Sequence[Tensor]:
     *given, offsets_E, gate_up_P, wanted = inputs
-    return only_wanted(backward_in_blocks(*given, ends=offsets_E.tolist(), gate_up_P=gate_up_P), wanted)
+    return backward_in_blocks(*given, ends=offsets_E.tolist(), gate_up_P=gate_up_P, wanted=wanted)
 
 
 _LIBRARY.impl("experts", _forward_in_blocks, "CompositeExplicitAutograd")

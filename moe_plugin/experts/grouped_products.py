@@ -53,7 +53,7 @@ def backward_by_groups(
     """Gradients of hidden states, gate weights, and both projections; an empty tensor for each that is not wanted."""
     if not _can_group(gate_up, down):
         given = gradient_TD, x_TD, weights_TK, gate_up, down, pair_ids_P
-        return only_wanted(backward_in_blocks(*given, offsets_E.tolist(), gate_up_P), wanted)
+        return backward_in_blocks(*given, offsets_E.tolist(), gate_up_P, wanted)
     gradients: list[Tensor | None] = [None] * len(wanted)
     kernels = kernels_for(x_TD.device)
     token_ids_P, weights_P1 = tokens_and_weights(pair_ids_P, weights_TK)
@@ -74,14 +74,6 @@ def backward_by_groups(
     if wanted[2]:
         gradients[2] = _weight_gradient(kernels.permute(x_TD, token_ids_P), dgate_up_P, gate_up, offsets_E)
     return [x_TD.new_empty(0) if gradient is None else gradient for gradient in gradients]
-
-
-def only_wanted(gradients: Sequence[Tensor], wanted: Sequence[bool]) -> list[Tensor]:
-    """The gradients, with an empty tensor for each that is not wanted: an operator must return tensors."""
-    return [
-        gradient if is_wanted else gradient.new_empty(0)
-        for gradient, is_wanted in zip(gradients, wanted, strict=True)
-    ]
 
 
 def _weight_gradient(inputs_PI: Tensor, gradients_PO: Tensor, weights: Tensor, offsets_E: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ Shape legend: B batch, N heads, S sequence, A head width, P rows, I input width,
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -78,7 +78,7 @@ def _experts(*inputs: Any) -> tuple[Tensor, Tensor]:
     return forward_in_blocks(*given, ends=_even_ends(given[4], offsets_E))
 
 
-def _experts_backward(*inputs: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _experts_backward(*inputs: Any) -> Sequence[Tensor]:
     *given, offsets_E, gate_up_P, _ = inputs  # a plan is of training, which wants every gradient
     return backward_in_blocks(*given, ends=_even_ends(given[5], offsets_E), gate_up_P=gate_up_P)
 

@@ -93,17 +93,26 @@ class TestImplementations:
 
 class TestUnwanted:
     @pytest.mark.parametrize("wanted", list(product([False, True], repeat=4)))
-    def test_groups_leave_out_what_is_not_wanted_and_its_products(self, wanted):
+    def test_products_of_what_is_not_wanted_are_left_out(self, wanted):
         *given, offsets_E = inputs()
         gradient_TD = torch.randn(T, D)
         _, gate_up_P = forward_by_groups(*given, offsets_E)
-        everything = backward_by_groups(gradient_TD, *given, offsets_E, gate_up_P)
-        with _Names() as seen:
-            gradients = backward_by_groups(gradient_TD, *given, offsets_E, gate_up_P, wanted)
-        for gradient, full, is_wanted in zip(gradients, everything, wanted, strict=True):
-            assert torch.equal(gradient, full) if is_wanted else gradient.numel() == 0
-        products = sum("_grouped_mm" in name for name in seen.names)
-        assert products == 1 + wanted[0] + wanted[2] + wanted[3]
+        for run, ends, product_of in (
+            (backward_by_groups, offsets_E, "_grouped_mm"),
+            (backward_in_blocks, offsets_E.tolist(), "aten.mm"),
+        ):
+            everything = run(gradient_TD, *given, ends, gate_up_P)
+            with _Names() as seen:
+                gradients = run(gradient_TD, *given, ends, gate_up_P, wanted)
+            for gradient, full, is_wanted in zip(gradients, everything, wanted, strict=True):
+                assert torch.equal(gradient, full) if is_wanted else gradient.numel() == 0
+            products = sum(product_of in name for name in seen.names)
+            each = (
+                1
+                if run is backward_by_groups
+                else int(offsets_E.diff(prepend=torch.zeros(1)).count_nonzero())
+            )
+            assert products == each * (1 + wanted[0] + wanted[2] + wanted[3])
 
     @pytest.mark.parametrize("frozen", [("gate_up",), ("down",), ("gate_up", "down")])
     @pytest.mark.parametrize("of_input", [False, True])
