@@ -82,10 +82,14 @@ class Intercept(TorchFunctionMode):
         if func not in self.functions:  # every operation of the router passes here
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
-        call = read_call(func, args, kwargs)
-        if call is None or not self._selects(call):
+        call, choice = read_call(func, args, kwargs), self.choice
+        if (
+            call is None
+            or call.scores.shape[call.dim] != choice.num_experts
+            or (call.k and choice.use.k not in (None, call.k))
+        ):
             return func(*args, **kwargs)
-        draws_largest = call.largest != self.choice.use.from_end
+        draws_largest = call.largest != choice.use.from_end
         if self.bias_E is None:
             result = func(*args, **kwargs)
             self._see(call, result, draws_largest)
@@ -96,10 +100,6 @@ class Intercept(TorchFunctionMode):
         result = func(ranked_TE, *args[1:], **kwargs) if args else func(**kwargs | {"input": ranked_TE})
         self._see(call, result, draws_largest)
         return _unbiased_result(call, result)
-
-    def _selects(self, call: Call) -> bool:
-        choice = self.choice
-        return call.num_items == choice.num_experts and (not call.k or choice.use.k in (None, call.k))
 
     def _ranked(self, call: Call, bias_E: Tensor, draws_largest: bool) -> Tensor:
         zeros_masked = self.choice.zeros_masked

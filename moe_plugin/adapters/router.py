@@ -100,13 +100,14 @@ def _watched(module: Any, forward: Callable[..., Any], args: tuple, kwargs: dict
     compiling = torch.compiler.is_compiling()
     if not (site.proven or compiling):
         forward = _proving(site, forward)
+    closely = not compiling and site.looks_closely
     bias = site.bias_tensor
-    version = 0 if compiling else bias._version
+    version = bias._version if closely else 0
     seen: list[Selection] = []
-    guard = _refuse_to_be_recomputed if not compiling and site.looks_closely else None
+    guard = _refuse_to_be_recomputed if closely else None
     with Intercept(site, None if site.host_owns_bias else bias, seen, guard):
         output = forward(*args, **kwargs)
-    if not compiling and (bias._version != version or site.bias_tensor is not bias):
+    if closely and (bias._version != version or site.bias_tensor is not bias):
         raise EffectError(
             f"Router {site.name!r} moves its own {site.bias_name!r} in its forward, as balancing does between steps. "
             "Switch the model's own balancing off, or leave the router out with 'sites'."

@@ -29,8 +29,8 @@ class Call(NamedTuple):
     scores: Tensor
     k: int
     dim: int
-    keepdim: bool = True
-    largest: bool = True
+    keepdim: bool
+    largest: bool
 
     @property
     def num_items(self) -> int:
@@ -54,9 +54,17 @@ class Use(NamedTuple):
     rounds: int = 1
 
 
+_Read = tuple[str, Tensor, int, Any, bool, bool, dict[str, Any]]
+"""The fields of a call, its dimension as it was given, and arguments that are not known."""
+
+
 def read_call(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Call | None:
     """What a call of one of `SELECTING` ranks; None if it does not rank along one dimension."""
-    return _READERS[func](*args, **kwargs)
+    kind, scores, k, dim, keepdim, largest, rest = _READERS[func](*args, **kwargs)
+    num_dims = scores.dim()
+    if rest or not isinstance(dim, int) or not num_dims:
+        return None
+    return Call(kind, scores, k, dim % num_dims, keepdim, largest)
 
 
 # The readers have torch's own parameters, so that Python tells positional from named ones.
@@ -64,46 +72,35 @@ def read_call(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Call | Non
 
 def _topk(
     input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True, **rest: Any
-) -> Call | None:
+) -> _Read:
     number = k if isinstance(k, int) else operator.index(k)  # numpy's integers are none of Python's
-    return _call("topk", input, number, dim, largest=largest, rest=rest)
+    return "topk", input, number, dim, True, largest, rest
 
 
-def _sort(
-    input: Tensor, dim: int = -1, descending: bool = False, stable: bool = False, **rest: Any
-) -> Call | None:
-    return _call("sort", input, 0, dim, largest=descending, rest=rest)
+def _sort(input: Tensor, dim: int = -1, descending: bool = False, stable: bool = False, **rest: Any) -> _Read:
+    return "sort", input, 0, dim, True, descending, rest
 
 
 def _argsort(
     input: Tensor, dim: int = -1, descending: bool = False, stable: bool = False, **rest: Any
-) -> Call | None:
-    return _call("argsort", input, 0, dim, largest=descending, rest=rest)
+) -> _Read:
+    return "argsort", input, 0, dim, True, descending, rest
 
 
-def _argmax(input: Tensor, dim: int | None = None, keepdim: bool = False, **rest: Any) -> Call | None:
-    return _call("argmax", input, 1, dim, keepdim, rest=rest)
+def _argmax(input: Tensor, dim: int | None = None, keepdim: bool = False, **rest: Any) -> _Read:
+    return "argmax", input, 1, dim, keepdim, True, rest
 
 
-def _max(input: Tensor, dim: int | None = None, keepdim: bool = False, **rest: Any) -> Call | None:
-    return _call("max", input, 1, dim, keepdim, rest=rest)
+def _max(input: Tensor, dim: int | None = None, keepdim: bool = False, **rest: Any) -> _Read:
+    return "max", input, 1, dim, keepdim, True, rest
 
 
-def _argmin(input: Tensor, dim: int | None = None, keepdim: bool = False, **rest: Any) -> Call | None:
-    return _call("argmin", input, 1, dim, keepdim, largest=False, rest=rest)
+def _argmin(input: Tensor, dim: int | None = None, keepdim: bool = False, **rest: Any) -> _Read:
+    return "argmin", input, 1, dim, keepdim, False, rest
 
 
-def _min(input: Tensor, dim: int | None = None, keepdim: bool = False, **rest: Any) -> Call | None:
-    return _call("min", input, 1, dim, keepdim, largest=False, rest=rest)
-
-
-def _call(
-    kind: str, scores: Tensor, k: int, dim: Any, keepdim: bool = True, *, largest: bool = True, rest: dict
-) -> Call | None:
-    num_dims = scores.dim()
-    if rest or not isinstance(dim, int) or not num_dims:
-        return None
-    return Call(kind, scores, k, dim % num_dims, keepdim, largest)
+def _min(input: Tensor, dim: int | None = None, keepdim: bool = False, **rest: Any) -> _Read:
+    return "min", input, 1, dim, keepdim, False, rest
 
 
 def _functions(name: str) -> Iterator[Callable]:

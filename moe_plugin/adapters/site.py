@@ -178,7 +178,9 @@ class Site:
         # A second graph for the steps between would be compiled, which costs more than measuring.
         measures = self.measures_spread and training and (compiling or self.looks_closely)
         used_TK = None if self.dynamic is None else selection.used_TK
-        if not (compiling or measures) and valid_T is None and used_TK is None and not _is_captured(ids_TK):
+        # A replay of a CUDA graph would leave Python's lists out.
+        captured = ids_TK.is_cuda and torch.cuda.is_current_stream_capturing()
+        if not (compiling or measures or captured) and valid_T is None and used_TK is None:
             tally.keep_(ids_TK, selection.selected_TK, training=training)
             return
         count_(
@@ -224,8 +226,3 @@ class Site:
         self.gaps_EG = None if self.gaps_EG is None else self.gaps_EG.to(device)
         self.budget_1G = None if self.budget_1G is None else self.budget_1G.to(device)
         self.shares_E = None if self.shares_E is None else self.shares_E.to(device)
-
-
-def _is_captured(tensor: Tensor) -> bool:
-    """Whether a CUDA graph is recorded, which a replay would leave out of Python's lists."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
