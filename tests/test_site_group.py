@@ -42,11 +42,9 @@ def trained(rule, *, together):
     """Biases and memories after steps, with all sites in one group or each in its own."""
     torch.manual_seed(0)
     model = Host(SoftmaxRouter, num_experts=8)
-    # Rules that are equal but not the same part the sites.
-    per_site = {} if together else {"rules": {"layers.0.router": type(rule)(**vars(rule))}}
     balanced = balance_(model, rule)
-    if per_site:
-        balanced._rules |= per_site["rules"]
+    if not together:  # rules that are equal but not the same part the sites
+        balanced._rules["layers.0.router"] = type(rule)(**vars(rule))
     assert len(groups_of(balanced)) == (1 if together else 2)
     for step in range(4):
         torch.manual_seed(step)

@@ -30,7 +30,8 @@ def resolve_rate(rule: Rule, spread: Tensor) -> float | Tensor:
 
     Args:
         rule: Its rate is a number in score units (the papers' meaning), or 'auto'.
-        spread: Mean over tokens of the standard deviation of a token's scores over the experts; fp32 scalar.
+        spread: Mean over tokens of the standard deviation of a token's scores over the experts; fp32,
+            a scalar or (L, 1) for several sites.
     """
     if isinstance(rule.rate, str):
         return spread * getattr(rule, "auto_fraction", AUTO_FRACTION)
