@@ -19,8 +19,6 @@ def as_one(seen: Sequence[Selection], use: Use, rounds: int) -> Selection:
     Where the host was seen to rank its experts more than once (``use.k`` is set), the last is the selection: group
     limits rank groups before they rank experts.
     """
-    if len(seen) == 1:
-        return seen[0]
     if rounds > 1:
         seen = [_side_by_side(seen[first : first + rounds]) for first in range(0, len(seen), rounds)]
     elif use.k is not None:
