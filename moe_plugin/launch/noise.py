@@ -12,6 +12,8 @@ from contextlib import AbstractContextManager, contextmanager
 LOGGERS = (
     "lightning.pytorch.utilities.rank_zero",
     "lightning.fabric.utilities.rank_zero",
+    # Where both packages are installed, the one imported last writes for both.
+    "pytorch_lightning.utilities.rank_zero",
     "lightning.fabric.utilities.distributed",
     "lightning.fabric.utilities.seed",
     "lightning.pytorch.trainer.connectors.checkpoint_connector",
