@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_plugin.experts.dispatch import gate_weight_gradient, tokens_and_weights
-from moe_plugin.experts.dtypes import product_dtype
+from moe_plugin.experts.dtypes import HALVES, product_dtype
 
 ROWS = 2048
 """Rows of a block, of one or more experts."""
@@ -112,7 +112,7 @@ def blocks(ends: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[slice, lis
         ends: Where the rows of each expert end.
         dtype: Of the products.
     """
-    splits = dtype not in (torch.bfloat16, torch.float16)
+    splits = dtype not in HALVES
     start, position, pieces = 0, 0, []
     for expert, end in enumerate(ends):
         while position < end:
@@ -177,4 +177,4 @@ def through_swiglu_(
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
     """Where a token's experts are added up: never in half precision."""
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
+    return torch.float32 if dtype in HALVES else dtype

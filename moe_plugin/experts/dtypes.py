@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+HALVES = frozenset({torch.float16, torch.bfloat16})
+
 
 def compute_dtype(x: Tensor) -> torch.dtype:
     """The dtype that a layer gives for this input: that of `x`, or of the autocast where one is active."""
@@ -31,4 +33,4 @@ def _cpu_has_bf16() -> bool:
     return torch.ops.mkldnn._is_mkldnn_bf16_supported() and not emulated
 
 
-EMULATED_BY_CPU = frozenset({torch.float16} if _cpu_has_bf16() else {torch.float16, torch.bfloat16})
+EMULATED_BY_CPU = frozenset({torch.float16}) if _cpu_has_bf16() else HALVES

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from moe_plugin.experts.batched_products import backward_in_batches, forward_in_batches
 from moe_plugin.experts.blocks import backward_in_blocks, forward_in_blocks
 from moe_plugin.experts.dispatch import order_pairs
-from moe_plugin.experts.dtypes import product_dtype
+from moe_plugin.experts.dtypes import HALVES, product_dtype
 from moe_plugin.experts.grouped_products import backward_by_groups, forward_by_groups
 from moe_plugin.types import Routing
 
@@ -88,18 +89,25 @@ def _fake_backward(_: Tensor, *inputs: Any) -> Any:
     )
 
 
-def _forward_in_blocks(*inputs: Any) -> tuple[Tensor, Tensor]:
+def _forward_on_cpu(*inputs: Any) -> tuple[Tensor, Tensor]:
     *given, offsets_E = inputs
-    return forward_in_blocks(*given, ends=offsets_E.tolist())
+    run = forward_in_batches if _makes_kernels(given[0]) else forward_in_blocks
+    return run(*given, ends=offsets_E.tolist())
 
 
-def _backward_in_blocks(*inputs: Any) -> Sequence[Tensor]:
+def _backward_on_cpu(*inputs: Any) -> Sequence[Tensor]:
     *given, offsets_E, gate_up_P, wanted = inputs
-    return backward_in_blocks(*given, ends=offsets_E.tolist(), gate_up_P=gate_up_P, wanted=wanted)
+    run = backward_in_batches if _makes_kernels(given[0]) else backward_in_blocks
+    return run(*given, ends=offsets_E.tolist(), gate_up_P=gate_up_P, wanted=wanted)
 
 
-_LIBRARY.impl("experts", _forward_in_blocks, "CompositeExplicitAutograd")
-_LIBRARY.impl("experts_backward", _backward_in_blocks, "CompositeExplicitAutograd")
+def _makes_kernels(x_TD: Tensor) -> bool:
+    """Whether products are oneDNN's, which are made anew for each number of rows."""
+    return x_TD.device.type == "cpu" and product_dtype(x_TD.dtype, x_TD.device) in HALVES
+
+
+_LIBRARY.impl("experts", _forward_on_cpu, "CompositeExplicitAutograd")
+_LIBRARY.impl("experts_backward", _backward_on_cpu, "CompositeExplicitAutograd")
 _LIBRARY.impl("experts", forward_by_groups, "CUDA")
 _LIBRARY.impl("experts_backward", backward_by_groups, "CUDA")
 torch.library.register_fake("moe_plugin::experts", _fake_forward, lib=_LIBRARY)

@@ -34,16 +34,28 @@ def unpermute(
         top_k: Experts selected per token.
         weights_TK: What to multiply each pair's row by, in the dtype of `y_PD`; None for one.
     """
+    rows_P = torch.arange(len(pair_ids_P), device=pair_ids_P.device)
+    return sum_rows(y_PD, rows_P, pair_ids_P, num_tokens, top_k, weights_TK)
+
+
+def sum_rows(
+    y_RD: Tensor,
+    rows_P: Tensor,
+    pair_ids_P: Tensor,
+    num_tokens: int,
+    top_k: int,
+    weights_TK: Tensor | None = None,
+) -> Tensor:
+    """As `unpermute`, where the row of each pair is the one that `rows_P`, int64, says."""
     if not len(pair_ids_P):
-        return y_PD.new_zeros(num_tokens, y_PD.shape[1])
+        return y_RD.new_zeros(num_tokens, y_RD.shape[1])
     pairs_P = pair_ids_P.long()
-    rows_N = pairs_P.new_zeros(num_tokens * top_k)
-    rows_N.scatter_(0, pairs_P, torch.arange(len(pairs_P), device=pairs_P.device))
-    shares_N = y_PD.new_zeros(num_tokens * top_k)
+    rows_N = pairs_P.new_zeros(num_tokens * top_k).scatter_(0, pairs_P, rows_P)
+    shares_N = y_RD.new_zeros(num_tokens * top_k)
     if weights_TK is None:
         shares_N.index_fill_(0, pairs_P, 1.0)
     else:
         shares_N.index_copy_(0, pairs_P, weights_TK.reshape(-1).index_select(0, pairs_P))
     return functional.embedding_bag(
-        rows_N.view(-1, top_k), y_PD, mode="sum", per_sample_weights=shares_N.view(-1, top_k)
+        rows_N.view(-1, top_k), y_RD, mode="sum", per_sample_weights=shares_N.view(-1, top_k)
     )

@@ -9,8 +9,11 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_plugin.experts import GroupedExperts, fused, grouped_products
+from moe_plugin.experts import GroupedExperts, dtypes, fused, grouped_products
+from moe_plugin.experts import batches as batches_file
 from moe_plugin.experts import blocks as blocks_file
+from moe_plugin.experts.batched_products import backward_in_batches, forward_in_batches
+from moe_plugin.experts.batches import lay_out
 from moe_plugin.experts.blocks import backward_in_blocks, blocks, forward_in_blocks
 from moe_plugin.experts.dispatch import order_pairs
 from moe_plugin.experts.grouped_products import backward_by_groups, forward_by_groups
@@ -63,6 +66,66 @@ class TestImplementations:
         for results in (gradients, gradients2):
             assert [x.stride() for x in results[2:]] == [weights.stride() for weights in given[2:4]]
 
+    @settings(max_examples=25, deadline=None)
+    @given(
+        seed=st.integers(0, 2**31),
+        tokens=st.sampled_from([0, 1, 7, 24, 200]),
+        varying=st.booleans(),
+        skewed=st.booleans(),
+        rows=st.sampled_from([1, 32, 4096]),
+        strides=st.sampled_from(["contiguous", "transposed", "every second"]),
+    )
+    def test_batches_and_groups_give_the_same(self, seed, tokens, varying, skewed, rows, strides):
+        *given, offsets_E = inputs(seed, tokens, varying=varying, skewed=skewed)
+        if strides == "transposed":
+            given[2:4] = (weights.mT.contiguous().mT for weights in given[2:4])
+        elif strides == "every second":
+            given[2:4] = (weights.repeat_interleave(2, dim=-1)[..., ::2] for weights in given[2:4])
+        gradient_TD, ends = torch.randn(tokens, D), offsets_E.tolist()
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(batches_file, "ROWS", rows)
+            y_TD, gate_up_P = forward_in_batches(*given, ends)
+            gradients = backward_in_batches(gradient_TD, *given, ends, gate_up_P)
+        if strides == "every second":  # which grouped_mm does not take
+            given[2:4] = (weights.contiguous() for weights in given[2:4])
+        y2_TD, gate_up2_P = forward_by_groups(*given, offsets_E)
+        gradients2 = backward_by_groups(gradient_TD, *given, offsets_E, gate_up2_P)
+        for one, other in zip((y_TD, *gradients), (y2_TD, *gradients2), strict=True):
+            torch.testing.assert_close(one, other, atol=1e-3, rtol=1e-4)
+        assert gate_up_P.shape == gate_up2_P.shape
+        if strides != "every second":
+            assert [x.stride() for x in gradients[2:]] == [weights.stride() for weights in given[2:4]]
+
+    def test_in_batches_an_infinite_token_reaches_its_own_experts_only(self):
+        x_TD, *given, offsets_E = inputs()
+        ends = offsets_E.tolist()
+        x_TD[0] = torch.inf
+        y_TD, gate_up_P = forward_in_batches(x_TD, *given, ends)
+        _, _, dgate_up, _ = backward_in_batches(torch.randn(T, D), x_TD, *given, ends, gate_up_P)
+        assert not y_TD[0].isfinite().all()
+        assert y_TD[1:].isfinite().all()
+        expert_of_P = torch.arange(E).repeat_interleave(
+            offsets_E.diff(prepend=torch.zeros(1, dtype=torch.int32))
+        )
+        pair_ids_P = given[-1]
+        theirs = set(expert_of_P[pair_ids_P // K == 0].tolist())
+        assert {expert for expert in range(E) if not dgate_up[expert].isfinite().all()} == theirs
+
+    @pytest.mark.parametrize("emulated", [False, True])
+    def test_half_precision_is_in_batches_where_the_cpu_has_it(self, monkeypatch, emulated):
+        monkeypatch.setattr(dtypes, "EMULATED_BY_CPU", dtypes.HALVES if emulated else frozenset())
+        for name in ("forward_in_batches", "backward_in_batches"):
+            run = getattr(fused, name)
+            monkeypatch.setattr(
+                fused, name, lambda *given, run=run, **named: ran.append(run) or run(*given, **named)
+            )
+        ran = []
+        for dtype in (torch.float32, torch.bfloat16):
+            GroupedExperts(E, D, H).to(dtype)(
+                torch.randn(T, D, dtype=dtype), routing()
+            ).float().sum().backward()
+        assert ran == ([] if emulated else [forward_in_batches, backward_in_batches])
+
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
     @pytest.mark.parametrize("varying", [False, True])
     @pytest.mark.skipif(not INTERPRETED, reason="needs TRITON_INTERPRET=1")
@@ -100,6 +163,7 @@ class TestUnwanted:
         for run, ends, product_of in (
             (backward_by_groups, offsets_E, "_grouped_mm"),
             (backward_in_blocks, offsets_E.tolist(), "aten.mm"),
+            (backward_in_batches, offsets_E.tolist(), "aten.bmm"),
         ):
             everything = run(gradient_TD, *given, ends, gate_up_P)
             with _Names() as seen:
@@ -107,11 +171,11 @@ class TestUnwanted:
             for gradient, full, is_wanted in zip(gradients, everything, wanted, strict=True):
                 assert torch.equal(gradient, full) if is_wanted else gradient.numel() == 0
             products = sum(product_of in name for name in seen.names)
-            each = (
-                1
-                if run is backward_by_groups
-                else int(offsets_E.diff(prepend=torch.zeros(1)).count_nonzero())
-            )
+            each = {
+                backward_by_groups: 1,
+                backward_in_blocks: int(offsets_E.diff(prepend=torch.zeros(1)).count_nonzero()),
+                backward_in_batches: len(lay_out(given[-1], offsets_E.tolist()).batches),
+            }[run]
             assert products == each * (1 + wanted[0] + wanted[2] + wanted[3])
 
     @pytest.mark.parametrize("frozen", [("gate_up",), ("down",), ("gate_up", "down")])
