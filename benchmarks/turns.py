@@ -52,6 +52,7 @@ def take_turns(
     before: Callable[[], object] = lambda: None,
     agree: Callable[[Mapping[str, Any]], bool] = lambda results: True,
     warm_up: int = 3,
+    rehearsals: int = 0,
     clock: Callable[[], float] | None = None,
 ) -> Turns:
     """Times each side once per round.
@@ -66,6 +67,9 @@ def take_turns(
         before: Called before each side, untimed.
         agree: Whether the results of a round, by side, are equal enough for their times to be compared.
         warm_up: Rounds before, which do not count.
+        rehearsals: Untimed calls of a side before each timed one, each with an input of its own that all sides get. For
+            what oneDNN makes a kernel for each number of rows and keeps no more than 1,024: or a side
+            would be timed as it is after others have used them up.
         clock: Seconds; None is process time with one thread, and wall time with several.
 
     Raises:
@@ -74,9 +78,12 @@ def take_turns(
     clock = clock or (time.process_time if torch.get_num_threads() == 1 else time.perf_counter)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
     for turn in range(warm_up + rounds):
-        given, results = fresh(), {}
+        *before_it, given = (fresh() for _ in range(rehearsals + 1))
+        results = {}
         for name in random.sample(list(sides), len(sides)):
             before()
+            for other in before_it:
+                sides[name](other)
             begin = clock()
             results[name] = sides[name](given)
             if turn >= warm_up:

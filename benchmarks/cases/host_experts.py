@@ -17,8 +17,17 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from benchmarks.cases.layer import LOOPED, SHAPES, D, Shape
-from benchmarks.cases.train_step import IMPLEMENTATIONS, are_close, logits_of, softmax_model, training_step
+from benchmarks.cases.train_step import (
+    IMPLEMENTATIONS,
+    PRECISIONS,
+    REHEARSALS,
+    TOLERANCE,
+    are_close,
+    logits_of,
+    softmax_model,
+    training_step,
+)
+from benchmarks.expert_layer import LOOPED, SHAPES, D, Shape
 from benchmarks.memory import peak_mib
 from benchmarks.models import random_tokens
 from benchmarks.qwen3 import as_qwen3, qwen3_block
@@ -32,7 +41,8 @@ def rows(rounds: int = 9, tokens: int = 4096, batch: int = 4) -> Iterator[Row]:
     for name, shape in SHAPES.items():
         peers = IMPLEMENTATIONS if name in LOOPED else ("grouped_mm",)
         yield from block(f"{name}: {shape.experts} experts, top {shape.top_k}", shape, peers, rounds, tokens)
-    yield whole_step(rounds, batch)
+    for precision in PRECISIONS:
+        yield whole_step(precision, rounds, batch)
 
 
 def block(title: str, shape: Shape, peers: Sequence[str], rounds: int, tokens: int) -> Iterator[Row]:
@@ -48,18 +58,29 @@ def block(title: str, shape: Shape, peers: Sequence[str], rounds: int, tokens: i
         yield turns.row(f"block {title}, fp32", "fused", peer, memory_mib=peaks["fused"], note=note)
 
 
-def whole_step(rounds: int, batch: int) -> Row:
+def whole_step(precision: str, rounds: int, batch: int) -> Row:
     """A training step of a whole model."""
     hosts = {name: as_qwen3(softmax_model(), name) for name in IMPLEMENTATIONS}
     models = with_own(as_qwen3(softmax_model(), IMPLEMENTATIONS[0]), hosts)
-    sides = {name: training_step(model, partial(logits_of, model), "fp32") for name, model in models.items()}
-    agree = partial(are_close, tolerance=1e-4)
-    turns = take_turns(sides, rounds, fresh=partial(random_tokens, batch), agree=agree, warm_up=2)
+    sides = {
+        name: training_step(model, partial(logits_of, model), precision) for name, model in models.items()
+    }
+    agree = partial(are_close, tolerance=TOLERANCE[precision])
+    turns = take_turns(
+        sides,
+        rounds,
+        fresh=partial(random_tokens, batch),
+        agree=agree,
+        warm_up=2,
+        rehearsals=REHEARSALS[precision],
+    )
     best = min(hosts, key=turns.milliseconds)
     tokens = random_tokens(batch)
     memory = {name: peak_mib(partial(sides[name], tokens)) for name in ("fused", best)}
     note = f"best of {' and '.join(hosts)}; {memory[best]:.0f} MiB"
-    return turns.row("step of small as Qwen3, fp32", "fused", best, memory_mib=memory["fused"], note=note)
+    return turns.row(
+        f"step of small as Qwen3, {precision}", "fused", best, memory_mib=memory["fused"], note=note
+    )
 
 
 def with_own(fused: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -27,6 +27,19 @@ class TestTakeTurns:
         assert seen == {"a": [0, 1, 2, 3, 4, 5], "b": [0, 1, 2, 3, 4, 5]}
         assert turns.seconds == {"a": [1.0] * 4, "b": [1.0] * 4}
 
+    def test_rehearsals_are_not_timed_and_the_same_for_all_sides(self) -> None:
+        seen: dict[str, list[int]] = {"a": [], "b": []}
+        turns = take_turns(
+            {name: values.append for name, values in seen.items()},
+            rounds=2,
+            fresh=count().__next__,
+            warm_up=0,
+            rehearsals=2,
+            clock=ticking(),
+        )
+        assert seen == {"a": [0, 1, 2, 3, 4, 5], "b": [0, 1, 2, 3, 4, 5]}
+        assert turns.seconds == {"a": [1.0] * 2, "b": [1.0] * 2}
+
     def test_order_is_shuffled(self) -> None:
         order: list[str] = []
         take_turns({name: lambda _, name=name: order.append(name) for name in "ab"}, rounds=60, warm_up=0)
