@@ -71,7 +71,7 @@ def whole_step(precision: str, rounds: int, batch: int) -> Row:
         rounds,
         fresh=partial(random_tokens, batch),
         agree=agree,
-        warm_up=2,
+        warm_up=1,
         rehearsals=REHEARSALS[precision],
     )
     best = min(hosts, key=turns.milliseconds)
