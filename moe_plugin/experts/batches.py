@@ -13,6 +13,8 @@ from torch import Tensor
 
 ROWS = 4096
 """Rows of a batch, if it has more than one expert."""
+ALONE = 768
+"""An expert with more rows has a batch of its own: its weights need no copy then, and no more is held at once."""
 FILLED = 0.85
 """How much of its rows each expert of a batch has at least, if there is more than one."""
 FINEST = 8
@@ -80,7 +82,7 @@ def batches(loads: Sequence[int]) -> list[Batch]:
     found, first, pair, row = [], 0, 0, 0
     while first < len(order):
         height = _rounded_up(loads[order[first]])
-        size = 1 << max(0, (ROWS // height).bit_length() - 1)
+        size = 1 if height > ALONE else 1 << max(0, (ROWS // height).bit_length() - 1)
         while size > 1 and (first + size > len(order) or loads[order[first + size - 1]] < FILLED * height):
             size //= 2
         experts = order[first : first + size]

@@ -192,8 +192,8 @@ CHECKS: Mapping[str, tuple[Find, str]] = {
     ),
     "swinging bias": (
         swinging_bias,
-        "The rate is too high for this router, or the batch too small: lower 'rate', put more tokens in a step, or take "
-        "Proportional() if the rule is Sign().",
+        "The rate is too high for this router, or the batch too small: lower 'rate', put more tokens in a step, or "
+        "take Proportional() if the rule is Sign().",
     ),
     "saturated bias": (
         saturated_bias,

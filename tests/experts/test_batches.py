@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_plugin.experts import batches as batches_file
-from moe_plugin.experts.batches import FILLED, ROWS, batches, lay_out
+from moe_plugin.experts.batches import ALONE, FILLED, ROWS, batches, lay_out
 
 LOADS = st.lists(st.one_of(st.integers(0, 300), st.integers(0, 9000)), min_size=1, max_size=40)
 
@@ -26,6 +26,7 @@ class TestBatches:
             assert max(batch.loads) <= batch.height < 1.07 * max(batch.loads) + 8
             assert size & (size - 1) == 0
             if size > 1:
+                assert batch.height <= ALONE
                 assert size * batch.height <= ROWS
                 assert min(batch.loads) >= FILLED * batch.height
             assert (batch.pairs.start, batch.rows.start) == (pair, row)
