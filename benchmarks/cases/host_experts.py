@@ -23,6 +23,7 @@ from benchmarks.cases.train_step import (
     REHEARSALS,
     TOLERANCE,
     are_close,
+    fewer,
     logits_of,
     softmax_model,
     training_step,
@@ -68,7 +69,7 @@ def whole_step(precision: str, rounds: int, batch: int) -> Row:
     agree = partial(are_close, tolerance=TOLERANCE[precision])
     turns = take_turns(
         sides,
-        rounds,
+        fewer(rounds, precision),
         fresh=partial(random_tokens, batch),
         agree=agree,
         warm_up=1,

@@ -49,7 +49,7 @@ def beside_transformers(precision: str, rounds: int, batch: int) -> Row:
     agree = partial(are_close, tolerance=TOLERANCE[precision])
     turns = take_turns(
         sides,
-        rounds,
+        fewer(rounds, precision),
         fresh=lambda: random_tokens(batch),
         agree=agree,
         warm_up=1,
@@ -66,6 +66,11 @@ def beside_transformers(precision: str, rounds: int, batch: int) -> Row:
         memory_mib=memory["ours"],
         note=f"transformers, best of {' and '.join(IMPLEMENTATIONS)}; {memory[best]:.0f} MiB",
     )
+
+
+def fewer(rounds: int, precision: str) -> int:
+    """Fewer rounds where each has rehearsals, whose times scatter less."""
+    return max(3, rounds // 3) if REHEARSALS[precision] else rounds
 
 
 def by_layers(rounds: int, batch: int) -> Iterator[Row]:
