@@ -1,7 +1,7 @@
 """Routed SwiGLU experts as one operation: forward and backward by hand, one implementation per device.
 
-CPUs with instructions for bf16 have another one for it. The operators are of ``torch.library``, so that `torch.compile` takes a whole model in any dtype, and does not compile
-anew when loads change.
+CPUs with instructions for bf16 have another one for it. The operators are of ``torch.library``, so that `torch.compile`
+takes a whole model in any dtype, and does not compile anew when loads change.
 
 Shape legend: T tokens, D model width, H hidden width, E experts, K experts selected per token, P token-expert pairs.
 """
