@@ -67,9 +67,9 @@ def take_turns(
         before: Called before each side, untimed.
         agree: Whether the results of a round, by side, are equal enough for their times to be compared.
         warm_up: Rounds before, which do not count.
-        rehearsals: Untimed calls of a side before each timed one, each with an input of its own that all sides get. For
-            what oneDNN makes a kernel for each number of rows and keeps no more than 1,024: or a side
-            would be timed as it is after others have used them up.
+        rehearsals: Untimed calls of a side before each timed one, each with an input of its own that all sides get: for
+            products for which oneDNN makes kernels. It keeps 1,024 of all sides together, and without rehearsals
+            a side would be timed as the others have left them.
         clock: Seconds; None is process time with one thread, and wall time with several.
 
     Raises:

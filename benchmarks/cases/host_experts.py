@@ -20,17 +20,13 @@ from torch import Tensor, nn
 from benchmarks.cases.train_step import (
     IMPLEMENTATIONS,
     PRECISIONS,
-    REHEARSALS,
-    TOLERANCE,
-    are_close,
-    fewer,
     logits_of,
+    over_best_peer,
     softmax_model,
     training_step,
 )
 from benchmarks.expert_layer import LOOPED, SHAPES, D, Shape
 from benchmarks.memory import peak_mib
-from benchmarks.models import random_tokens
 from benchmarks.qwen3 import as_qwen3, qwen3_block
 from benchmarks.row import Row
 from benchmarks.turns import take_turns
@@ -66,22 +62,7 @@ def whole_step(precision: str, rounds: int, batch: int) -> Row:
     sides = {
         name: training_step(model, partial(logits_of, model), precision) for name, model in models.items()
     }
-    agree = partial(are_close, tolerance=TOLERANCE[precision])
-    turns = take_turns(
-        sides,
-        fewer(rounds, precision),
-        fresh=partial(random_tokens, batch),
-        agree=agree,
-        warm_up=1,
-        rehearsals=REHEARSALS[precision],
-    )
-    best = min(hosts, key=turns.milliseconds)
-    tokens = random_tokens(batch)
-    memory = {name: peak_mib(partial(sides[name], tokens)) for name in ("fused", best)}
-    note = f"best of {' and '.join(hosts)}; {memory[best]:.0f} MiB"
-    return turns.row(
-        f"step of small as Qwen3, {precision}", "fused", best, memory_mib=memory["fused"], note=note
-    )
+    return over_best_peer("step of small as Qwen3", "fused", sides, precision, rounds, batch)
 
 
 def with_own(fused: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

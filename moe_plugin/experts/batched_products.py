@@ -112,19 +112,19 @@ def _of(batch: Batch, weights: Tensor) -> Tensor:
     """The weights of its experts, (B, I, O): a copy, unless there is only one."""
     if len(batch.experts) == 1:
         return weights.narrow(0, batch.experts[0], 1)
+    experts = torch.tensor(batch.experts)
     if _is_transposed(weights):
-        return _of(batch, weights.mT).mT
-    return weights.index_select(0, torch.tensor(batch.experts))
+        return weights.mT.index_select(0, experts).mT
+    return weights.index_select(0, experts)
 
 
 def _set_gradients(gradients: Tensor, batch: Batch, inputs_NI: Tensor, gradients_NO: Tensor) -> None:
     """Those of the batch's experts, within those of all, which lie in memory as the weights do."""
     if _is_transposed(gradients):
-        return _set_gradients(gradients.mT, batch, gradients_NO, inputs_NI)
+        gradients, inputs_NI, gradients_NO = gradients.mT, gradients_NO, inputs_NI
     product_BIO = torch.bmm(_by_expert(inputs_NI, batch).mT, _by_expert(gradients_NO, batch))
     # Much faster than `index_copy_`.
     torch._foreach_copy_([gradients[expert] for expert in batch.experts], product_BIO.unbind(0))  # pyright: ignore[reportPrivateImportUsage]
-    return None
 
 
 def _is_transposed(weights: Tensor) -> bool:
