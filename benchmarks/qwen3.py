@@ -14,7 +14,9 @@ from moe_plugin.models.size import measure
 from moe_plugin.models.transformer import TransformerLayer
 
 
-def as_qwen3(ours: LanguageModel, experts_implementation: str) -> Qwen3MoeForCausalLM:
+def as_qwen3(
+    ours: LanguageModel, experts_implementation: str, attention: str = "sdpa"
+) -> Qwen3MoeForCausalLM:
     """The same function as `ours`, a model with softmax scores and normalised gate weights.
 
     Qwen3's norms of queries and keys, which ours has not, are left out: they would only cost the peer time.
@@ -22,10 +24,12 @@ def as_qwen3(ours: LanguageModel, experts_implementation: str) -> Qwen3MoeForCau
     Args:
         ours: Where the weights come from.
         experts_implementation: How transformers computes experts: eager, batched_mm or grouped_mm.
+        attention: And attention: sdpa, torch's fused kernel, or eager, two products and a softmax.
     """
     network = ours.network
     peer = Qwen3MoeForCausalLM(_config(ours))
     peer.set_experts_implementation(experts_implementation)
+    peer.set_attn_implementation(attention)
     with torch.no_grad():
         peer.model.embed_tokens.weight.copy_(network.embedding.weight)
         peer.model.norm.weight.copy_(network.norm.weight)

@@ -1,7 +1,8 @@
 """Where the step of the small model takes its time: each part alone, beside the same part of transformers' Qwen3-MoE.
 
 Forward and backward of one layer's part, times its number in the model; clipping and optimizer once. The peer computes
-experts by `grouped_mm`. Precisions are those of `train_step`.
+experts by `grouped_mm`, and attention by torch's fused kernel in fp32 and by products and a softmax (`eager`) in bf16,
+whichever is faster on a CPU. Precisions are those of `train_step`.
 
 Shape legend: B batch, S sequence, D model width.
 """
@@ -39,7 +40,8 @@ class Part(NamedTuple):
 def rows(rounds: int = 5, batch: int = 2) -> Iterator[Row]:
     """Each part in each precision; `batch` is sequences of 256 tokens."""
     for precision in PRECISIONS:
-        ours, peer = softmax_model(), as_qwen3(softmax_model(), PEER)
+        attention = "sdpa" if precision == "fp32" else "eager"
+        ours, peer = softmax_model(), as_qwen3(softmax_model(), PEER, attention)
         if precision == "bf16 weights":
             for model in (ours, peer):
                 model.bfloat16()
@@ -65,7 +67,7 @@ def layer_parts(ours: LanguageModel, peer: Any, batch: int, precision: str) -> I
     rotary = rotary_table(LENGTH, head_dim, x_BSD.device)
     theirs = {
         "position_embeddings": peer.model.rotary_emb(x_BSD, torch.arange(LENGTH)[None]),
-        "attention_mask": None,
+        "attention_mask": None if peer.config._attn_implementation == "sdpa" else future_of(x_BSD),
     }
     of = partial(forward_and_backward, x_BSD=x_BSD, precision=precision)
     yield Part("norms", 2 * layers + 1, of(one.attention_norm), of(other.input_layernorm))
@@ -73,6 +75,12 @@ def layer_parts(ours: LanguageModel, peer: Any, batch: int, precision: str) -> I
     yield Part("blocks of experts", layers - 1, of(one.feed_forward), of(other.mlp))
     yield Part("dense layer", 1, of(network.layers[0].feed_forward), of(peer.model.layers[0].mlp))
     yield Part("head", 1, of(network.head), of(peer.lm_head))
+
+
+def future_of(x_BSD: Tensor) -> Tensor:
+    """What `eager` adds to scores, so that no position sees later ones: (1, 1, S, S)."""
+    length = x_BSD.shape[1]
+    return x_BSD.new_full((1, 1, length, length), torch.finfo(x_BSD.dtype).min).triu(1)
 
 
 def forward_and_backward(module: Any, *, x_BSD: Tensor, precision: str, **more: Any) -> Callable[[], None]:

@@ -1,9 +1,9 @@
 """A whole training step of the small model beside the same model built from transformers' Qwen3-MoE.
 
 Same weights, parameters, operations, batches, optimizer (fused AdamW) and clipping; equal losses are checked in every
-round. transformers computes experts by `eager` and `grouped_mm`, and the faster one is the peer. `batched_mm` is left
-out: it copies an expert's weights for every token, 1.6 GB a layer here. Precisions: fp32, bf16 by autocast over fp32
-weights, and bf16 weights.
+round. transformers computes experts by `eager` and `grouped_mm`, attention by `sdpa` and `eager`, and the fastest of
+the four is the peer. `batched_mm` is left out: it copies an expert's weights for every token, 1.6 GB a layer here.
+Precisions: fp32, bf16 by autocast over fp32 weights, and bf16 weights.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from moe_plugin.models import AdamWWarmupCosine, LanguageModel
 from moe_plugin.routing import Router, SoftmaxBeforeTopK
 
 IMPLEMENTATIONS = ("eager", "grouped_mm")
+ATTENTIONS = ("sdpa", "eager")
 PRECISIONS = ("fp32", "bf16 autocast", "bf16 weights")
 TOLERANCE = {"fp32": 1e-4, "bf16 autocast": 0.02, "bf16 weights": 0.02}
 REHEARSALS = {"fp32": 0, "bf16 autocast": 20, "bf16 weights": 20}
@@ -43,9 +45,9 @@ def beside_transformers(precision: str, rounds: int, batch: int) -> Row:
     """The step in one precision."""
     ours = softmax_model()
     sides = {"ours": training_step(ours, lambda tokens: ours(tokens), precision)}
-    for implementation in IMPLEMENTATIONS:
-        peer = as_qwen3(softmax_model(), implementation)
-        sides[implementation] = training_step(peer, partial(logits_of, peer), precision)
+    for implementation, attention in product(IMPLEMENTATIONS, ATTENTIONS):
+        peer = as_qwen3(softmax_model(), implementation, attention)
+        sides[f"{implementation}, {attention}"] = training_step(peer, partial(logits_of, peer), precision)
     goal = 0.75 if precision.startswith("bf16") else None
     return over_best_peer("step of small", "ours", sides, precision, rounds, batch, goal=goal)
 

@@ -5,15 +5,19 @@ Shape legend: B batch, S sequence, D model width, N heads, A head width.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_plugin.errors import ConfigError
 from moe_plugin.experts import Linear
-from moe_plugin.experts.dtypes import product_dtype
+from moe_plugin.experts.dtypes import HALVES, product_dtype
 
 Rotary = tuple[Tensor, Tensor]
+LONGEST_BY_PRODUCTS = 512
+"""Positions up to which two products and a softmax beat torch's fused kernel in bf16 on a CPU: docs/speed.md."""
 
 
 def rotary_table(length: int, head_dim: int, device: torch.device, base: float = 10000.0) -> Rotary:
@@ -35,8 +39,19 @@ def rotate(x_BNSA: Tensor, rotary: Rotary) -> Tensor:
     return x_BNSA * cos_SA + torch.cat((-second, first), dim=-1) * sin_SA
 
 
+def attend(q_BNSA: Tensor, k_BNSA: Tensor, v_BNSA: Tensor) -> Tensor:
+    """Each position's mean of the values up to it, weighted by the softmax of the scaled scores: (B, N, S, A)."""
+    length, head_dim = q_BNSA.shape[-2:]
+    if q_BNSA.device.type == "cpu" and q_BNSA.dtype in HALVES and length <= LONGEST_BY_PRODUCTS:
+        q, k, v = (each.flatten(0, 1) for each in (q_BNSA, k_BNSA, v_BNSA))
+        future_SS = q.new_full((length, length), -math.inf).triu(1)
+        scores = torch.baddbmm(future_SS, q, k.mT, alpha=head_dim**-0.5)
+        return (scores.softmax(-1) @ v).view_as(q_BNSA)
+    return functional.scaled_dot_product_attention(q_BNSA, k_BNSA, v_BNSA, is_causal=True)
+
+
 class CausalSelfAttention(nn.Module):
-    """Multi-head attention over the past, by `scaled_dot_product_attention`."""
+    """Multi-head attention over the past."""
 
     def __init__(self, dim: int, num_heads: int, *, residual_gain: float = 1.0) -> None:
         """Creates the projections.
@@ -63,7 +78,5 @@ class CausalSelfAttention(nn.Module):
         heads = qkv.unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
         q, k, v = (each.to(product_dtype(qkv.dtype, qkv.device)) for each in heads)
         with torch.autocast(qkv.device.type, enabled=False):
-            y_BNSA = functional.scaled_dot_product_attention(
-                rotate(q, rotary), rotate(k, rotary), v, is_causal=True
-            )
+            y_BNSA = attend(rotate(q, rotary), rotate(k, rotary), v)
         return self.out(y_BNSA.transpose(1, 2).flatten(2).to(qkv.dtype))
