@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,7 @@ from torch import Tensor, nn
 from benchmarks.cases.train_step import (
     IMPLEMENTATIONS,
     PRECISIONS,
+    Step,
     logits_of,
     over_best_peer,
     softmax_model,
@@ -57,12 +59,16 @@ def block(title: str, shape: Shape, peers: Sequence[str], rounds: int, tokens: i
 
 def whole_step(precision: str, rounds: int, batch: int) -> Row:
     """A training step of a whole model."""
-    hosts = {name: as_qwen3(softmax_model(), name) for name in IMPLEMENTATIONS}
-    models = with_own(as_qwen3(softmax_model(), IMPLEMENTATIONS[0]), hosts)
-    sides = {
-        name: training_step(model, partial(logits_of, model), precision) for name, model in models.items()
-    }
-    return over_best_peer("step of small as Qwen3", "fused", sides, precision, rounds, batch)
+    sides = {"fused": partial(host_step, IMPLEMENTATIONS[0], "fused", precision)}
+    sides |= {name: partial(host_step, name, None, precision) for name in IMPLEMENTATIONS}
+    return over_best_peer("step of small as Qwen3", sides, precision, rounds, batch)
+
+
+def host_step(implementation: str, experts: Literal["fused"] | None, precision: str) -> Step:
+    """That of one side."""
+    model = as_qwen3(softmax_model(), implementation)
+    balance_(model, rule=None, experts=experts)
+    return training_step(model, partial(logits_of, model), precision)
 
 
 def with_own(fused: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:

@@ -1,9 +1,9 @@
 """A whole training step of the small model beside the same model built from transformers' Qwen3-MoE.
 
 Same weights, parameters, operations, batches, optimizer (fused AdamW) and clipping; equal losses are checked in every
-round. transformers computes experts by `eager` and `grouped_mm`, attention by `sdpa` and `eager`, and the fastest of
-the four is the peer. `batched_mm` is left out: it copies an expert's weights for every token, 1.6 GB a layer here.
-Precisions: fp32, bf16 by autocast over fp32 weights, and bf16 weights.
+round, and each side has a process of its own. transformers computes experts by `eager` and `grouped_mm`, attention by
+`sdpa` and `eager`, and the fastest of the four is the peer. `batched_mm` is left out: it copies an expert's weights for
+every token, 1.6 GB a layer here. Precisions: fp32, bf16 by autocast over fp32 weights, and bf16 weights.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from benchmarks.apart import apart
 from benchmarks.memory import peak_mib
 from benchmarks.models import random_tokens, small_model
 from benchmarks.qwen3 import as_qwen3
@@ -29,8 +30,8 @@ IMPLEMENTATIONS = ("eager", "grouped_mm")
 ATTENTIONS = ("sdpa", "eager")
 PRECISIONS = ("fp32", "bf16 autocast", "bf16 weights")
 TOLERANCE = {"fp32": 1e-4, "bf16 autocast": 0.02, "bf16 weights": 0.02}
-REHEARSALS = {"fp32": 0, "bf16 autocast": 20, "bf16 weights": 20}
-"""So many steps it takes until a model of this size meets few numbers of rows that have no kernel yet."""
+WARM_UP = {"fp32": 2, "bf16 autocast": 20, "bf16 weights": 20}
+"""In bf16, so many steps it takes until a model of this size meets few numbers of rows that have no kernel yet."""
 Step = Callable[[Tensor], float]
 
 
@@ -43,46 +44,64 @@ def rows(rounds: int = 8, batch: int = 4, growth_rounds: int = 4) -> Iterator[Ro
 
 def beside_transformers(precision: str, rounds: int, batch: int) -> Row:
     """The step in one precision."""
-    ours = softmax_model()
-    sides = {"ours": training_step(ours, lambda tokens: ours(tokens), precision)}
-    for implementation, attention in product(IMPLEMENTATIONS, ATTENTIONS):
-        peer = as_qwen3(softmax_model(), implementation, attention)
-        sides[f"{implementation}, {attention}"] = training_step(peer, partial(logits_of, peer), precision)
+    peers = product(IMPLEMENTATIONS, ATTENTIONS)
+    sides = {
+        f"{experts}, {attention}": partial(peer_step, experts, attention, precision)
+        for experts, attention in peers
+    }
     goal = 0.75 if precision.startswith("bf16") else None
-    return over_best_peer("step of small", "ours", sides, precision, rounds, batch, goal=goal)
+    return over_best_peer(
+        "step of small", {"ours": partial(our_step, precision), **sides}, precision, rounds, batch, goal=goal
+    )
+
+
+def our_step(precision: str) -> Step:
+    """That of our model."""
+    model = softmax_model()
+    return training_step(model, model.forward, precision)
+
+
+def peer_step(experts: str, attention: str, precision: str) -> Step:
+    """That of the same model of transformers."""
+    peer = as_qwen3(softmax_model(), experts, attention)
+    return training_step(peer, partial(logits_of, peer), precision)
 
 
 def over_best_peer(
     title: str,
-    mine: str,
-    sides: Mapping[str, Step],
+    sides: Mapping[str, Callable[[], Step]],
     precision: str,
     rounds: int,
     batch: int,
     goal: float | None = None,
 ) -> Row:
-    """One side over the fastest of the others, which are implementations of transformers."""
-    rehearsals = REHEARSALS[precision]
-    turns = take_turns(
-        sides,
-        max(3, rounds // 3) if rehearsals else rounds,  # after rehearsals times scatter less
-        fresh=partial(random_tokens, batch),
-        agree=partial(are_close, tolerance=TOLERANCE[precision]),
-        warm_up=2,
-        rehearsals=rehearsals,
-    )
-    peers = [name for name in sides if name != mine]
-    best = min(peers, key=turns.milliseconds)
+    """The first side over the fastest of the others, which are settings of transformers."""
+    mine, *peers = sides
     tokens = random_tokens(batch)
-    memory = {name: peak_mib(partial(sides[name], tokens)) for name in (mine, best)}
+    with apart(sides) as running:
+        turns = take_turns(
+            running,
+            rounds,
+            fresh=partial(random_tokens, batch),
+            agree=partial(are_close, tolerance=TOLERANCE[precision]),
+            warm_up=WARM_UP[precision],
+            clock=lambda: sum(side.seconds for side in running.values()),
+        )
+        best = min(peers, key=turns.milliseconds)
+        memory = {name: running[name].do(peak_of, tokens) for name in (mine, best)}
     return turns.row(
         f"{title}, {precision}",
         mine,
         best,
         goal=goal,
         memory_mib=memory[mine],
-        note=f"transformers, best of {' and '.join(peers)}; {memory[best]:.0f} MiB",
+        note=f"transformers, best of {len(peers)} settings; {memory[best]:.0f} MiB",
     )
+
+
+def peak_of(step: Step, tokens_BS: Tensor) -> float:
+    """The peak memory of a step, in MiB."""
+    return peak_mib(partial(step, tokens_BS))
 
 
 def by_layers(rounds: int, batch: int) -> Iterator[Row]:
