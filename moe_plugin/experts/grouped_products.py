@@ -84,7 +84,13 @@ def _weight_gradient(inputs_PI: Tensor, gradients_PO: Tensor, weights: Tensor, o
 
 
 def _can_group(gate_up: Tensor, down: Tensor) -> bool:
-    """Whether grouped_mm takes the dtype, and the strides of inputs, outputs and gradients are aligned."""
+    """Whether grouped_mm takes the dtype, and how weights, inputs, outputs and gradients lie in memory."""
     widths = (*gate_up.shape[1:], down.shape[1])
     aligned = all(width * gate_up.element_size() % _ALIGNMENT_BYTES == 0 for width in widths)
-    return aligned and gate_up.dtype in _DTYPES
+    return aligned and gate_up.dtype in _DTYPES and _has_rows(gate_up) and _has_rows(down)
+
+
+def _has_rows(weights: Tensor) -> bool:
+    """Whether the numbers of a row or of a column lie side by side, and all of these begin at aligned addresses."""
+    unit, *others = sorted(weights.stride())
+    return unit == 1 and all(stride * weights.element_size() % _ALIGNMENT_BYTES == 0 for stride in others)

@@ -86,8 +86,6 @@ class TestImplementations:
             patch.setattr(batches_file, "ROWS", rows)
             y_TD, gate_up_P = forward_in_batches(*given, ends)
             gradients = backward_in_batches(gradient_TD, *given, ends, gate_up_P)
-        if strides == "every second":  # which grouped_mm does not take
-            given[2:4] = (weights.contiguous() for weights in given[2:4])
         y2_TD, gate_up2_P = forward_by_groups(*given, offsets_E)
         gradients2 = backward_by_groups(gradient_TD, *given, offsets_E, gate_up2_P)
         for one, other in zip((y_TD, *gradients), (y2_TD, *gradients2), strict=True):
