@@ -12,8 +12,9 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -45,13 +46,11 @@ def main(words: Sequence[str] | None = None) -> int:
     if wrong := _wrong_words(names, options):
         parser.error(wrong)
     settings = list(MALLOC) if arguments.malloc == "both" else [arguments.malloc]
-    runs = [
-        run
-        for name in names
-        for malloc in settings
-        for run in _measure(name, malloc, arguments.threads, options)
-    ]
-    _write(arguments.out, arguments.threads, options, runs)
+    runs: list[dict[str, Any]] = []
+    for name, malloc in product(names, settings):
+        runs.append(_measure(name, malloc, arguments.threads, options))
+        _write(arguments.out, arguments.threads, options, runs)  # each time: all cases take hours
+    CONSOLE.print(f"Written to {arguments.out}", soft_wrap=True, highlight=False)
     return sum(run["failed"] for run in runs)
 
 
@@ -64,7 +63,7 @@ def _wrong_words(names: Sequence[str], options: Mapping[str, str]) -> str | None
     return None
 
 
-def _measure(name: str, malloc: str, threads: int, options: Mapping[str, str]) -> Iterator[dict[str, Any]]:
+def _measure(name: str, malloc: str, threads: int, options: Mapping[str, str]) -> dict[str, Any]:
     """Runs a case in a process of its own and prints its table."""
     environment = os.environ | MALLOC[malloc] | {"OMP_NUM_THREADS": str(threads)}
     words = [f"{key}={value}" for key, value in options.items()]
@@ -76,7 +75,7 @@ def _measure(name: str, malloc: str, threads: int, options: Mapping[str, str]) -
         lines = target.read_text().splitlines() if target.exists() else []
     rows = [Row(**json.loads(line)) for line in lines]
     CONSOLE.print(as_table(f"{name}, malloc {malloc}" + (", FAILED" if failed else ""), rows))
-    yield {
+    return {
         "case": name,
         "malloc": malloc,
         "failed": failed,
@@ -97,7 +96,6 @@ def _write(target: Path, threads: int, options: Mapping[str, str], runs: list[di
     }
     target.parent.mkdir(parents=True, exist_ok=True)
     target.write_text(json.dumps(result, indent=1) + "\n")
-    CONSOLE.print(f"Written to {target}", soft_wrap=True, highlight=False)
 
 
 if __name__ == "__main__":

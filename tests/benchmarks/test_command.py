@@ -41,3 +41,17 @@ class TestCommand:
         assert (run["case"], run["malloc"], len(run["rows"])) == ("overhead", "tuned", 2)
         assert run["rows"][0]["peer"] == "plain"
         assert run["load_after"] >= 0
+
+    def test_cases_that_are_done_are_written_before_the_next_one_ends(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def measure(name: str, malloc: str, *_: object) -> dict[str, object]:
+            if malloc == "tuned":
+                raise KeyboardInterrupt
+            return {"case": name, "malloc": malloc, "failed": False}
+
+        monkeypatch.setattr("benchmarks.__main__._measure", measure)
+        with pytest.raises(KeyboardInterrupt):
+            main(["router", "--out", str(tmp_path / "bench.json")])
+        (run,) = json.loads((tmp_path / "bench.json").read_text())["cases"]
+        assert (run["case"], run["malloc"]) == ("router", "default")
