@@ -25,6 +25,8 @@ from benchmarks.machine import MALLOC, describe, load
 from benchmarks.row import Row
 from benchmarks.table import as_table
 
+SILENT = {"KINETO_LOG_LEVEL": "6"}
+"""Keeps torch's profiler, which measures memory, from telling of every start and stop."""
 CONSOLE = Console() if sys.stdout.isatty() else Console(width=150)
 
 
@@ -65,7 +67,7 @@ def _wrong_words(names: Sequence[str], options: Mapping[str, str]) -> str | None
 
 def _measure(name: str, malloc: str, threads: int, options: Mapping[str, str]) -> dict[str, Any]:
     """Runs a case in a process of its own and prints its table."""
-    environment = os.environ | MALLOC[malloc] | {"OMP_NUM_THREADS": str(threads)}
+    environment = os.environ | SILENT | MALLOC[malloc] | {"OMP_NUM_THREADS": str(threads)}
     words = [f"{key}={value}" for key, value in options.items()]
     before = load()
     with tempfile.TemporaryDirectory() as folder:
