@@ -29,7 +29,8 @@ from moe_plugin.routing import Router, SoftmaxBeforeTopK
 IMPLEMENTATIONS = ("eager", "grouped_mm")
 ATTENTIONS = ("sdpa", "eager")
 PRECISIONS = ("fp32", "bf16 autocast", "bf16 weights")
-TOLERANCE = {"fp32": 1e-4, "bf16 autocast": 0.02, "bf16 weights": 0.02}
+TOLERANCE = {"fp32": 1e-3, "bf16 autocast": 0.02, "bf16 weights": 0.02}
+"""In fp32 sides agree to 1e-6 until a token near a tie goes to another expert, which moves the loss by about 1e-4."""
 WARM_UP = {"fp32": 2, "bf16 autocast": 20, "bf16 weights": 20}
 """In bf16, so many steps it takes until a model of this size meets few numbers of rows that have no kernel yet."""
 Step = Callable[[Tensor], float]
