@@ -51,7 +51,7 @@ def main(words: Sequence[str] | None = None) -> int:
     runs: list[dict[str, Any]] = []
     for name, malloc in product(names, settings):
         runs.append(_measure(name, malloc, arguments.threads, options))
-        _write(arguments.out, arguments.threads, options, runs)  # each time: all cases take hours
+        _write(arguments.out, arguments.threads, options, runs)  # each time: all cases take an hour or two
     CONSOLE.print(f"Written to {arguments.out}", soft_wrap=True, highlight=False)
     return sum(run["failed"] for run in runs)
 

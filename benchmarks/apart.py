@@ -58,7 +58,7 @@ class Apart:
 
 @contextmanager
 def apart(builders: Mapping[str, Callable[[], Side]]) -> Iterator[dict[str, Apart]]:
-    """The sides that these build, by the same names, until the end of the block; for all of it each has its process."""
+    """The sides that these build, by the same names; their processes end with the block."""
     sides = {name: Apart(build) for name, build in builders.items()}
     try:
         yield sides

@@ -42,6 +42,7 @@ def rotate(x_BNSA: Tensor, rotary: Rotary) -> Tensor:
 def attend(q_BNSA: Tensor, k_BNSA: Tensor, v_BNSA: Tensor) -> Tensor:
     """Each position's mean of the values up to it, weighted by the softmax of the scaled scores: (B, N, S, A)."""
     length, head_dim = q_BNSA.shape[-2:]
+    # On a CPU that only emulates half precision the heads are in fp32 by now.
     if q_BNSA.device.type == "cpu" and q_BNSA.dtype in HALVES and length <= LONGEST_BY_PRODUCTS:
         q, k, v = (each.flatten(0, 1) for each in (q_BNSA, k_BNSA, v_BNSA))
         future_SS = q.new_full((length, length), -math.inf).triu(1)
