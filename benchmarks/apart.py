@@ -12,7 +12,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -23,29 +23,35 @@ class Apart:
     """A side that is built and called in another process."""
 
     seconds = 0.0
-    """What its calls took so far, there: of the processor with one thread, by the clock with several."""
+    """Processor time that its calls took so far."""
 
-    def __init__(self, build: Callable[[], Side]) -> None:
+    def __init__(self, build: Callable[[], Side], threads: int) -> None:
         """Starts the process, and does not wait for the side to be built."""
         context = multiprocessing.get_context("spawn")
         self._connection, other_end = context.Pipe()
-        self._process = context.Process(
-            target=_serve, args=(build, other_end, torch.get_num_threads()), daemon=True
-        )
+        self._process = context.Process(target=_serve, args=(build, other_end, threads), daemon=True)
         self._process.start()
         other_end.close()
 
     def __call__(self, given: Any) -> Any:
         """What the side returns for this."""
-        return self.do(_call, given)
+        return self.do(call, given)
 
-    def do(self, action: Callable[[Side, Any], Any], given: Any) -> Any:
-        """What an action returns, which gets the side and what is given.
+    def do(self, action: Callable[[Any, Any], Any], given: Any) -> Any:
+        """What an action returns, which gets the side and what is given; see `answer`."""
+        self.tell(action, given)
+        return self.answer()
+
+    def tell(self, action: Callable[[Any, Any], Any], given: Any) -> None:
+        """Lets an action begin; its `answer` must be fetched before the next."""
+        self._connection.send((action, given))
+
+    def answer(self) -> Any:
+        """What the action returns.
 
         Raises:
             EOFError: The process has ended; it has printed why.
         """
-        self._connection.send((action, given))
         result, seconds = self._connection.recv()
         self.seconds += seconds
         return result
@@ -56,10 +62,20 @@ class Apart:
         self._process.join()
 
 
+Key = TypeVar("Key")
+
+
 @contextmanager
-def apart(builders: Mapping[str, Callable[[], Side]]) -> Iterator[dict[str, Apart]]:
-    """The sides that these build, by the same names; their processes end with the block."""
-    sides = {name: Apart(build) for name, build in builders.items()}
+def apart(
+    builders: Mapping[Key, Callable[[], Side]], threads: int | None = None
+) -> Iterator[dict[Key, Apart]]:
+    """The sides that these build, by the same names; their processes end with the block.
+
+    Args:
+        builders: Called in the new processes.
+        threads: Of torch, in each of them; None is as many as here.
+    """
+    sides = {name: Apart(build, threads or torch.get_num_threads()) for name, build in builders.items()}
     try:
         yield sides
     finally:
@@ -67,19 +83,20 @@ def apart(builders: Mapping[str, Callable[[], Side]]) -> Iterator[dict[str, Apar
             side.close()
 
 
+def call(side: Side, given: Any) -> Any:
+    """The action that only calls the side."""
+    return side(given)
+
+
 def _serve(build: Callable[[], Side], connection: Connection, threads: int) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(threads)
-    side, clock = build(), time.process_time if threads == 1 else time.perf_counter
+    side = build()
     while True:
         try:
             action, given = connection.recv()
         except EOFError:
             return
-        begin = clock()
+        begin = time.process_time()
         result = action(side, given)
-        connection.send((result, clock() - begin))
-
-
-def _call(side: Side, given: Any) -> Any:
-    return side(given)
+        connection.send((result, time.process_time() - begin))

@@ -13,14 +13,14 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from multiprocessing import get_context
-from multiprocessing.connection import Connection
+from functools import partial
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import init_device_mesh
 
+from benchmarks.apart import Apart, apart, call
 from benchmarks.memory import resident
 from benchmarks.models import random_tokens, small_model
 from benchmarks.row import Row
@@ -28,23 +28,24 @@ from benchmarks.turns import Turns, take_turns
 from moe_plugin.models.clipping import clip_gradients_
 from moe_plugin.sharding import materialize_, shard_
 
-Answers = list[tuple[float, float]]
-"""Loss and processor seconds of each process of a side."""
-
 
 def rows(rounds: int = 12, batch: int = 16, single_threads: int = 2) -> Iterator[Row]:
     """Wall time, processor time and memory over those of the single process; `batch` is over all processes."""
-    with tempfile.TemporaryDirectory() as folder:
-        sides = {"single": start(1, single_threads, folder), "expert_parallel": start(2, 1, folder)}
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        apart(ranks(1, folder), threads=single_threads) as single,
+        apart(ranks(2, folder), threads=1) as both,
+    ):
+        sides = {"single": list(single.values()), "expert_parallel": list(both.values())}
         work: dict[str, list[float]] = {name: [] for name in sides}
         turns = take_turns(
-            {name: asking(pipes, work[name]) for name, pipes in sides.items()},
+            {name: asking(processes, work[name]) for name, processes in sides.items()},
             rounds,
             fresh=lambda: random_tokens(batch),
             agree=losses_are_equal,
             clock=time.perf_counter,
         )
-        memory = {name: max(ask(pipes, None)) / 2**20 for name, pipes in sides.items()}
+        memory = {name: max(ask(processes, leave, None)) / 2**20 for name, processes in sides.items()}
     peer = f"one process of {single_threads} threads"
     note = "goal: 0.8 of the tokens per second"
     memory_mib = memory["expert_parallel"]
@@ -78,50 +79,50 @@ def training_step(expert_parallel_size: int) -> Callable[[torch.Tensor], float]:
     return step
 
 
-def serve(pipe: Connection, rank: int, size: int, threads: int, folder: str) -> None:
-    """A process: a loss for each batch that it is sent, and its memory when there are no more."""
-    torch.set_num_threads(threads)
-    if size > 1:
-        store = dist.FileStore(os.path.join(folder, "store"), size)  # pyright: ignore[reportPrivateImportUsage]
-        dist.init_process_group("gloo", rank=rank, world_size=size, store=store)
-    before = resident("VmRSS")
-    step = training_step(size)
-    pipe.send("ready")
-    while (tokens := pipe.recv()) is not None:
-        begin = time.process_time()
-        loss = step(tokens.chunk(size)[rank])
-        pipe.send((loss, time.process_time() - begin))
-    pipe.send(resident("VmHWM") - before)
-    if size > 1:
+class Rank:
+    """One of the processes that share a model: its loss for each batch that all of them get."""
+
+    def __init__(self, rank: int, size: int, folder: str) -> None:
+        """Joins the others, and builds its share of the model."""
+        self.rank, self.size = rank, size
+        if size > 1:
+            store = dist.FileStore(os.path.join(folder, "store"), size)  # pyright: ignore[reportPrivateImportUsage]
+            dist.init_process_group("gloo", rank=rank, world_size=size, store=store)
+        self.before = resident("VmRSS")
+        self.step = training_step(size)
+
+    def __call__(self, tokens: torch.Tensor) -> float:
+        """A step on its share of a batch."""
+        return self.step(tokens.chunk(self.size)[self.rank])
+
+
+def leave(rank: Rank, _: None) -> int:
+    """The most memory that a process had resident, less what it had before its model; its last action."""
+    if rank.size > 1:
         dist.destroy_process_group()
+    return resident("VmHWM") - rank.before
 
 
-def start(size: int, threads: int, folder: str) -> list[Connection]:
-    """Starts the processes that share a model, and waits until they have it."""
-    context, pipes = get_context("spawn"), []
-    for rank in range(size):
-        ours, theirs = context.Pipe()
-        context.Process(target=serve, args=(theirs, rank, size, threads, folder), daemon=True).start()
-        pipes.append(ours)
-    for pipe in pipes:
-        pipe.recv()
-    return pipes
+def ranks(size: int, folder: str) -> dict[int, Callable[[], Rank]]:
+    """What builds each of them."""
+    return {rank: partial(Rank, rank, size, folder) for rank in range(size)}
 
 
-def ask(pipes: Sequence[Connection], message: torch.Tensor | None) -> list[Any]:
-    """The answers of the processes."""
-    for pipe in pipes:
-        pipe.send(message)
-    return [pipe.recv() for pipe in pipes]
+def ask(processes: Sequence[Apart], action: Callable[[Any, Any], Any], given: object) -> list[Any]:
+    """The answers of processes that work at the same time."""
+    for process in processes:
+        process.tell(action, given)
+    return [process.answer() for process in processes]
 
 
-def asking(pipes: Sequence[Connection], work: list[float]) -> Callable[[torch.Tensor], float]:
+def asking(processes: Sequence[Apart], work: list[float]) -> Callable[[torch.Tensor], float]:
     """A step of one side: its loss; adds its processor seconds to `work`."""
 
     def step(tokens: torch.Tensor) -> float:
-        answers: Answers = ask(pipes, tokens)
-        work.append(sum(seconds for _, seconds in answers))
-        return statistics.mean(loss for loss, _ in answers)
+        before = sum(process.seconds for process in processes)
+        loss = statistics.mean(ask(processes, call, tokens))
+        work.append(sum(process.seconds for process in processes) - before)
+        return loss
 
     return step
 
