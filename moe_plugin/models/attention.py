@@ -5,50 +5,33 @@ Shape legend: B batch, S sequence, D model width, N heads, A head width.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from moe_plugin.errors import ConfigError
 from moe_plugin.experts import Linear
-from moe_plugin.experts.dtypes import HALVES, product_dtype
+from moe_plugin.experts.dtypes import product_dtype
+from moe_plugin.models.causal import attend
 
 Rotary = tuple[Tensor, Tensor]
-LONGEST_BY_PRODUCTS = 512
-"""Positions up to which two products and a softmax beat torch's fused kernel in bf16 on a CPU: docs/speed.md."""
 
 
 def rotary_table(length: int, head_dim: int, device: torch.device, base: float = 10000.0) -> Rotary:
-    """Cosines and sines of the rotation angles, each (S, A), fp32.
+    """Cosines and sines of the rotation angles, each (S, A), fp32; the first half of a head turns backwards.
 
     Computed once per forward and not kept as a buffer: there is nothing to lose in a cast, a checkpoint or on
     the meta device.
     """
     frequencies = base ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
-    angles_SA = torch.cat((angles, angles), dim=-1)
+    angles_SA = torch.cat((-angles, angles), dim=-1)
     return angles_SA.cos(), angles_SA.sin()
 
 
-def rotate(x_BNSA: Tensor, rotary: Rotary) -> Tensor:
-    """Turns each pair (i, i + A/2) of a head by the angle of its position."""
-    cos_SA, sin_SA = (table.to(x_BNSA.dtype) for table in rotary)
-    first, second = x_BNSA.chunk(2, dim=-1)
-    return x_BNSA * cos_SA + torch.cat((-second, first), dim=-1) * sin_SA
-
-
-def attend(q_BNSA: Tensor, k_BNSA: Tensor, v_BNSA: Tensor) -> Tensor:
-    """Each position's mean of the values up to it, weighted by the softmax of the scaled scores: (B, N, S, A)."""
-    length, head_dim = q_BNSA.shape[-2:]
-    # On a CPU that only emulates half precision the heads are in fp32 by now.
-    if q_BNSA.device.type == "cpu" and q_BNSA.dtype in HALVES and length <= LONGEST_BY_PRODUCTS:
-        q, k, v = (each.flatten(0, 1) for each in (q_BNSA, k_BNSA, v_BNSA))
-        future_SS = q.new_full((length, length), -math.inf).triu(1)
-        scores = torch.baddbmm(future_SS, q, k.mT, alpha=head_dim**-0.5)
-        return (scores.softmax(-1) @ v).view_as(q_BNSA)
-    return functional.scaled_dot_product_attention(q_BNSA, k_BNSA, v_BNSA, is_causal=True)
+def rotate(x: Tensor, rotary: Rotary) -> Tensor:
+    """Turns each pair (i, i + A/2) of a head by the angle of its position: (..., S, A)."""
+    cos_SA, sin_SA = (table.to(x.dtype) for table in rotary)
+    return torch.addcmul(x * cos_SA, x.roll(x.shape[-1] // 2, -1), sin_SA)
 
 
 class CausalSelfAttention(nn.Module):
@@ -77,7 +60,8 @@ class CausalSelfAttention(nn.Module):
         """Maps (B, S, D) to (B, S, D)."""
         qkv = self.qkv(x_BSD)
         heads = qkv.unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
-        q, k, v = (each.to(product_dtype(qkv.dtype, qkv.device)) for each in heads)
+        heads_of_qk, heads_of_v = heads.to(product_dtype(qkv.dtype, qkv.device)).split((2, 1))
         with torch.autocast(qkv.device.type, enabled=False):
-            y_BNSA = attend(rotate(q, rotary), rotate(k, rotary), v)
+            q_BNSA, k_BNSA = rotate(heads_of_qk, rotary)
+            y_BNSA = attend(q_BNSA, k_BNSA, heads_of_v[0])
         return self.out(y_BNSA.transpose(1, 2).flatten(2).to(qkv.dtype))

@@ -17,6 +17,7 @@ from moe_plugin.experts import Linear, MoEBlock
 from moe_plugin.experts.linear import linear
 from moe_plugin.losses import AuxiliaryLoss, LoadStatistics, load_statistics
 from moe_plugin.models.attention import CausalSelfAttention, Rotary, rotary_table
+from moe_plugin.models.rms_norm import RMSNorm
 from moe_plugin.routing import Router
 from moe_plugin.routing.rankings import tell_tokens_
 from moe_plugin.types import Routing
@@ -43,9 +44,9 @@ class TransformerLayer(nn.Module):
             activation_checkpointing: Keep only the layer's input for the backward, and recompute the rest.
         """
         super().__init__()
-        self.attention_norm = nn.RMSNorm(dim)
+        self.attention_norm = RMSNorm(dim)
         self.attention = attention
-        self.feed_forward_norm = nn.RMSNorm(dim)
+        self.feed_forward_norm = RMSNorm(dim)
         self.feed_forward = feed_forward
         self.activation_checkpointing = activation_checkpointing
 
@@ -115,7 +116,7 @@ class Transformer(nn.Module):
         super().__init__()
         self.embedding = Embedding(vocab_size, dim)
         self.layers = nn.ModuleList(layers)
-        self.norm = nn.RMSNorm(dim)
+        self.norm = RMSNorm(dim)
         self.head_dim = layers[0].attention.head_dim
         # Tied by use, not by sharing a Parameter between two modules, which `to_empty` would separate.
         gain = self.embedding.std * dim**0.5

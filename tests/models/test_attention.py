@@ -8,13 +8,7 @@ import torch
 
 from moe_plugin.errors import ConfigError
 from moe_plugin.experts import dtypes
-from moe_plugin.models.attention import (
-    LONGEST_BY_PRODUCTS,
-    CausalSelfAttention,
-    attend,
-    rotary_table,
-    rotate,
-)
+from moe_plugin.models.attention import CausalSelfAttention, rotary_table, rotate
 
 CPU = torch.device("cpu")
 
@@ -38,33 +32,6 @@ class TestRotate:
         q_S, k_S = (rotate(t.expand(1, 1, 20, 8), table)[0, 0] for t in (q, k))
         scores_SS = q_S @ k_S.T
         torch.testing.assert_close(scores_SS[3, 1], scores_SS[17, 15], atol=1e-4, rtol=1e-4)
-
-
-class TestAttend:
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    @pytest.mark.parametrize("length", [1, 33, LONGEST_BY_PRODUCTS, LONGEST_BY_PRODUCTS + 1])
-    def test_output_and_gradients_match_masked_softmax_in_fp64(self, dtype, length):
-        inputs = [torch.randn(2, 2, length, 8, dtype=dtype, requires_grad=True) for _ in range(3)]
-        wide = [each.detach().double().requires_grad_() for each in inputs]
-        q, k, v = wide
-        scores_BNSS = (q @ k.mT / 8**0.5).masked_fill(torch.ones(length, length).triu(1).bool(), -math.inf)
-        expected, actual = scores_BNSS.softmax(-1) @ v, attend(*inputs)
-        assert actual.dtype == dtype
-        expected.sum().backward()
-        actual.sum().backward()
-        # In bf16 scores and weights are rounded on the way.
-        close = {"atol": 1e-5, "rtol": 1e-4} if dtype == torch.float32 else {"atol": 0.06, "rtol": 0.02}
-        torch.testing.assert_close(actual.double(), expected, **close)
-        for one, other in zip(inputs, wide, strict=True):
-            assert one.grad is not None
-            torch.testing.assert_close(one.grad.double(), other.grad, **close)
-
-    @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-    def test_later_positions_change_nothing_before_them(self, dtype):
-        q, k, v = (torch.randn(1, 2, 9, 8, dtype=dtype) for _ in range(3))
-        before = attend(q, k, v)
-        k[:, :, 5:], v[:, :, 5:] = 100.0, 1e6
-        assert torch.equal(attend(q, k, v)[:, :, :5], before[:, :, :5])
 
 
 class TestCausalSelfAttention:
