@@ -40,12 +40,12 @@ def forward_in_batches(
         for batch in layout.batches:
             rows, pairs = batch.rows, batch.pairs
             x_BMD = _by_expert(x_TD.index_select(0, token_ids_N[rows]), batch)
-            gate_up_BMO = torch.bmm(x_BMD, _of(batch, gate_up))
+            gate_up_BMO = torch.bmm(x_BMD, _of(batch, gate_up, x_TD.dtype))
             rows_P = layout.rows_P[pairs] - rows.start
             torch.index_select(gate_up_BMO.flatten(0, 1), 0, rows_P, out=gate_up_P[pairs])
             gate_BMH, up_BMH = gate_up_BMO.chunk(2, dim=-1)
             hidden_BMH = functional.silu(gate_BMH).mul_(up_BMH)
-            torch.bmm(hidden_BMH, _of(batch, down), out=_by_expert(y_ND[rows], batch))
+            torch.bmm(hidden_BMH, _of(batch, down, x_TD.dtype), out=_by_expert(y_ND[rows], batch))
     return sum_rows(y_ND, layout.rows_P, layout.pair_ids_P, num_tokens, top_k, weights_TK), gate_up_P
 
 
@@ -76,7 +76,7 @@ def backward_in_batches(
         for batch in layout.batches:
             rows = batch.rows
             dy_ND = gradient_TD.index_select(0, token_ids_N[rows])
-            dhidden_BMH = torch.bmm(_by_expert(dy_ND, batch), _of(batch, down).mT)
+            dhidden_BMH = torch.bmm(_by_expert(dy_ND, batch), _of(batch, down, x_TD.dtype).mT)
             gate_up_N = gate_up_P.index_select(0, layout.sources_N[rows])
             hidden_NH, dgate_up_N = through_swiglu_(
                 gate_up_N, dhidden_BMH.flatten(0, 1), weights_N1[rows], dweights_N[rows]
@@ -89,7 +89,7 @@ def backward_in_batches(
                 _set_gradients(dgate_up, batch, x_TD.index_select(0, token_ids_N[rows]), dgate_up_N)
             if wanted[0]:
                 dx_BMD = _by_expert(dx_ND[rows], batch)
-                torch.bmm(_by_expert(dgate_up_N, batch), _of(batch, gate_up).mT, out=dx_BMD)
+                torch.bmm(_by_expert(dgate_up_N, batch), _of(batch, gate_up, x_TD.dtype).mT, out=dx_BMD)
             del dgate_up_N
     for expert in set(range(len(ends))).difference(*(batch.experts for batch in layout.batches)):
         for gradients in (dgate_up, ddown):
@@ -108,14 +108,14 @@ def _by_expert(rows_NI: Tensor, batch: Batch) -> Tensor:
     return rows_NI.view(len(batch.experts), batch.height, -1)
 
 
-def _of(batch: Batch, weights: Tensor) -> Tensor:
-    """The weights of its experts, (B, I, O): a copy, unless there is only one."""
+def _of(batch: Batch, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weights of its experts in this dtype, (B, I, O): a copy, unless that is one expert's own."""
     if len(batch.experts) == 1:
-        return weights.narrow(0, batch.experts[0], 1)
+        return weights.narrow(0, batch.experts[0], 1).to(dtype)
     experts = torch.tensor(batch.experts)
     if _is_transposed(weights):
-        return weights.mT.index_select(0, experts).mT
-    return weights.index_select(0, experts)
+        return weights.mT.index_select(0, experts).to(dtype).mT
+    return weights.index_select(0, experts).to(dtype)
 
 
 def _set_gradients(gradients: Tensor, batch: Batch, inputs_NI: Tensor, gradients_NO: Tensor) -> None:

@@ -48,9 +48,11 @@ def fused_experts(x_TD: Tensor, routing: Routing, gate_up: Tensor, down: Tensor)
     Returns:
         (T, D), in the dtype of `x_TD`.
     """
-    # Weights that need no cast for the products stay as they are: nothing is copied, nothing rounded.
-    wide = product_dtype(x_TD.dtype, x_TD.device)
-    gate_up, down = (w if w.dtype == wide else w.to(x_TD.dtype) for w in (gate_up, down))
+    # Weights that need no cast for the products stay as they are: nothing is copied, nothing rounded. Batches cast
+    # those of their experts, and so keep no copy of all of them for the backward.
+    if not _makes_kernels(x_TD):
+        wide = product_dtype(x_TD.dtype, x_TD.device)
+        gate_up, down = (w if w.dtype == wide else w.to(x_TD.dtype) for w in (gate_up, down))
     pair_ids_P, offsets_E = order_pairs(routing.expert_ids_TK, len(gate_up), routing.used_TK)
     weights_TK = routing.weights_TK.to(x_TD.dtype)
     return _Experts.apply(x_TD, weights_TK, gate_up, down, pair_ids_P.int(), offsets_E)

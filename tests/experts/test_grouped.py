@@ -122,7 +122,7 @@ class TestForward:
         torch.testing.assert_close(y_TD.float(), experts(x_TD, routing), atol=0.1, rtol=0.1)
 
     @pytest.mark.parametrize("emulated", [False, True])
-    def test_autocast_casts_weights_only_where_their_products_are_not_emulated(self, monkeypatch, emulated):
+    def test_autocast_on_cpu_keeps_no_copy_of_weights_for_the_backward(self, monkeypatch, emulated):
         monkeypatch.setattr(dtypes, "EMULATED_BY_CPU", {torch.float16, torch.bfloat16} if emulated else set())
         experts, saved = GroupedExperts(4, 16, 8), []
         with (
@@ -131,7 +131,20 @@ class TestForward:
         ):
             experts(torch.randn(10, 16), random_routing(10, 4, 2))
         kept = {tensor.data_ptr() for tensor in saved if tensor is not None}
-        assert all((weights.data_ptr() in kept) == emulated for weights in experts.parameters())
+        assert {weights.data_ptr() for weights in experts.parameters()} <= kept
+
+    def test_autocast_equals_weights_cast_before(self, monkeypatch):
+        monkeypatch.setattr(dtypes, "EMULATED_BY_CPU", set())
+        experts, x_TD, routing = GroupedExperts(4, 16, 8), torch.randn(30, 16), random_routing(30, 4, 2)
+        narrow = copy.deepcopy(experts).bfloat16()
+        expected = narrow(x_TD.bfloat16(), routing)
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            actual = experts(x_TD, routing)
+        assert torch.equal(actual, expected)
+        for y_TD in (actual, expected):
+            y_TD.sum().backward()
+        for one, other in zip(experts.parameters(), narrow.parameters(), strict=True):
+            assert torch.equal(one.grad, other.grad.float())
 
 
 class TestParameters:
