@@ -59,9 +59,8 @@ class CausalSelfAttention(nn.Module):
     def forward(self, x_BSD: Tensor, rotary: Rotary) -> Tensor:
         """Maps (B, S, D) to (B, S, D)."""
         qkv = self.qkv(x_BSD)
-        heads = qkv.unflatten(-1, (3, -1, self.head_dim)).permute(2, 0, 3, 1, 4)
-        heads_of_qk, heads_of_v = heads.to(product_dtype(qkv.dtype, qkv.device)).split((2, 1))
+        parts = qkv.to(product_dtype(qkv.dtype, qkv.device)).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
+        q_BNSA, k_BNSA, v_BNSA = (part.transpose(1, 2) for part in parts)
         with torch.autocast(qkv.device.type, enabled=False):
-            q_BNSA, k_BNSA = rotate(heads_of_qk, rotary)
-            y_BNSA = attend(q_BNSA, k_BNSA, heads_of_v[0])
+            y_BNSA = attend(rotate(q_BNSA, rotary), rotate(k_BNSA, rotary), v_BNSA)
         return self.out(y_BNSA.transpose(1, 2).flatten(2).to(qkv.dtype))

@@ -33,17 +33,19 @@ class _RMSNorm(torch.autograd.Function):
         norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
         inverse = (norm.square() / wide.shape[-1] + eps).rsqrt()
         ctx.save_for_backward(x, weight_D, inverse)
-        return (wide * inverse).mul_(weight_D).to(x.dtype)
+        return (wide * inverse).mul_(weight_D.to(wide.dtype)).to(x.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight_D, inverse = ctx.saved_tensors
         inverse_T1 = inverse.view(-1, 1)
-        normal_TD = x.flatten(0, -2) * inverse_T1
-        gradient_TD = gradients[0].flatten(0, -2).to(inverse.dtype)
+        wide_D, x_TD, gradient_TD = (
+            each.to(inverse.dtype) for each in (weight_D, x.flatten(0, -2), gradients[0].flatten(0, -2))
+        )
+        normal_TD = x_TD * inverse_T1
         product_TD = gradient_TD * normal_TD
         with torch.autocast("cpu", enabled=False):
-            slope_T = product_TD @ weight_D.to(inverse.dtype) / -weight_D.numel()
-        dx_TD = (gradient_TD * weight_D).addcmul_(normal_TD, slope_T[:, None]).mul_(inverse_T1)
+            slope_T = product_TD @ wide_D / -weight_D.numel()
+        dx_TD = (gradient_TD * wide_D).addcmul_(normal_TD, slope_T[:, None]).mul_(inverse_T1)
         return dx_TD.to(x.dtype).view_as(x), product_TD.sum(0).to(weight_D.dtype), None
