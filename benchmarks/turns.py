@@ -29,8 +29,9 @@ class Turns:
         return 1e6 * statistics.median(self._pairs(lambda one, other: one - other, side, peer))
 
     def ratio(self, side: str, peer: str) -> tuple[float, float, float]:
-        """Quartiles over rounds of a side's time over its peer's: first, median, third."""
-        low, median, high = statistics.quantiles(self._pairs(lambda a, b: a / b, side, peer), n=4)
+        """Quartiles over rounds of a side's time over its peer's: first, median, third; of one round all the same."""
+        ratios = self._pairs(lambda a, b: a / b, side, peer)
+        low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
         return low, median, high
 
     def row(self, name: str, side: str, peer: str, **more: Any) -> Row:

@@ -62,6 +62,9 @@ class TestTurns:
         assert row.is_met is False
         assert row.milliseconds == 3000.0
 
+    def test_one_round_has_no_spread(self) -> None:
+        assert Turns({"ours": [1.0], "peer": [2.0]}).ratio("ours", "peer") == (0.5, 0.5, 0.5)
+
     def test_extra_time_is_that_of_pairs(self) -> None:
         turns = Turns({"ours": [1.0, 8.0, 3.0], "peer": [2.0, 7.5, 1.0]})
         assert turns.extra_microseconds("ours", "peer") == 0.5e6
