@@ -6,6 +6,7 @@ Shape legend: B batch, N heads, S sequence, A head width, G the heads of all seq
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -66,5 +67,5 @@ class _InBlocks(torch.autograd.Function):
 
 def _blocks(length: int) -> list[tuple[slice, slice]]:
     """The positions of each block, and those that its last one sees."""
-    begins = range(0, length, _BLOCK)
-    return [(slice(begin, end), slice(end)) for begin in begins for end in (min(begin + _BLOCK, length),)]
+    bounds = (*range(0, length, _BLOCK), length)
+    return [(slice(begin, end), slice(end)) for begin, end in pairwise(bounds)]

@@ -40,12 +40,11 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight_D, inverse = ctx.saved_tensors
         inverse_T1 = inverse.view(-1, 1)
-        wide_D, x_TD, gradient_TD = (
-            each.to(inverse.dtype) for each in (weight_D, x.flatten(0, -2), gradients[0].flatten(0, -2))
-        )
-        normal_TD = x_TD * inverse_T1
+        wide_D, wide_x, gradient = (each.to(inverse.dtype) for each in (weight_D, x, gradients[0]))
+        gradient_TD = gradient.reshape(-1, len(weight_D))
+        normal_TD = wide_x.reshape(-1, len(weight_D)) * inverse_T1
         product_TD = gradient_TD * normal_TD
         with torch.autocast("cpu", enabled=False):
-            slope_T = product_TD @ wide_D / -weight_D.numel()
+            slope_T = product_TD @ wide_D / -len(weight_D)
         dx_TD = (gradient_TD * wide_D).addcmul_(normal_TD, slope_T[:, None]).mul_(inverse_T1)
         return dx_TD.to(x.dtype).view_as(x), product_TD.sum(0).to(weight_D.dtype), None

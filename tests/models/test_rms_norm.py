@@ -18,9 +18,10 @@ def norms(request: pytest.FixtureRequest) -> tuple[RMSNorm, nn.RMSNorm]:
 
 class TestRMSNorm:
     @pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
-    def test_output_and_gradients_match_torch(self, norms, scale):
+    @pytest.mark.parametrize("shape", [(), (0,), (2, 5)])
+    def test_output_and_gradients_match_torch(self, norms, scale, shape):
         found = []
-        x = scale * torch.randn(2, 5, 12, dtype=norms[0].weight.dtype)
+        x = scale * torch.randn(*shape, 12, dtype=norms[0].weight.dtype)
         gradient = torch.randn_like(x)
         for norm in norms:
             leaf = x.clone().requires_grad_()
