@@ -34,6 +34,7 @@ TOLERANCE = {"fp32": 1e-3, "bf16 autocast": 0.02, "bf16 weights": 0.02}
 WARM_UP = {"fp32": 2, "bf16 autocast": 20, "bf16 weights": 20}
 """In bf16, so many steps it takes until a model of this size meets few numbers of rows that have no kernel yet."""
 Step = Callable[[Tensor], float]
+Logits = Callable[[Tensor], Tensor]
 
 
 def rows(rounds: int = 8, batch: int = 4, growth_rounds: int = 4) -> Iterator[Row]:
@@ -53,16 +54,23 @@ def beside_transformers(precision: str, rounds: int, batch: int) -> Row:
     return over_best_peer("step of small", sides, precision, rounds, batch, goal=goal)
 
 
-def our_step(precision: str) -> Step:
-    """That of our model."""
+def as_it_is(logits: Logits) -> Logits:
+    """The same forward: what `torch.compile` is not."""
+    return logits
+
+
+def our_step(precision: str, prepare: Callable[[Logits], Logits] = as_it_is) -> Step:
+    """That of our model, its forward prepared by `prepare`."""
     model = softmax_model()
-    return training_step(model, model.forward, precision)
+    return training_step(model, prepare(model.forward), precision)
 
 
-def peer_step(experts: str, attention: str, precision: str) -> Step:
+def peer_step(
+    experts: str, attention: str, precision: str, prepare: Callable[[Logits], Logits] = as_it_is
+) -> Step:
     """That of the same model of transformers."""
     peer = as_qwen3(softmax_model(), experts, attention)
-    return training_step(peer, partial(logits_of, peer), precision)
+    return training_step(peer, prepare(partial(logits_of, peer)), precision)
 
 
 def over_best_peer(
@@ -125,7 +133,7 @@ def softmax_model(**changes: int) -> LanguageModel:
     return small_model(router=partial(Router, score=SoftmaxBeforeTopK(), normalize=True), **changes)
 
 
-def training_step(model: nn.Module, logits: Callable[[Tensor], Tensor], precision: str) -> Step:
+def training_step(model: nn.Module, logits: Logits, precision: str) -> Step:
     """A whole optimizer step."""
     if precision == "bf16 weights":
         model.bfloat16()
