@@ -25,7 +25,7 @@ demo: $(VENV)/.base ## train the demo; says at the end where to look
 
 compare: $(VENV)/.base ## loss-free against auxiliary loss and none, three seeds each
 	$(BIN)/moe-study demo --csv runs/study/demo/comparison.csv
-	$(BIN)/python -m moe_plugin.study.table runs/study/demo/comparison.csv
+	$(BIN)/python -m moe_plugin.apps.study.study_table runs/study/demo/comparison.csv
 
 picture: $(VENV)/.base ## docs/load.png from the runs of make compare
 	$(BIN)/python -m moe_plugin.plots "no balancing=runs/study/demo/none/seed_0" \

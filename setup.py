@@ -8,5 +8,5 @@ setup(
         "moe_plugin.conf",
     ],
     package_dir={"moe_plugin.conf": "conf"},
-    package_data={"moe_plugin.conf": ["*.yaml", "**/*.yaml"], "moe_plugin.report": ["*.html"]},
+    package_data={"moe_plugin.conf": ["*.yaml", "**/*.yaml"], "moe_plugin.apps.report": ["*.html"]},
 )

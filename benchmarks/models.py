@@ -7,8 +7,8 @@ from typing import Any
 
 import torch
 
+from moe_plugin.apps.models import LanguageModel
 from moe_plugin.experts import ExpertShape
-from moe_plugin.models import LanguageModel
 from moe_plugin.routing import Router, Sigmoid
 
 VOCABULARY, LENGTH = 256, 256

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeSparseMoeBlock
 
-from moe_plugin.models import LanguageModel
-from moe_plugin.models.size import measure
-from moe_plugin.models.transformer import TransformerLayer
+from moe_plugin.apps.models import LanguageModel
+from moe_plugin.apps.models.size import measure
+from moe_plugin.apps.models.transformer import TransformerLayer
 
 
 def as_qwen3(

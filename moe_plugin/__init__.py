@@ -4,8 +4,8 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from moe_plugin.adapters.adapter import Adapter
-    from moe_plugin.balance import balance_
+    from moe_plugin.attach.adapter import Adapter
+    from moe_plugin.attach.balance import balance_
     from moe_plugin.balancing.rules import (
         PID,
         Momentum,
@@ -40,7 +40,7 @@ __all__ = [
 __version__ = "0.1.0"
 
 _HOMES = {
-    "Adapter": "moe_plugin.adapters.adapter",
+    "Adapter": "moe_plugin.attach.adapter",
     "Calibration": "moe_plugin.callbacks.calibration",
     "LoadMonitor": "moe_plugin.callbacks.load_monitor",
     "LossFreeBalancing": "moe_plugin.callbacks.loss_free",
@@ -52,7 +52,7 @@ _HOMES = {
     "Quantile": "moe_plugin.balancing.rules",
     "RateSchedule": "moe_plugin.balancing.schedule",
     "Sign": "moe_plugin.balancing.rules",
-    "balance_": "moe_plugin.balance",
+    "balance_": "moe_plugin.attach.balance",
     "shard_": "moe_plugin.sharding",
 }
 

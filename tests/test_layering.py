@@ -1,4 +1,4 @@
-"""Holds the table of layers: imports only go down, and ``import moe_plugin`` stays light."""
+"""Hold the table of layers: imports only go down, nothing is allowed that nothing uses, and no files form a circle."""
 
 from __future__ import annotations
 
@@ -6,105 +6,146 @@ import ast
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "moe_plugin"
 
-PURE = {"errors", "types", "check"}
-TENSORS = {"routing", "balancing", "metrics", "losses"}
-ATTACHED = {
-    "experts",
-    "kernels",
-    "adapters",
-    "balance",
-    "balanced",
-    "site_group",
-    "frozen",
-    "sidecar",
-    "warm_start",
-    "export",
-    "sharding",
-}
-CALLBACKS = PURE | TENSORS | ATTACHED | {"plots", "callbacks"}
-
-# What each part of the package may import of ours; a part that is not here may import everything.
-MAY_IMPORT: dict[str, set[str]] = {
+# What each part of the package imports of ours. Three floors: ground, plugin, apps (docs/architecture.md).
+GROUND = {
     "errors": set(),
     "types": set(),
-    "check": {"errors"},
-    **{part: PURE for part in TENSORS},
-    "kernels": PURE | {"routing"},
-    "experts": PURE | {"routing", "kernels"},
-    "adapters": PURE | {"routing", "balancing", "experts", "kernels"},
-    "sidecar": set(),
-    "frozen": PURE | {"adapters"},
-    "balance": PURE | {"routing", "balancing", "adapters", "frozen", "balanced"},
-    "balanced": PURE | {"balancing", "adapters", "site_group", "sidecar", "warm_start", "export", "sharding"},
-    "site_group": PURE | {"balancing", "adapters"},
-    "warm_start": PURE | {"balancing", "adapters", "metrics"},
-    "export": PURE | {"adapters", "sidecar"},
-    "sharding": PURE | {"adapters", "experts"},
-    "plots": PURE | {"metrics"},
-    "callbacks": CALLBACKS,
-    "__init__": CALLBACKS - {"plots"},
+    "number_checks": {"errors"},
 }
-APPLICATION = {
-    *("models", "data", "train", "evaluate", "report", "launch", "study", "conf", "inspection", "plan"),
-    "simulate",
+PLUGIN = {
+    "routing": {"errors", "types", "number_checks"},
+    "balancing": {"errors", "number_checks"},
+    "metrics": {"errors"},
+    "losses": {"errors", "types"},
+    "experts": {"errors", "types", "number_checks", "routing"},
+    "plots": {"errors", "metrics"},
+    "attach": {"errors", "types", "routing", "balancing", "metrics", "experts"},
+    "sharding": {"errors", "attach", "experts"},
+    "callbacks": {"errors", "types", "balancing", "metrics", "attach", "plots"},
+    "__init__": {"balancing", "attach", "sharding", "callbacks"},
 }
+APPS = {
+    "apps": set(),
+    "apps.data": {"errors"},
+    "apps.models": {
+        *("errors", "types", "number_checks", "routing", "losses", "experts", "attach", "sharding"),
+    },
+    "apps.report": {"errors", "metrics", "plots", "callbacks", "__init__"},
+    "apps.launch": {
+        *("errors", "experts", "attach", "sharding", "callbacks", "apps.models", "apps.report"),
+    },
+    "apps.throughput": {"errors", "apps.data", "apps.launch", "apps.models"},
+    "apps.train": {"apps.launch"},
+    "apps.evaluate": {"errors", "apps.launch", "apps.throughput"},
+    "apps.inspection": {"errors", "attach", "apps.launch"},
+    "apps.plan": {
+        *("errors", "types", "number_checks", "routing", "balancing", "experts", "attach", "sharding"),
+        *("apps.launch", "apps.models"),
+    },
+    "apps.simulate": {"errors", "number_checks", "routing", "balancing", "metrics", "plots", "apps.launch"},
+    "apps.study": {
+        *("errors", "metrics", "attach", "plots"),
+        *("apps.data", "apps.models", "apps.report", "apps.launch", "apps.train"),
+    },
+}
+MAY_IMPORT = GROUND | PLUGIN | APPS
 
-NO_FRAMEWORK = {"lightning", "pytorch_lightning", "hydra", "omegaconf", "transformers", "matplotlib"}
+HYDRA = {"hydra", "omegaconf"}
 MAY_NOT_IMPORT_FROM_OUTSIDE: dict[str, set[str]] = {
-    **{part: NO_FRAMEWORK for part in PURE | TENSORS | ATTACHED},
-    "plots": {"lightning", "hydra", "omegaconf", "transformers"},
-    "callbacks": {"hydra", "omegaconf", "transformers"},
+    **{
+        part: HYDRA | {"lightning", "pytorch_lightning", "transformers", "matplotlib"}
+        for part in (GROUND.keys() | PLUGIN.keys()) - {"plots", "callbacks", "__init__"}
+    },
+    "plots": HYDRA | {"lightning", "transformers"},
+    "callbacks": HYDRA | {"transformers"},
 }
 # Files that are imported by the user of that framework only.
 FOR_USERS_OF = {"callbacks/hugging_face.py": {"transformers"}}
 HEAVY = ("hydra", "omegaconf", "transformers", "matplotlib", "tensorboard", "datasets")
+FILES = sorted(PACKAGE.rglob("*.py"))
 
 
-def part_of(path: Path) -> str:
-    """Returns the part of the package that a file belongs to: its first folder, or its own name."""
-    return path.relative_to(PACKAGE).with_suffix("").parts[0]
+def module_of(path: Path) -> str:
+    """Return the dotted name of a file below the package; a folder's own is that of the folder."""
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(parts[:-1] if len(parts) > 1 and parts[-1] == "__init__" else parts)
 
 
-def imports_of(path: Path) -> Iterator[tuple[int, str, int]]:
-    """Yields (line, dotted module, level of a relative import) of every import of a file."""
+def part_of(module: str) -> str:
+    """Return the layer of a module: its first name, in the apps its first two."""
+    names = module.split(".")
+    return ".".join(names[: 2 if names[0] == "apps" else 1])
+
+
+@cache
+def imports_of(path: Path) -> tuple[tuple[int, str, int], ...]:
+    """Return (line, dotted module, level of a relative import) of every import of a file, wherever it stands."""
+    return tuple(_imports(path))
+
+
+def _imports(path: Path) -> Iterator[tuple[int, str, int]]:
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             yield from ((node.lineno, alias.name, 0) for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            names = [node.module] if node.module else []
-            if node.module == "moe_plugin":
-                names = [f"moe_plugin.{alias.name}" for alias in node.names]
-            yield from ((node.lineno, name or "", node.level) for name in names or [""])
+            for alias in node.names:
+                name = f"{node.module or ''}.{alias.name}"
+                is_module = name.startswith("moe_plugin.") and _exists(name)
+                yield node.lineno, name if is_module else node.module or "", node.level
 
 
-FILES = sorted(PACKAGE.rglob("*.py"))
+def _exists(name: str) -> bool:
+    path = PACKAGE.parent / Path(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").is_file()
+
+
+def ours(path: Path) -> list[tuple[int, str]]:
+    """Return (line, module below the package) of every import of ours."""
+    found = [(line, name) for line, name, _ in imports_of(path) if name.split(".")[0] == "moe_plugin"]
+    return [(line, name.partition(".")[2] or "__init__") for line, name in found]
 
 
 @pytest.mark.parametrize("path", FILES, ids=[str(f.relative_to(PACKAGE)) for f in FILES])
-class TestLayers:
+class TestFile:
     def test_no_relative_import(self, path: Path) -> None:
         assert [(line, name) for line, name, level in imports_of(path) if level] == []
 
     def test_imports_of_ours_go_down(self, path: Path) -> None:
-        part = part_of(path)
-        if part not in MAY_IMPORT:
-            assert part in APPLICATION, f"{part} is in no layer: add it to the table of layers"
-            return
-        ours = [
-            (line, name.split(".")[1]) for line, name, _ in imports_of(path) if name.startswith("moe_plugin.")
-        ]
-        assert [(line, to) for line, to in ours if to != part and to not in MAY_IMPORT[part]] == []
+        part = part_of(module_of(path))
+        allowed = {part} | MAY_IMPORT[part]
+        assert [(line, name) for line, name in ours(path) if part_of(name) not in allowed] == []
 
     def test_imports_from_outside_are_allowed(self, path: Path) -> None:
-        banned = MAY_NOT_IMPORT_FROM_OUTSIDE.get(part_of(path), set())
+        banned = MAY_NOT_IMPORT_FROM_OUTSIDE.get(part_of(module_of(path)), set())
         banned = banned - FOR_USERS_OF.get(path.relative_to(PACKAGE).as_posix(), set())
         assert [(line, name) for line, name, _ in imports_of(path) if name.split(".")[0] in banned] == []
+
+
+class TestTable:
+    @pytest.mark.parametrize("part", MAY_IMPORT)
+    def test_every_allowance_is_used(self, part: str) -> None:
+        used = {part_of(name) for path in FILES if part_of(module_of(path)) == part for _, name in ours(path)}
+        assert used - {part} == MAY_IMPORT[part]
+
+    def test_layers_form_no_circle(self) -> None:
+        TopologicalSorter(MAY_IMPORT).prepare()
+
+    def test_files_form_no_circle_even_for_types(self) -> None:
+        """A package's own file hands names on, so who imports one of its modules does not wait for it."""
+        modules = {module_of(path): path for path in FILES}
+        graph = {name: {to for _, to in ours(path) if to in modules} for name, path in modules.items()}
+        try:
+            TopologicalSorter(graph).prepare()
+        except CycleError as error:
+            pytest.fail(" -> ".join(error.args[1]))
 
 
 class TestTriton:
@@ -112,7 +153,7 @@ class TestTriton:
         importing = [
             path for path in FILES if any(name.split(".")[0] == "triton" for _, name, _ in imports_of(path))
         ]
-        assert importing == sorted(PACKAGE.glob("kernels/*_triton.py"))
+        assert importing == sorted(PACKAGE.rglob("*_triton.py"))
 
 
 class TestImport:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 
 from benchmarks.row import Row
 from benchmarks.turns import Turns, take_turns
-from moe_plugin.adapters.site import Site
-from moe_plugin.balance import balance_
-from moe_plugin.balanced import SPREAD_EVERY
+from moe_plugin.attach.balance import balance_
+from moe_plugin.attach.balanced_model import SPREAD_EVERY
+from moe_plugin.attach.site import Site
 from moe_plugin.balancing.rules import Sign
 
 D, E, K = 1024, 64, 8

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from benchmarks.cases.overhead import whole
 from benchmarks.models import tiny_model
 from benchmarks.row import Row
-from moe_plugin.models import LanguageModel
+from moe_plugin.apps.models import LanguageModel
 
 
 def rows(rounds: int = 60, batch: int = 16) -> Iterator[Row]:

@@ -21,12 +21,12 @@ from torch import Tensor, nn
 from benchmarks.qwen3 import qwen3_block
 from benchmarks.row import Row
 from benchmarks.turns import take_turns
-from moe_plugin.balance import balance_
+from moe_plugin.apps.launch.compose import conf_dir
+from moe_plugin.apps.models.hugging_face import replace_routers_
+from moe_plugin.apps.models.language_model import moe_block
+from moe_plugin.apps.models.size import measure
+from moe_plugin.attach.balance import balance_
 from moe_plugin.experts import ExpertShape
-from moe_plugin.launch.compose import conf_dir
-from moe_plugin.models.hugging_face import replace_routers_
-from moe_plugin.models.language_model import moe_block
-from moe_plugin.models.size import measure
 
 EXPERTS = 16
 MEANS = (1.0, 1.5, 2.0, 4.0)

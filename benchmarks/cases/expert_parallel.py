@@ -25,7 +25,7 @@ from benchmarks.memory import resident
 from benchmarks.models import random_tokens, small_model
 from benchmarks.row import Row
 from benchmarks.turns import Turns, take_turns
-from moe_plugin.models.clipping import clip_gradients_
+from moe_plugin.apps.models.clipping import clip_gradients_
 from moe_plugin.sharding import materialize_, shard_
 
 

@@ -18,7 +18,7 @@ from benchmarks.expert_layer import LIMITS, LOOPED, SHAPES, Layer, Shape
 from benchmarks.memory import peak_mib
 from benchmarks.row import Row
 from benchmarks.turns import Turns, take_turns
-from moe_plugin.experts.dtypes import product_dtype
+from moe_plugin.experts.kernels.dtypes import product_dtype
 from moe_plugin.types import Routing
 
 

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader
 from benchmarks.models import random_tokens, tiny_model
 from benchmarks.row import Row
 from moe_plugin import LoadMonitor, LossFreeBalancing
-from moe_plugin.callbacks.router_sample import RouterSample
+from moe_plugin.callbacks.monitor.router_sample import RouterSample
 from moe_plugin.experts import GroupedExperts, MoEBlock
 from moe_plugin.routing import Router, Sigmoid
 

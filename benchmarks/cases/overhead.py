@@ -15,8 +15,8 @@ import torch
 from benchmarks.models import LENGTH, random_tokens, small_model, tiny_model
 from benchmarks.row import Row
 from benchmarks.turns import take_turns
-from moe_plugin.balance import Balanced, balance_
-from moe_plugin.models import LanguageModel
+from moe_plugin.apps.models import LanguageModel
+from moe_plugin.attach.balance import BalancedModel, balance_
 from moe_plugin.routing import Router
 
 
@@ -93,7 +93,7 @@ def training_step(model: LanguageModel, balanced: bool) -> Callable[[torch.Tenso
     return step
 
 
-def update_(balancer: Balanced) -> None:
+def update_(balancer: BalancedModel) -> None:
     """Moves all biases, and back to zero, so that routing stays that of a model without balancing."""
     balancer.update()
     for site in balancer.values():

@@ -20,9 +20,9 @@ from benchmarks.models import LENGTH, small_model
 from benchmarks.ranks import on_ranks
 from benchmarks.row import Row
 from benchmarks.turns import Turns, take_turns
-from moe_plugin.balance import balance_
+from moe_plugin.apps.models import LanguageModel
+from moe_plugin.attach.balance import balance_
 from moe_plugin.experts import ExpertShape
-from moe_plugin.models import LanguageModel
 
 RANKS = 2
 

@@ -21,9 +21,9 @@ from torch import Tensor
 from benchmarks.row import Row
 from benchmarks.turns import Turns, take_turns
 from benchmarks.two_ranks import EXPERTS, TOP_K, D, layer_rows, step
+from moe_plugin.apps.study.trained import counts_of, in_batches, load_run, look
 from moe_plugin.experts import GroupedExperts
 from moe_plugin.metrics.rank_groups import rank_violation
-from moe_plugin.study.trained import counts_of, in_batches, load_run, look
 
 RANKS = (2, 4, 8, 16)
 VIOLATIONS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)

@@ -22,8 +22,8 @@ from benchmarks.models import LENGTH
 from benchmarks.qwen3 import as_qwen3
 from benchmarks.row import Row
 from benchmarks.turns import take_turns
-from moe_plugin.models import AdamWWarmupCosine, LanguageModel
-from moe_plugin.models.attention import rotary_table
+from moe_plugin.apps.models import AdamWWarmupCosine, LanguageModel
+from moe_plugin.apps.models.attention import rotary_table
 
 PEER = "grouped_mm"
 

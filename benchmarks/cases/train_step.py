@@ -23,7 +23,7 @@ from benchmarks.models import random_tokens, small_model
 from benchmarks.qwen3 import as_qwen3
 from benchmarks.row import Row
 from benchmarks.turns import take_turns
-from moe_plugin.models import AdamWWarmupCosine, LanguageModel
+from moe_plugin.apps.models import AdamWWarmupCosine, LanguageModel
 from moe_plugin.routing import Router, SoftmaxBeforeTopK
 
 IMPLEMENTATIONS = ("eager", "grouped_mm")

@@ -15,9 +15,15 @@ from pathlib import Path
 from lightning.pytorch.profilers import Profiler
 
 from benchmarks.row import Row
-from moe_plugin.launch.build import build_callbacks, build_data, build_loggers, build_model, build_trainer
-from moe_plugin.launch.check import without_hydra
-from moe_plugin.launch.compose import compose_jobs
+from moe_plugin.apps.launch.build import (
+    build_callbacks,
+    build_data,
+    build_loggers,
+    build_model,
+    build_trainer,
+)
+from moe_plugin.apps.launch.compose import compose_jobs
+from moe_plugin.apps.launch.validate_config import without_hydra
 
 INSIDE_THE_STEP = (
     "on_before_zero_grad",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from moe_plugin.check import check_not_negative
+from moe_plugin.number_checks import check_not_negative
 
 if TYPE_CHECKING:
     from moe_plugin.balancing.rules.rule import Rule

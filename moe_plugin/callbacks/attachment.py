@@ -10,25 +10,25 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from moe_plugin.balance import Balanced
+from moe_plugin.attach.balance import BalancedModel
 from moe_plugin.callbacks.step_clock import StepClock, optimizer_of
 
 
 class Attachment:
     """Attaches before the strategy wraps the model, and updates once per optimizer step that took place."""
 
-    def __init__(self, attach: Callable[[LightningModule], Balanced]) -> None:
+    def __init__(self, attach: Callable[[LightningModule], BalancedModel]) -> None:
         """Set how to attach.
 
         Args:
             attach: Calls `balance_` on the module.
         """
         self._attach = attach
-        self._balanced: Balanced | None = None
+        self._balanced: BalancedModel | None = None
         self._clock = StepClock(self._update, self._skip)
 
     @property
-    def balanced(self) -> Balanced:
+    def balanced(self) -> BalancedModel:
         """The sites of the module, once attached."""
         assert self._balanced is not None, "not attached yet"
         return self._balanced

@@ -16,7 +16,7 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.utilities.signature_utils import is_param_in_hook_signature
 from torch import nn
 
-from moe_plugin.balanced import Balanced
+from moe_plugin.attach.balanced_model import BalancedModel
 from moe_plugin.errors import ConfigError
 
 
@@ -63,7 +63,7 @@ class Calibration:
         self._is_done = False
         self._batches.clear()
 
-    def take(self, trainer: Trainer, pl_module: LightningModule, balanced: Balanced, batch: Any) -> None:
+    def take(self, trainer: Trainer, pl_module: LightningModule, balanced: BalancedModel, batch: Any) -> None:
         """Keep a batch that was trained on; after the last step calibrate."""
         self._batches.append(batch)
         if trainer.global_step != self._last_step or self._is_done:

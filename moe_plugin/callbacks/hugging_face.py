@@ -13,12 +13,12 @@ from torch import nn
 from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
-from moe_plugin.adapters.adapter import Adapter
-from moe_plugin.adapters.fusible import Experts, check_experts
-from moe_plugin.balance import DEFAULT_RULE, Balanced, Rules, Sites, balance_
+from moe_plugin.attach.adapter import Adapter
+from moe_plugin.attach.balance import DEFAULT_RULE, BalancedModel, Rules, Sites, balance_
+from moe_plugin.attach.frozen_routers import FrozenRouters, check_frozen_routers
+from moe_plugin.attach.fused.fusible import Experts, check_experts
 from moe_plugin.balancing.schedule import RateSchedule
 from moe_plugin.errors import CheckpointError
-from moe_plugin.frozen import FrozenRouters, check_frozen_routers
 
 SIDECAR = "moe_plugin.safetensors"
 """File beside each checkpoint of the Trainer that holds biases, rule states and the update counter."""
@@ -37,7 +37,7 @@ class LossFreeTrainerCallback(TrainerCallback):
         balanced: The sites of the model, once training has begun.
     """
 
-    balanced: Balanced
+    balanced: BalancedModel
 
     def __init__(
         self,

@@ -9,12 +9,12 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from moe_plugin.balance import Balanced, balance_, find_balanced
+from moe_plugin.attach.balance import BalancedModel, balance_, find_balanced
 from moe_plugin.callbacks.attachment import Attachment
-from moe_plugin.callbacks.load_alarms import AlarmWatch, OnAlarm
 from moe_plugin.callbacks.loss_free import LossFreeBalancing
-from moe_plugin.callbacks.training_watch import TrainingWatch
-from moe_plugin.callbacks.validation_watch import ValidationWatch
+from moe_plugin.callbacks.monitor.load_alarms import AlarmWatch, OnAlarm
+from moe_plugin.callbacks.monitor.training_watch import TrainingWatch
+from moe_plugin.callbacks.monitor.validation_watch import ValidationWatch
 from moe_plugin.errors import AttachError, ConfigError
 from moe_plugin.metrics import LayerLoad
 from moe_plugin.metrics.alarms import Alarm, Limits
@@ -178,7 +178,7 @@ class LoadMonitor(Callback):
             self.training.first_record = LoadRecord(**state_dict["first_record"])
 
 
-def _balanced(pl_module: LightningModule) -> Balanced:
+def _balanced(pl_module: LightningModule) -> BalancedModel:
     balanced = find_balanced(pl_module)
     if balanced is None:
         raise AttachError(

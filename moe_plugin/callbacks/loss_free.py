@@ -9,16 +9,16 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
 from torch.optim import Optimizer
 
-from moe_plugin.adapters.adapter import Adapter
-from moe_plugin.adapters.fusible import Experts, check_experts
-from moe_plugin.balance import DEFAULT_RULE, Rules, Sites, balance_
+from moe_plugin.attach.adapter import Adapter
+from moe_plugin.attach.balance import DEFAULT_RULE, Rules, Sites, balance_
+from moe_plugin.attach.frozen_routers import FrozenRouters, check_frozen_routers
+from moe_plugin.attach.fused.fusible import Experts, check_experts
+from moe_plugin.attach.warm_start import check_solvable
 from moe_plugin.balancing.rules import AnyRule
 from moe_plugin.balancing.schedule import RateSchedule
 from moe_plugin.callbacks.attachment import Attachment
 from moe_plugin.callbacks.calibration import Calibration
 from moe_plugin.errors import ConfigError
-from moe_plugin.frozen import FrozenRouters, check_frozen_routers
-from moe_plugin.warm_start import check_solvable
 
 
 class LossFreeBalancing(Callback):

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from moe_plugin.experts.batched_products import backward_in_batches, forward_in_batches
-from moe_plugin.experts.blocks import backward_in_blocks, forward_in_blocks
-from moe_plugin.experts.dispatch import order_pairs
-from moe_plugin.experts.dtypes import HALVES, product_dtype
-from moe_plugin.experts.grouped_products import backward_by_groups, forward_by_groups
+from moe_plugin.experts.kernels.batched_products import backward_in_batches, forward_in_batches
+from moe_plugin.experts.kernels.dispatch import order_pairs
+from moe_plugin.experts.kernels.dtypes import HALVES, product_dtype
+from moe_plugin.experts.kernels.grouped_products import backward_by_groups, forward_by_groups
+from moe_plugin.experts.kernels.row_blocks import backward_in_blocks, forward_in_blocks
 from moe_plugin.types import Routing
 
 _LIBRARY = torch.library.Library("moe_plugin", "FRAGMENT")
@@ -41,7 +41,7 @@ def fused_experts(x_TD: Tensor, routing: Routing, gate_up: Tensor, down: Tensor)
     Args:
         x_TD: Hidden states.
         routing: Gate weights, expert ids, and which of them are used. With all used nothing waits for the device, if
-            torch has a kernel for `grouped_mm`, see `moe_plugin.experts.grouped_products`.
+            torch has a kernel for `grouped_mm`, see `moe_plugin.experts.kernels.grouped_products`.
         gate_up: (E, D, 2H), gate first; of any dtype.
         down: (E, H, D).
 

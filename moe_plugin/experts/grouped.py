@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from moe_plugin.check import check_positive_integers
-from moe_plugin.experts.dtypes import compute_dtype
 from moe_plugin.experts.fused import fused_experts
-from moe_plugin.kernels.choice import check_choice
+from moe_plugin.experts.kernels.choice import check_choice
+from moe_plugin.experts.kernels.dtypes import compute_dtype
+from moe_plugin.number_checks import check_positive_integers
 from moe_plugin.types import Routing
 
 

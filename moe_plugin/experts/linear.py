@@ -1,6 +1,6 @@
 """A linear layer without bias whose initial scale is given.
 
-Half precision is computed in fp32 on processors without instructions for it, see `moe_plugin.experts.dtypes`.
+Half precision is computed in fp32 on processors without instructions for it, see `moe_plugin.experts.kernels.dtypes`.
 
 Shape legend: T tokens, I inputs, O outputs.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_plugin.experts.dtypes import compute_dtype, product_dtype
+from moe_plugin.experts.kernels.dtypes import compute_dtype, product_dtype
 
 
 class Linear(nn.Linear):

@@ -19,9 +19,9 @@ from torch.nn import functional
 
 from moe_plugin.errors import ConfigError
 from moe_plugin.experts.all_to_all import plan_exchange
-from moe_plugin.experts.dispatch import combine, plan_dispatch
-from moe_plugin.experts.dtypes import compute_dtype
 from moe_plugin.experts.grouped import GroupedExperts
+from moe_plugin.experts.kernels.dispatch import combine, plan_dispatch
+from moe_plugin.experts.kernels.dtypes import compute_dtype
 from moe_plugin.types import Routing
 
 

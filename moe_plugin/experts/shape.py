@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from moe_plugin.check import check_positive_integers
 from moe_plugin.errors import ConfigError
+from moe_plugin.number_checks import check_positive_integers
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from moe_plugin.check import check_positive_integers
 from moe_plugin.errors import ConfigError
+from moe_plugin.number_checks import check_positive_integers
 from moe_plugin.routing.rankings.ranking import Ranking
 from moe_plugin.routing.scores import Score
 from moe_plugin.routing.selection import limit_to_groups, select_top_k

@@ -6,7 +6,7 @@ from torch import nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 
-from moe_plugin.adapters.routing_style import BIAS_NAMES
+from moe_plugin.attach.discovery.understand import BIAS_NAMES
 from moe_plugin.errors import ConfigError
 from moe_plugin.experts import expert_mesh, parallelize_experts_
 from moe_plugin.sharding.layers import find_layers

@@ -9,11 +9,11 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from moe_plugin.balance import balance_
+from moe_plugin.apps.models.language_model import moe_block
+from moe_plugin.attach.balance import balance_
 from moe_plugin.balancing.budget import RATE, count_slack_, level_step, new_budget
 from moe_plugin.balancing.rules import Proportional, Quantile, Sign
 from moe_plugin.experts import ExpertShape
-from moe_plugin.models.language_model import moe_block
 from moe_plugin.routing import (
     DynamicRouter,
     Sigmoid,

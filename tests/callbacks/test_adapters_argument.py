@@ -4,8 +4,8 @@ import torch
 from lightning.pytorch import LightningModule
 from torch import nn
 
-from moe_plugin.adapters.adapter import Adapter
-from moe_plugin.balance import find_balanced
+from moe_plugin.attach.adapter import Adapter
+from moe_plugin.attach.balance import find_balanced
 from moe_plugin.callbacks.loss_free import LossFreeBalancing
 
 

@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from moe_plugin import LossFreeBalancing
-from moe_plugin.balance import find_balanced
+from moe_plugin.attach.balance import find_balanced
 from moe_plugin.balancing.rules import Sign
 from moe_plugin.callbacks.calibration import Calibration
 from moe_plugin.errors import ConfigError

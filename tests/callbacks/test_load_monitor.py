@@ -14,10 +14,10 @@ from tensorboard.util import tensor_util
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader
 
-from moe_plugin.balance import find_balanced
+from moe_plugin.attach.balance import find_balanced
 from moe_plugin.callbacks.load_monitor import LoadMonitor
 from moe_plugin.callbacks.loss_free import LossFreeBalancing
-from moe_plugin.callbacks.run_card import active_parameters
+from moe_plugin.callbacks.monitor.run_card import active_parameters
 from moe_plugin.errors import AttachError, ConfigError
 from moe_plugin.experts import GroupedExperts, MoEBlock
 from moe_plugin.metrics import dead_experts, max_violation

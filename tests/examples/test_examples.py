@@ -9,7 +9,7 @@ from types import ModuleType
 
 import pytest
 
-from moe_plugin.balance import DEFAULT_RULE, find_balanced
+from moe_plugin.attach.balance import DEFAULT_RULE, find_balanced
 from moe_plugin.balancing.rules import Proportional, Sign
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from moe_plugin import balance_
-from moe_plugin.experts import GroupedExperts, MoEBlock, SwiGLU, grouped_products
-from moe_plugin.experts.blocks import backward_in_blocks, forward_in_blocks
-from moe_plugin.experts.dispatch import order_pairs
-from moe_plugin.experts.grouped_products import backward_by_groups, forward_by_groups
-from moe_plugin.kernels.choice import VARIABLE
+from moe_plugin.experts import GroupedExperts, MoEBlock, SwiGLU
+from moe_plugin.experts.kernels import grouped_products
+from moe_plugin.experts.kernels.choice import VARIABLE
+from moe_plugin.experts.kernels.dispatch import order_pairs
+from moe_plugin.experts.kernels.grouped_products import backward_by_groups, forward_by_groups
+from moe_plugin.experts.kernels.row_blocks import backward_in_blocks, forward_in_blocks
 from moe_plugin.routing import Router, Sigmoid
 
 pytestmark = [

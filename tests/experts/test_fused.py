@@ -9,17 +9,18 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from moe_plugin.experts import GroupedExperts, dtypes, fused, grouped_products
-from moe_plugin.experts import batches as batches_file
-from moe_plugin.experts import blocks as blocks_file
-from moe_plugin.experts.batched_products import backward_in_batches, forward_in_batches
-from moe_plugin.experts.batches import lay_out
-from moe_plugin.experts.blocks import backward_in_blocks, blocks, forward_in_blocks
-from moe_plugin.experts.dispatch import order_pairs
-from moe_plugin.experts.grouped_products import backward_by_groups, forward_by_groups
-from moe_plugin.kernels.choice import TORCH, triton_kernels
+from moe_plugin.experts import GroupedExperts, fused
+from moe_plugin.experts.kernels import dtypes, grouped_products
+from moe_plugin.experts.kernels import row_batches as batches_file
+from moe_plugin.experts.kernels import row_blocks as blocks_file
+from moe_plugin.experts.kernels.batched_products import backward_in_batches, forward_in_batches
+from moe_plugin.experts.kernels.choice import TORCH, triton_kernels
+from moe_plugin.experts.kernels.dispatch import order_pairs
+from moe_plugin.experts.kernels.grouped_products import backward_by_groups, forward_by_groups
+from moe_plugin.experts.kernels.row_batches import lay_out
+from moe_plugin.experts.kernels.row_blocks import backward_in_blocks, blocks, forward_in_blocks
 from moe_plugin.types import Routing
-from tests.kernels.cases import INTERPRETED
+from tests.experts.kernels.cases import INTERPRETED
 
 T, D, H, E, K = 24, 16, 8, 6, 3
 

@@ -8,7 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moe_plugin.errors import ConfigError
-from moe_plugin.experts import GroupedExperts, dtypes
+from moe_plugin.experts import GroupedExperts
+from moe_plugin.experts.kernels import dtypes
 from moe_plugin.types import Routing
 
 

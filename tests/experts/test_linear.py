@@ -4,7 +4,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from moe_plugin.experts import Linear, SwiGLU, dtypes
+from moe_plugin.experts import Linear, SwiGLU
+from moe_plugin.experts.kernels import dtypes
 
 TOKENS, INPUTS, OUTPUTS = 12, 16, 24
 HALVES = {torch.bfloat16, torch.float16}

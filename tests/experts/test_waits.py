@@ -15,10 +15,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from moe_plugin import balance_
-from moe_plugin.balanced import Balanced
+from moe_plugin.attach.balanced_model import BalancedModel
 from moe_plugin.experts import GroupedExperts, MoEBlock, SwiGLU
-from moe_plugin.experts.dispatch import order_pairs
-from moe_plugin.experts.grouped_products import backward_by_groups, forward_by_groups
+from moe_plugin.experts.kernels.dispatch import order_pairs
+from moe_plugin.experts.kernels.grouped_products import backward_by_groups, forward_by_groups
 from moe_plugin.routing import Router, Sigmoid, SoftmaxBeforeTopK
 
 T, D, H, E, K = 24, 16, 32, 6, 3
@@ -44,7 +44,7 @@ def on_meta(monkeypatch: pytest.MonkeyPatch) -> None:
     """Autocast knows no such device, and the first update looks whether tokens were counted."""
     monkeypatch.setattr(torch, "autocast", lambda *_, **__: nullcontext())
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
-    monkeypatch.setattr(Balanced, "_check_effect", lambda *_: None)
+    monkeypatch.setattr(BalancedModel, "_check_effect", lambda *_: None)
 
 
 class TestTrainingStep:

@@ -44,8 +44,8 @@ Made by `python -m tests.families` with transformers {version}: every family tha
 Each is built small from its config, with random weights, and really run.
 
 Nothing below is a list that the code goes by: routers are found by their structure, see
-`moe_plugin/adapters/discover.py`. Only rows that say *adapter* have a file of their own in
-`moe_plugin/adapters/families/`.
+`moe_plugin/attach/discovery/survey.py`. Only rows that say *adapter* have a file of their own in
+`moe_plugin/attach/families/`.
 
 *Driven* is what the updates move: a tensor that the model owns, which then lies in its own checkpoint, or a bias of
 ours, added in the named selecting call. *Gate weights* names the function of the unbiased scores that they were found

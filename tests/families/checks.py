@@ -18,8 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_plugin.adapters.site import Site
-from moe_plugin.balance import Balanced, balance_, find_balanced
+from moe_plugin.attach.balance import BalancedModel, balance_, find_balanced
+from moe_plugin.attach.site import Site
 from moe_plugin.balancing.rules import Sign
 from tests.families import odd_gates
 from tests.families.gates import explained
@@ -93,7 +93,7 @@ def zero_bias_changes_nothing(model: PreTrainedModel, inputs: dict[str, Any]) ->
     assert not wrong, f"gradients differ at zero bias: {wrong}"
 
 
-def counts_are_exact(model: PreTrainedModel, balanced: Balanced, inputs: dict[str, Any]) -> None:
+def counts_are_exact(model: PreTrainedModel, balanced: BalancedModel, inputs: dict[str, Any]) -> None:
     """Each site counts its valid tokens times k."""
     balanced.discard_counts_()
     _step(model, inputs)
@@ -120,7 +120,9 @@ def counts_are_exact_under_checkpointing(
             assert site.counts.sum() == expected, f"{name} counted {site.counts.tolist()} when checkpointed"
 
 
-def large_bias_draws_every_token(model: PreTrainedModel, balanced: Balanced, inputs: dict[str, Any]) -> str:
+def large_bias_draws_every_token(
+    model: PreTrainedModel, balanced: BalancedModel, inputs: dict[str, Any]
+) -> str:
     """An expert with a large bias is among every token's, with gate weights from unbiased scores.
 
     Returns:
@@ -145,7 +147,7 @@ def large_bias_draws_every_token(model: PreTrainedModel, balanced: Balanced, inp
 
 
 def bias_that_changes_no_selection_changes_nothing(
-    model: PreTrainedModel, balanced: Balanced, inputs: dict[str, Any]
+    model: PreTrainedModel, balanced: BalancedModel, inputs: dict[str, Any]
 ) -> None:
     """While every token keeps its experts, outputs are bit-identical: no gate weight sees the bias."""
     before = {name: site.bias.clone() for name, site in balanced.items()}
@@ -164,7 +166,7 @@ def bias_that_changes_no_selection_changes_nothing(
         site.bias.copy_(before[name])
 
 
-def update_moves_bias(model: PreTrainedModel, balanced: Balanced, inputs: dict[str, Any]) -> None:
+def update_moves_bias(model: PreTrainedModel, balanced: BalancedModel, inputs: dict[str, Any]) -> None:
     """An update leaves every site with another bias."""
     before = {name: site.bias.clone() for name, site in balanced.items()}
     counts_are_exact(model, balanced, inputs)
@@ -185,7 +187,7 @@ def copies_are_alike(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
 
 
 def bias_survives_saving(
-    model: PreTrainedModel, balanced: Balanced, inputs: dict[str, Any] | None
+    model: PreTrainedModel, balanced: BalancedModel, inputs: dict[str, Any] | None
 ) -> list[str]:
     """Biases that are the host's lie in its own checkpoint; ours in the sidecar file.
 
@@ -292,7 +294,7 @@ def _evaluate(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
 
 
 def _selections(
-    model: PreTrainedModel, balanced: Balanced, inputs: dict[str, Any]
+    model: PreTrainedModel, balanced: BalancedModel, inputs: dict[str, Any]
 ) -> tuple[Tensor, list[list[int]]]:
     """The model's output, and the experts of every token at every site."""
     chosen: list[list[int]] = []
@@ -328,7 +330,7 @@ def _explain(site: Site, found: dict[str, None]) -> Any:
     return hook
 
 
-def _described(balanced: Balanced, gates: str, notes: list[str]) -> Verified:
+def _described(balanced: BalancedModel, gates: str, notes: list[str]) -> Verified:
     sites = list(balanced.values())
 
     def each(values: list[str]) -> str:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from moe_plugin.balance import balance_
+from moe_plugin.attach.balance import balance_
 from moe_plugin.errors import AttachError
 from tests.families.inputs import inputs_of
 

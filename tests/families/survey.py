@@ -14,7 +14,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from transformers.utils import logging as transformers_logging
 
-from moe_plugin.balance import balance_
+from moe_plugin.attach.balance import balance_
 from moe_plugin.errors import AttachError
 from tests.families.checks import Verified, verify
 from tests.families.fused import fused
@@ -67,7 +67,7 @@ def surveyed(family: str) -> Row:
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
-    with warnings.catch_warnings(), without_warnings("moe_plugin.balance"):
+    with warnings.catch_warnings(), without_warnings("moe_plugin.attach.balance"):
         warnings.simplefilter("ignore")  # transformers' own, about configs and checkpointing
         model = build(family)
         try:

@@ -9,7 +9,7 @@ import torch
 
 pytest.importorskip("transformers")
 
-from moe_plugin.balance import balance_
+from moe_plugin.attach.balance import balance_
 from moe_plugin.balancing.rules import Sign
 from tests.families.inputs import LENGTH, PADDING, inputs_of
 from tests.families.models import build

@@ -9,9 +9,9 @@ from torch import nn
 from torch.distributed.tensor import DTensor
 
 from moe_plugin import LossFreeBalancing, Sign, shard_
-from moe_plugin.balance import find_balanced
-from moe_plugin.models.clipping import clip_gradients_
-from tests.models.small_models import VOCAB_SIZE, language_model
+from moe_plugin.apps.models.clipping import clip_gradients_
+from moe_plugin.attach.balance import find_balanced
+from tests.apps.models.small_models import VOCAB_SIZE, language_model
 from tests.sharding.ranks import loader, trainer
 
 pytestmark = [
@@ -40,8 +40,8 @@ def deepseek_v3() -> nn.Module:
     """Without shared experts it has parameters without elements all the same."""
     from transformers import DeepseekV3Config
 
+    from moe_plugin.apps.models.hugging_face import HuggingFaceNetwork
     from moe_plugin.experts import ExpertShape
-    from moe_plugin.models.hugging_face import HuggingFaceNetwork
 
     config = DeepseekV3Config(
         vocab_size=VOCAB_SIZE, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,

@@ -4,8 +4,8 @@ import pytest
 from torch import nn
 
 from moe_plugin.sharding import find_layers
+from tests.apps.models.small_models import language_model
 from tests.hosts import Host
-from tests.models.small_models import language_model
 
 
 class Block(nn.Module):

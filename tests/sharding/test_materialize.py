@@ -8,8 +8,8 @@ from torch.distributed.device_mesh import init_device_mesh
 from moe_plugin import balance_
 from moe_plugin.errors import ConfigError
 from moe_plugin.sharding import materialize_, shard_
+from tests.apps.models.small_models import language_model
 from tests.hosts import Host, OwningRouter
-from tests.models.small_models import language_model
 
 CPU = torch.device("cpu")
 

@@ -10,12 +10,12 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from moe_plugin import LossFreeBalancing, Sign, balance_, shard_
-from moe_plugin.balance import find_balanced
+from moe_plugin.attach.balance import find_balanced
 from moe_plugin.errors import AttachError, ConfigError
 from moe_plugin.losses import LoadBalancingLoss
 from moe_plugin.sharding import find_layers
+from tests.apps.models.small_models import language_model, token_batch
 from tests.hosts import Host
-from tests.models.small_models import language_model, token_batch
 from tests.sharding.ranks import loader, trainer
 
 pytestmark = [

@@ -10,7 +10,7 @@ from torch import Tensor
 from moe_plugin.balancing.rate import check_rate
 from moe_plugin.balancing.rules.load import Load, centred
 from moe_plugin.balancing.rules.rule import Memory
-from moe_plugin.check import check_not_negative, check_positive
+from moe_plugin.number_checks import check_not_negative, check_positive
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,0 @@
-"""ViTPose++: the caller says which expert an image goes to, by its dataset."""
-
-from __future__ import annotations
-
-from moe_plugin.adapters.adapter import Adapter
-
-ADAPTER = Adapter(
-    block="VitPoseNaiveMoe", refused="is told by 'dataset_index' which expert to use: there is no router"
-)

@@ -1,0 +1,6 @@
+"""What would be balanced in a model, and how: `moe-inspect`, and `inspect_model` for a model in memory."""
+
+from moe_plugin.apps.inspection.inspection_table import inspection_table
+from moe_plugin.apps.inspection.sites import BiasStatistics, Inspection, RoutingSite, inspect_model
+
+__all__ = ["BiasStatistics", "Inspection", "RoutingSite", "inspect_model", "inspection_table"]

@@ -1,0 +1,187 @@
+"""The routing sites of a model, without training or running it: the meta device is enough.
+
+Shape legend: E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from types import FunctionType
+
+from torch import Tensor, nn
+
+from moe_plugin.attach.adapter import Adapter
+from moe_plugin.attach.balance import BalancedModel, find_balanced
+from moe_plugin.attach.discovery.code_names import uses
+from moe_plugin.attach.discovery.surroundings import Surroundings
+from moe_plugin.attach.discovery.survey import Found, survey
+from moe_plugin.attach.discovery.understand import GROUP_COUNT_NAMES
+
+_SCORES = ("sigmoid", "softmax", "softplus")
+_SCORE_NAMES = ("scoring_func", "score_func", "score_function", "router_score_function")
+
+
+@dataclass(frozen=True)
+class BiasStatistics:
+    """The values of a selection bias.
+
+    Attributes:
+        lowest: Smallest value.
+        highest: Largest value.
+        deviation: Standard deviation over the experts.
+    """
+
+    lowest: float
+    highest: float
+    deviation: float
+
+    @classmethod
+    def of(cls, bias_E: Tensor) -> BiasStatistics:
+        """Measure a bias."""
+        bias_E = bias_E.detach().float().cpu()
+        return cls(bias_E.min().item(), bias_E.max().item(), bias_E.std(correction=0).item())
+
+
+@dataclass(frozen=True)
+class RoutingSite:
+    """One router, and how it would be balanced.
+
+    Attributes:
+        name: Its module name.
+        router: Its class.
+        num_experts: E.
+        top_k: Experts per token.
+        score: What the scores are made by, as far as its code or settings tell.
+        groups: Groups that limit a token's choice; 1 for none.
+        driven: How the bias reaches the selection.
+        bias_key: The `state_dict` key of the bias that the model owns; None where it would get one of ours.
+        is_proven: Whether this was seen in a run on tensors without data, and not read from names.
+        bias: Its values; None where there are none, as on the meta device.
+    """
+
+    name: str
+    router: str
+    num_experts: int
+    top_k: int
+    score: str
+    groups: int
+    driven: str
+    bias_key: str | None
+    is_proven: bool
+    bias: BiasStatistics | None
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What was found in a model.
+
+    Attributes:
+        model: Its class.
+        sites: The routers that can be balanced, in the order of the modules.
+        refused: Those that cannot, and why.
+        strangers: Experts whose routing nobody understood, and why.
+    """
+
+    model: str
+    sites: tuple[RoutingSite, ...]
+    refused: Mapping[str, str] = field(default_factory=dict)
+    strangers: Mapping[str, str] = field(default_factory=dict)
+
+    def with_biases(self, biases: Mapping[str, Tensor]) -> Inspection:
+        """The same with the statistics of these biases, by router name."""
+        sites = (
+            replace(site, bias=BiasStatistics.of(biases[site.name])) if site.name in biases else site
+            for site in self.sites
+        )
+        return replace(self, sites=tuple(sites))
+
+
+def inspect_model(model: nn.Module, adapters: Sequence[Adapter] = ()) -> Inspection:
+    """Find the routers of a model and say how each would be driven; the model is left as it is.
+
+    Args:
+        model: Any model, on any device including meta, balanced already or not.
+        adapters: How blocks route that select experts in a way of their own.
+    """
+    balanced = find_balanced(model)
+    if balanced is not None:
+        return Inspection(type(model).__name__, _attached(model, balanced), dict(balanced.refused))
+    findings = survey(model, adapters)
+    return Inspection(
+        type(model).__name__,
+        tuple(_found(model, found) for found in findings.routers.values()),
+        findings.refused,
+        findings.strangers,
+    )
+
+
+def _found(model: nn.Module, found: Found) -> RoutingSite:
+    owner, name = found.bias_owner, found.bias_name
+    bias_E = getattr(owner, name) if owner is not None and name is not None else None
+    if found.adapter is not None:
+        driven = "a bias of ours, by its adapter"
+    elif name is not None:
+        driven = f"its own {name}"
+    else:
+        driven = f"a bias of ours, at {found.kind}"
+    return RoutingSite(
+        name=found.name,
+        router=type(found.module).__name__,
+        num_experts=found.num_experts,
+        top_k=found.top_k,
+        score=score_of(found.module),
+        groups=groups_of(model, found.name),
+        driven=driven,
+        bias_key=None if owner is None or name is None else _key(model, owner, name),
+        is_proven=found.proven,
+        bias=None if bias_E is None or bias_E.is_meta else BiasStatistics.of(bias_E),
+    )
+
+
+def _attached(model: nn.Module, balanced: BalancedModel) -> tuple[RoutingSite, ...]:
+    return tuple(
+        RoutingSite(
+            name=name,
+            router=type(site.router).__name__,
+            num_experts=site.num_experts,
+            top_k=site.top_k,
+            score=score_of(site.router),
+            groups=groups_of(model, name),
+            driven=f"its own {site.bias_name}, balanced now"
+            if site.host_owns_bias
+            else "a bias of ours, balanced now",
+            bias_key=_key(model, site.bias_owner, site.bias_name) if site.host_owns_bias else None,
+            is_proven=site.proven,
+            bias=None if site.bias.is_meta else BiasStatistics.of(site.bias),
+        )
+        for name, site in balanced.items()
+    )
+
+
+def score_of(router: nn.Module) -> str:
+    """What a router makes its scores by: what it says itself, or the functions that its code names."""
+    score = getattr(router, "score", None)
+    if score is not None and hasattr(score, "probabilities"):
+        return type(score).__name__
+    for holder in (router, getattr(router, "config", None)):
+        for name in _SCORE_NAMES:
+            if isinstance(getattr(holder, name, None), str):
+                return getattr(holder, name)
+    forwards = [vars(kind).get("forward") for kind in type(router).__mro__]
+    codes = [set(forward.__code__.co_names) for forward in forwards if isinstance(forward, FunctionType)]
+    own = next((names for names in codes if names & set(_SCORES)), set())
+    named = [name for name in _SCORES if name in own] or [
+        name for name in _SCORES if uses(type(router), frozenset({name}))
+    ]
+    return " or ".join(named) or "logits"
+
+
+def groups_of(model: nn.Module, name: str) -> int:
+    """Groups of experts that limit a token's choice; 1 for none."""
+    return Surroundings.of(model, name).number(GROUP_COUNT_NAMES) or 1
+
+
+def _key(model: nn.Module, owner: nn.Module, name: str) -> str:
+    path = next(path for path, module in model.named_modules() if module is owner)
+    return f"{path}.{name}" if path else name

@@ -1,0 +1,151 @@
+"""From a word on the command line to a model without storage, and the biases that were saved for it."""
+
+from __future__ import annotations
+
+import importlib
+import pickle
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from moe_plugin.apps.inspection.sites import Inspection, inspect_model
+from moe_plugin.errors import ConfigError
+
+
+def inspect_source(word: str) -> Inspection:
+    """Inspect what a word names.
+
+    Args:
+        word: A checkpoint of a run of ours; `package.module:function` that returns a model; or a folder, a
+            `config.json`, a model type or a name on the hub of transformers.
+
+    Raises:
+        ConfigError: If it names nothing that can be inspected.
+    """
+    if Path(word).suffix == ".ckpt":
+        return of_checkpoint(Path(word))
+    if ":" in word:
+        return inspect_model(from_function(word))
+    return of_transformers(word)
+
+
+def of_checkpoint(path: Path) -> Inspection:
+    """Inspect the model of a run's checkpoint, with the biases saved in it.
+
+    Raises:
+        ConfigError: If it is no checkpoint of a run with its `config.yaml`.
+    """
+    from omegaconf import DictConfig, OmegaConf
+
+    from moe_plugin.apps.launch.build import build_model_on_meta
+
+    source = path.resolve().parent.parent / "config.yaml"
+    if not path.is_file() or not source.is_file():
+        raise ConfigError(
+            f"'WHAT' must be a checkpoint file in a run's folder, two levels below its config.yaml, got {str(path)!r}. "
+            "For a model of your own give 'package.module:function', or call inspect_model() on it."
+        )
+    config = OmegaConf.load(source)
+    assert isinstance(config, DictConfig)
+    inspection = inspect_model(build_model_on_meta(config))
+    return inspection.with_biases(saved_biases(read_checkpoint(path), inspection))
+
+
+def read_checkpoint(path: Path) -> dict[str, Any]:
+    """What Lightning saved, its tensors still on disk.
+
+    It may run code of whoever wrote the file, as any Lightning checkpoint may.
+
+    Raises:
+        ConfigError: If it is no such file.
+    """
+    try:
+        return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
+    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
+        raise ConfigError(
+            f"'WHAT' must be a Lightning checkpoint, got {str(path)!r}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def saved_biases(checkpoint: Mapping[str, Any], inspection: Inspection) -> dict[str, Tensor]:
+    """The bias of each router: from the balancing callback's state, or from the model's own weights."""
+    weights = checkpoint.get("state_dict", {})
+    biases = {site.name: weights[site.bias_key] for site in inspection.sites if site.bias_key in weights}
+    for state in checkpoint.get("callbacks", {}).values():
+        if isinstance(state, Mapping) and "sites" in state:
+            biases |= {name: saved["bias"] for name, saved in state["sites"].items()}
+    return biases
+
+
+def from_function(word: str) -> nn.Module:
+    """Call `package.module:function` on the meta device.
+
+    Raises:
+        ConfigError: If there is no such function, or it returns no module.
+    """
+    module, _, name = word.partition(":")
+    try:
+        build = getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError(
+            f"'WHAT' must name a function that can be imported, got {word!r}: {error}"
+        ) from error
+    with torch.device("meta"):
+        model = build()
+    if not isinstance(model, nn.Module):
+        raise ConfigError(
+            f"'WHAT' must name a function that returns a module, got {type(model).__name__} from {word!r}."
+        )
+    return model
+
+
+def of_transformers(word: str) -> Inspection:
+    """Inspect a model of transformers from its configuration, with the biases of a folder's safetensors files.
+
+    Raises:
+        ConfigError: If transformers is missing or does not know the name, or has no model for the configuration.
+    """
+    try:
+        from transformers import AutoModel, AutoModelForCausalLM
+    except ImportError as error:
+        raise ConfigError(f"'WHAT' {word!r} needs transformers: pip install 'moe_plugin[hf]'.") from error
+    config = _config(word)
+    kind = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
+    try:
+        with torch.device("meta"):
+            model = kind.from_config(config)
+    except ValueError as error:
+        raise ConfigError(
+            f"'WHAT' must have a model class in transformers, got {word!r}: {str(error).splitlines()[0]}"
+        ) from error
+    inspection = inspect_model(model)
+    folder = Path(word)
+    return inspection.with_biases(_stored_biases(folder, inspection)) if folder.is_dir() else inspection
+
+
+def _config(word: str) -> Any:
+    from transformers import CONFIG_MAPPING, AutoConfig
+
+    if word in CONFIG_MAPPING:
+        return AutoConfig.for_model(word)
+    try:
+        return AutoConfig.from_pretrained(word)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"'WHAT' must be a .ckpt file, package.module:function, or a folder, config.json, model type or name of "
+            f"transformers, got {word!r}: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _stored_biases(folder: Path, inspection: Inspection) -> dict[str, Tensor]:
+    from safetensors import safe_open
+
+    wanted = {site.bias_key: site.name for site in inspection.sites if site.bias_key is not None}
+    biases: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            biases |= {wanted[key]: file.get_tensor(key) for key in wanted.keys() & set(file.keys())}
+    return biases

@@ -1,0 +1,90 @@
+"""Builds the objects of a run from its configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from hydra.utils import instantiate
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
+from lightning.pytorch.callbacks import ProgressBar
+from lightning.pytorch.loggers import Logger
+from omegaconf import DictConfig, OmegaConf
+from torch.distributed._composable.checkpoint_activation import checkpoint
+
+from moe_plugin.apps.launch.compile_layers import CompileLayers
+from moe_plugin.apps.launch.time_limit import TimeLimit
+from moe_plugin.apps.launch.whole_checkpoint import WholeCheckpointIO
+from moe_plugin.sharding import find_layers
+
+
+def build_model(config: DictConfig) -> LightningModule:
+    """Returns the model, on the device that is torch's default here."""
+    return instantiate(config.model)
+
+
+def build_model_for(config: DictConfig) -> LightningModule:
+    """Returns the model as the strategy wants it: with storage or without yet, its layers checkpointed or not."""
+    strategy = config.strategy
+    model = build_model_on_meta(config) if strategy.get("meta_init") else build_model(config)
+    for layer in find_layers(model) if strategy.get("activation_checkpointing") else []:
+        checkpoint(layer)
+    return model
+
+
+def build_model_on_meta(config: DictConfig) -> LightningModule:
+    """Returns the model without storage: its shapes and nothing else."""
+    with torch.device("meta"):
+        return build_model(config)
+
+
+def build_data(config: DictConfig) -> LightningDataModule:
+    """Returns the data module."""
+    return instantiate(config.data)
+
+
+def build_callbacks(config: DictConfig) -> list[Callback]:
+    """Returns the balancing callback, if there is one, and the others; no progress bar where none is wanted."""
+    nodes = [config.balancing.callback, *(config.callbacks or {}).values()]
+    callbacks = [instantiate(node) for node in nodes if node is not None]
+    if config.strategy.get("compile") is not None:
+        callbacks.append(CompileLayers(config.strategy.compile))
+    shows_progress = config.trainer.enable_progress_bar
+    return [callback for callback in callbacks if shows_progress or not isinstance(callback, ProgressBar)]
+
+
+def to_plain(value: Any) -> Any:
+    """Returns a value of the configuration without omegaconf's types."""
+    return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
+
+
+def build_loggers(config: DictConfig) -> list[Logger]:
+    """Returns the loggers, the first of them the one that metrics' x-axes come from."""
+    return [instantiate(node) for node in (config.logger or {}).values() if node is not None]
+
+
+def build_trainer(config: DictConfig, *, callbacks: Sequence[Callback], **objects: Any) -> Trainer:
+    """Returns the trainer.
+
+    Args:
+        config: The run's configuration.
+        callbacks: Its callbacks; one for `max_time` is added.
+        **objects: Other arguments, such as ``logger``.
+    """
+    max_time = config.trainer.max_time
+    time_limit = [] if max_time is None else [TimeLimit(to_plain(max_time))]
+    strategy, val_check_interval = config.strategy.lightning, config.trainer.val_check_interval
+    if isinstance(val_check_interval, int):  # ours counts steps, Lightning's micro-batches
+        val_check_interval *= config.trainer.accumulate_grad_batches
+    return instantiate(
+        config.trainer,
+        devices=config.strategy.devices,
+        strategy=strategy if isinstance(strategy, str) else instantiate(strategy),
+        val_check_interval=val_check_interval,
+        max_time=None,  # `TimeLimit` sees to it
+        callbacks=[*callbacks, *time_limit],
+        plugins=[WholeCheckpointIO()],
+        _convert_="all",
+        **objects,
+    )

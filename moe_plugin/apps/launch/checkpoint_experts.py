@@ -1,0 +1,34 @@
+"""Compares a checkpoint's numbers of experts with the model's, before torch lists every tensor that doesn't fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from torch import nn
+
+from moe_plugin.apps.launch.whole_checkpoint import shapes_in
+from moe_plugin.attach.discovery.routed_experts import find_routed_experts
+from moe_plugin.errors import CheckpointError
+
+
+def check_checkpoint_experts(model: nn.Module, path: str | Path) -> None:
+    """Checks that each layer of the model has as many experts as in the checkpoint.
+
+    Args:
+        model: The model, the meta device is enough.
+        path: A checkpoint, a file or a folder.
+
+    Raises:
+        CheckpointError: Names both numbers for each layer in which they differ.
+    """
+    shapes, names = shapes_in(path), {module: name for name, module in model.named_modules()}
+    wrong = []
+    for routed in find_routed_experts(model):
+        block = names[routed.module].rpartition(".")[0]
+        for name, parameter in model.get_submodule(block).named_parameters(prefix=block):
+            is_router = parameter.ndim == 2 and len(parameter) == routed.num_experts
+            if is_router and name in shapes and len(shapes[name]) != 0 and shapes[name][0] != len(parameter):
+                wrong.append(f"{block}: {shapes[name][0]} in the checkpoint, {len(parameter)} in the model")
+                break
+    if wrong:
+        raise CheckpointError(f"'ckpt_path' has other numbers of experts. {'; '.join(wrong)}.")

@@ -1,0 +1,133 @@
+"""The command line: checks every job first, then hands over to Hydra."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import sys
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+
+import hydra
+from hydra._internal.utils import get_args_parser
+from omegaconf import DictConfig
+
+from moe_plugin.apps.launch.compose import HYDRA_VERSION, compose_jobs, conf_dir
+from moe_plugin.apps.launch.environment import is_launched
+from moe_plugin.apps.launch.explain import one_line
+from moe_plugin.apps.launch.sweep import reported_sweep, sweep_job
+from moe_plugin.errors import ConfigError, MoEPluginError, RunError
+
+FAILED, WRONG_USE = 1, 2
+
+
+def run(arguments: Sequence[str], task: Callable[[DictConfig], object]) -> None:
+    """Runs a task on the configuration that the arguments stand for, or on each of a sweep.
+
+    With ``count_only=true`` the models' sizes are printed and that is all.
+
+    Args:
+        arguments: The command line without the program's name.
+        task: Takes the composed configuration; what it returns goes to the sweeper.
+
+    Raises:
+        SystemExit: With code 2 and one line on stderr when the arguments are wrong; nothing was created then. With
+            code 1 when a run failed, or any job of a sweep.
+    """
+    arguments = [quote_option(word) for word in arguments]
+    args = get_args_parser().parse_intermixed_args(arguments)
+    if is_run(args) and all(is_counted(job) for job in check_all(args)):
+        return
+
+    words = [*switches(arguments, args.overrides), *args.overrides]
+    main = hydra.main(config_path=str(conf_dir()), config_name="config", version_base=HYDRA_VERSION)
+    with command_line(words), reported_sweep() if is_sweep(args) else nullcontext():
+        main(sweep_job(task) if is_sweep(args) else single_job(task))()
+
+
+def single_job(task: Callable[[DictConfig], object]) -> Callable[[DictConfig], object]:
+    """Returns the task with a user's errors in one line."""
+
+    @functools.wraps(task)
+    def job(config: DictConfig) -> object:
+        with one_line_errors():
+            return task(config)
+
+    return job
+
+
+def is_run(args: Namespace) -> bool:
+    """Says whether jobs will run, rather than help or a configuration be shown."""
+    return not (args.help or args.hydra_help or args.cfg or args.info or args.shell_completion)
+
+
+def is_sweep(args: Namespace) -> bool:
+    """Says whether the command line asks for several jobs."""
+    return is_run(args) and (args.multirun or "hydra.mode=MULTIRUN" in args.overrides)
+
+
+def switches(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
+    """Returns the words that are not overrides: Hydra wants them first, people type ``-m`` anywhere."""
+    remaining = list(arguments)
+    for word in overrides:
+        remaining.remove(word)
+    return remaining
+
+
+def quote_option(word: str) -> str:
+    """Puts options that are numbers in quotes, as Hydra wants them: ``experts=8,16`` becomes ``experts="8","16"``."""
+    group, equals, options = word.partition("=")
+    if not equals or not re.fullmatch(r"\w+", group) or not (conf_dir() / group).is_dir():
+        return word
+    return f"{group}=" + re.sub(r"(?<![^,])\d+(?![^,])", r'"\g<0>"', options)
+
+
+def check_all(args: Namespace) -> list[DictConfig]:
+    """Composes and checks each job, and returns their configurations; the first that is wrong ends the program."""
+    with one_line_errors():
+        if is_sweep(args) and is_launched():
+            raise ConfigError(
+                "'-m' must be used without torchrun: each job of a sweep starts its own processes."
+            )
+        configs = list(compose_jobs(args.overrides, multirun=is_sweep(args), config_dir=args.config_dir))
+        # Torch and Lightning are imported only now: a misspelt key is answered at once.
+        from moe_plugin.apps.launch.validate_config import check
+
+        for config in configs:
+            check(config)
+    return configs
+
+
+def is_counted(config: DictConfig) -> bool:
+    """Prints the model's size if that is all that is asked for, and says whether it was."""
+    if config.count_only:
+        from moe_plugin.apps.launch.build import build_model_on_meta
+        from moe_plugin.apps.models.size import measure, print_size_table
+
+        print_size_table(measure(build_model_on_meta(config)))
+    return config.count_only
+
+
+@contextmanager
+def one_line_errors() -> Iterator[None]:
+    """Turns a user's errors in its block into one line on stderr and exit code 2."""
+    try:
+        yield
+    except MoEPluginError as error:
+        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+            raise
+        print(f"error: {one_line(str(error))}", file=sys.stderr)
+        raise SystemExit(FAILED if isinstance(error, RunError) else WRONG_USE) from error
+
+
+@contextmanager
+def command_line(arguments: Sequence[str]) -> Iterator[None]:
+    """Makes the arguments those of the program within its block: Hydra reads them there."""
+    before = sys.argv
+    sys.argv = [before[0], *arguments]
+    try:
+        yield
+    finally:
+        sys.argv = before

@@ -1,0 +1,71 @@
+"""Composes configurations without running anything: one per job, so that each is checked before the first runs."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+
+from moe_plugin.apps.launch.explain import explain_composition
+from moe_plugin.apps.launch.overrides import choices, parse
+from moe_plugin.errors import ConfigError
+
+HYDRA_VERSION = "1.3"
+
+
+def conf_dir() -> Path:
+    """Returns the folder of our config groups: inside an installed package, beside it in a checkout."""
+    package = Path(__file__).parents[2]
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def compose_jobs(
+    overrides: Sequence[str], *, multirun: bool, config_dir: str | None = None
+) -> Iterator[DictConfig]:
+    """Yields the configuration (with its ``hydra`` node) of a run, or that of every job of a grid sweep.
+
+    A sampler such as Optuna chooses its values as it goes: then the one yielded leaves out the swept keys.
+
+    Args:
+        overrides: The command line's ``key=value`` words.
+        multirun: Whether it is a sweep.
+        config_dir: A user's own folder of groups, searched first (Hydra's ``--config-dir``).
+
+    Raises:
+        ConfigError: A word is malformed, or names what is not there.
+    """
+    parse(overrides)  # a malformed word is told before anything else
+    if config_dir is not None:
+        overrides = [*overrides, f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
+    with initialize_config_dir(str(conf_dir()), version_base=HYDRA_VERSION, job_name="train"):
+        try:
+            for words in split_sweep(overrides) if multirun else [list(overrides)]:
+                yield compose("config", words, return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(explain_composition(error, overrides)) from error
+
+
+def split_sweep(overrides: Sequence[str]) -> list[list[str]]:
+    """Returns the words of each job of a sweep.
+
+    Raises:
+        ConfigError: A range is given and nothing that samples it.
+    """
+    fixed = [words[0] for words in choices(overrides) if len(words) == 1]
+    sweeper = compose("config", fixed, return_hydra_config=True).hydra.sweeper
+    if not sweeper._target_.endswith("BasicSweeper"):
+        return [fixed]
+    configured = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
+    words = [*configured, *overrides]
+    for word, values in zip(words, choices(words), strict=True):
+        if not values:
+            raise ConfigError(
+                f"{word!r} is a range, which a sampler draws from: add hparams_search=optuna, or give values."
+            )
+    return [list(job) for job in itertools.product(*choices(words))]

@@ -1,0 +1,32 @@
+"""Whether the experts of a run's model can be computed by ours, found out before anything is created."""
+
+from __future__ import annotations
+
+from hydra.utils import instantiate
+from omegaconf import DictConfig
+
+from moe_plugin.apps.launch.build import build_model_on_meta, to_plain
+from moe_plugin.apps.launch.expert_parallel import expert_parallel_size
+from moe_plugin.attach.balance import balance_
+from moe_plugin.errors import ConfigError
+
+
+def check_fused_experts(config: DictConfig) -> None:
+    """Checks that our experts can take the place of the model's, where the balancing callback is told so.
+
+    Raises:
+        ConfigError: The strategy spreads the experts over processes before they could be replaced.
+        AttachError: Some cannot be replaced.
+    """
+    callback = config.balancing.callback
+    if callback is None or callback.get("experts") != "fused":
+        return
+    size = expert_parallel_size(config)
+    if size > 1:
+        raise ConfigError(
+            f"'experts' must be null where experts are spread over processes (expert_parallel_size is {size}), got "
+            "'fused'. Leave it out, or choose a strategy that keeps them together, such as strategy=fsdp."
+        )
+    adapters = [instantiate(adapter) for adapter in callback.get("adapters") or ()]
+    sites = to_plain(callback.get("sites"))
+    balance_(build_model_on_meta(config), sites=sites, adapters=adapters, experts="fused")

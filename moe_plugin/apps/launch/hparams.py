@@ -1,0 +1,39 @@
+"""What TensorBoard's HPARAMS tab compares: what was asked of each job, and the measures it ends with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import yaml
+from lightning.pytorch.loggers import Logger, TensorBoardLogger
+
+from moe_plugin.apps.report.sweep import overrides_of
+
+METRICS = ("val/loss", "val/max_violation_global", "val/max_violation_batch", "val/dead_experts")
+GROUPS = ("experiment", "model", "router", "experts", "balancing", "rule", "data", "trainer", "strategy")
+"""The settings that are compared; the others say where files lie and what is shown."""
+
+
+def log_hyperparameters(loggers: Iterable[Logger], folder: Path, seed: int) -> None:
+    """Write the seed and the settings that were given, with measures that later scalars of the same names fill in.
+
+    A setting that is a default and not swept over is left out: a column of equal values tells nothing, and the run's
+    `config.yaml` has them all. An option of a group is one value, such as `router: top_p`.
+
+    Args:
+        loggers: Those that are not TensorBoard are left alone.
+        folder: The run's, in which Hydra has noted what was given.
+        seed: The run's.
+    """
+    given = {
+        key: yaml.safe_load(value)
+        for key, value in overrides_of(folder).items()
+        if key.split(".")[0] in GROUPS
+    }
+    plain = {
+        key: value if isinstance(value, (int, float, str)) else str(value) for key, value in given.items()
+    }
+    for logger in loggers:
+        if isinstance(logger, TensorBoardLogger):
+            logger.log_hyperparams({"seed": seed} | plain, metrics=dict.fromkeys(METRICS, float("nan")))

@@ -1,0 +1,137 @@
+"""One training job in one process: fit, validate on the whole validation split, write down what came of it."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer, seed_everything
+from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
+from omegaconf import DictConfig
+from rich.console import Console
+from torch import nn
+
+from moe_plugin.apps.launch.build import (
+    build_callbacks,
+    build_data,
+    build_loggers,
+    build_model,
+    build_model_for,
+    build_model_on_meta,
+    build_trainer,
+)
+from moe_plugin.apps.launch.hparams import log_hyperparameters
+from moe_plugin.apps.launch.quiet_logs import quiet
+from moe_plugin.apps.launch.random_state import RandomState
+from moe_plugin.apps.launch.signals import StopSignals
+from moe_plugin.apps.launch.stop import StopAtSignal, told_when_stopped
+from moe_plugin.apps.launch.training_speed import Throughput
+from moe_plugin.apps.models.size import fixed_experts_per_token, measure
+from moe_plugin.apps.report import RunSummary, run_report, tensorboard_command, write_summary
+from moe_plugin.apps.report.environment import describe_environment, write_environment
+from moe_plugin.callbacks.load_monitor import LoadMonitor
+
+
+def train(config: DictConfig) -> None:
+    """Trains and validates; the first process leaves checkpoints, logs and ``summary.json`` in the run's folder.
+
+    Args:
+        config: A run's resolved configuration; ``paths.output`` is its folder.
+    """
+    folder, clock = Path(config.paths.output), Throughput()
+    with StopSignals() as signals, quiet():
+        seed_everything(config.seed, workers=True, verbose=False)
+        data, model = build_data(config), build_model_for(config)
+        callbacks = [*build_callbacks(config), clock, RandomState(), StopAtSignal(signals)]
+        trainer = build_trainer(config, callbacks=callbacks, logger=build_loggers(config))
+        if trainer.is_global_zero:
+            write_environment(describe_environment(trainer.world_size, trainer.strategy.root_device), folder)
+        with told_when_stopped(signals, trainer, folder):
+            metrics = fit_and_validate(trainer, model, data, config)
+        if trainer.is_global_zero and metrics:
+            write_manifest(data, folder)
+            summary = summarise(config, metrics, clock)
+            write_summary(summary, folder)
+            print_report(summary, callbacks, folder)
+        if dist.is_initialized():  # the next job of a sweep may want another group, or none
+            dist.destroy_process_group()
+
+
+def fit_and_validate(
+    trainer: Trainer, model: LightningModule, data: LightningDataModule, config: DictConfig
+) -> Mapping[str, float]:
+    """Returns the metrics of the whole validation split after training; none after a dry run."""
+    log_hyperparameters(trainer.loggers, Path(config.paths.output), config.seed)
+    trainer.fit(model, data, ckpt_path=config.ckpt_path)
+    if config.trainer.fast_dev_run:
+        return {}
+    # The whole split, however much of it the validations during training look at.
+    trainer.limit_val_batches = 1.0
+    (metrics,) = trainer.validate(model, data, verbose=False)
+    return metrics
+
+
+def validate_checkpoint(config: DictConfig) -> tuple[dict[str, Any], Trainer]:
+    """Returns the validation measures of the checkpoint ``ckpt_path``, over the whole split, and what measured them."""
+    with quiet():
+        seed_everything(config.seed, workers=True, verbose=False)
+        fit_only = (Checkpoint, LearningRateMonitor)
+        callbacks = [callback for callback in build_callbacks(config) if not isinstance(callback, fit_only)]
+        trainer = build_trainer(config, callbacks=callbacks, logger=False, enable_checkpointing=False)
+        trainer.limit_val_batches = 1.0
+        model, data = build_model(config), build_data(config)
+        (metrics,) = trainer.validate(model, data, ckpt_path=config.ckpt_path, verbose=False)
+    return validation_measures(metrics, model), trainer
+
+
+def summarise(config: DictConfig, metrics: Mapping[str, float], clock: Throughput) -> RunSummary:
+    """Returns the run in numbers."""
+    model = build_model_on_meta(config)
+    size, measures = measure(model), validation_measures(metrics, model)
+    used = measures["mean_experts_per_token"]
+    return RunSummary(
+        **measures,
+        tokens_per_second=clock.tokens_per_second,
+        seconds=clock.seconds,
+        seed=config.seed,
+        parameters_total=size.total_parameters,
+        parameters_active=size.active_parameters,
+        target_experts_per_token=size.experts_per_token,
+        active_flops_per_token=None if used is None else size.active_flops(used),
+    )
+
+
+def validation_measures(metrics: Mapping[str, float], model: nn.Module) -> dict[str, Any]:
+    """Returns what a validation measured, under the names of ``summary.json``."""
+    loss, dead = metrics.get("val/loss"), metrics.get("val/dead_experts")
+    return {
+        "val_loss": loss,
+        "perplexity": None if loss is None else math.exp(loss),
+        "max_violation_batch": metrics.get("val/max_violation_batch"),
+        "max_violation_global": metrics.get("val/max_violation_global"),
+        "dead_experts": None if dead is None else round(dead),
+        "mean_experts_per_token": metrics.get("val/experts_per_token", fixed_experts_per_token(model)),
+    }
+
+
+def write_manifest(data: object, folder: Path) -> None:
+    """Writes down which files were read, if the data module knows."""
+    manifest = getattr(data, "manifest", None)
+    if manifest is not None:
+        (folder / "data_manifest.json").write_text(json.dumps(manifest, indent=1))
+
+
+def print_report(summary: RunSummary, callbacks: list[Callback], folder: Path) -> None:
+    """Prints what the run came to, where its files are, and the command that shows its logs."""
+    console, events = Console(), folder / "tensorboard"
+    for callback in callbacks:
+        if isinstance(callback, LoadMonitor):
+            console.print(run_report(summary, callback, logs=None))
+    files = ", ".join(sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
+    console.print(f"\nRun: {folder}  ({files})", soft_wrap=True, highlight=False)
+    if events.exists():
+        console.print(f"To look: [bold cyan]{tensorboard_command(events)}", soft_wrap=True, highlight=False)

@@ -1,0 +1,34 @@
+"""One process of a job that runs in several: ``python -m moe_plugin.apps.launch.worker RUN_FOLDER``."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from moe_plugin.apps.launch.explain import one_line
+from moe_plugin.apps.launch.job import train
+from moe_plugin.apps.report.stopped import write_stopped
+from moe_plugin.errors import MoEPluginError
+
+FAILED = 1
+
+
+def main(run_folder: Path) -> None:
+    """Trains what the folder's ``config.yaml`` says.
+
+    Raises:
+        SystemExit: The user's error is in ``stopped.txt``, for the parent to tell: all processes have the same.
+    """
+    config = OmegaConf.load(run_folder / "config.yaml")
+    assert isinstance(config, DictConfig)
+    try:
+        train(config)
+    except MoEPluginError as error:
+        write_stopped(run_folder, one_line(str(error)))
+        raise SystemExit(FAILED) from error
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,85 @@
+"""Plans a training step on a cluster: ``moe-plan model=deepseek_v3_671b nodes=256 hardware=h800``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+
+from moe_plugin.apps.launch.command import one_line_errors, quote_option
+from moe_plugin.apps.launch.compose import HYDRA_VERSION, conf_dir
+from moe_plugin.apps.launch.explain import explain_composition
+from moe_plugin.apps.launch.overrides import parse
+from moe_plugin.errors import ConfigError
+
+HELP = """moe-plan: memory, traffic and slowdown of a model's training step on a cluster. Nothing is trained.
+
+  moe-plan model=deepseek_v3_671b nodes=256 hardware=h800 expert_parallel=64
+  moe-plan model=small experts=64 hardware=cpu precision=32-true layouts=[ddp,fsdp]
+
+Models, routers, experts and data are the groups of moe-train. Its own keys:
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+        arguments: Words after the program's name; by default the program's own.
+    """
+    words = [quote_option(word) for word in (sys.argv[1:] if arguments is None else arguments)]
+    if {"-h", "--help"} & set(words):
+        lines = (conf_dir() / "plan.yaml").read_text().splitlines()
+        print(HELP + "\n".join(f"  {line}" for line in lines[lines.index("") + 1 :]))
+        return
+    with one_line_errors():
+        run(read_config(words))
+
+
+def read_config(words: Sequence[str]) -> DictConfig:
+    """The composed configuration.
+
+    Raises:
+        ConfigError: A word names what is not there.
+    """
+    parse(words)
+    with initialize_config_dir(str(conf_dir()), version_base=HYDRA_VERSION, job_name="plan"):
+        try:
+            config = compose("plan", list(words))
+            OmegaConf.resolve(config)
+        except (HydraException, OmegaConfBaseException) as error:
+            raise ConfigError(explain_composition(error, words, "plan")) from error
+    return config
+
+
+def run(config: DictConfig) -> None:
+    """Makes the plan, prints it and writes it down.
+
+    Raises:
+        ConfigError: A value is out of range, or the model cannot be laid out like that.
+    """
+    # Torch and Lightning are imported only now: a misspelt key is answered at once.
+    from moe_plugin.apps.plan.plan import make_plan
+    from moe_plugin.apps.plan.report import as_json, plan_tables
+    from moe_plugin.apps.plan.settings import build_cluster, build_workload, check_settings
+
+    settings = check_settings(config)
+    work = build_workload(config, settings)
+    cluster = build_cluster(config, settings, work)
+    console = Console()
+    with console.status("Running a step on fake tensors"):
+        plan = make_plan(work, cluster, settings.layouts, settings.max_violations)
+    console.print(plan_tables(plan, cluster, work))
+    Path(settings.output).write_text(json.dumps(as_json(plan, cluster, work), indent=1) + "\n")
+    console.print(f"Written to {settings.output}", soft_wrap=True, highlight=False)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,46 @@
+"""What a run ran on: `environment.json` in its folder, written by the run itself."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+from pathlib import Path
+
+import torch
+
+from moe_plugin import __version__
+from moe_plugin.apps.report.atomic import write_atomically
+
+ENVIRONMENT_FILE = "environment.json"
+
+
+def describe_environment(world_size: int, device: torch.device) -> dict[str, str]:
+    """Versions and machine of this process.
+
+    Args:
+        world_size: Processes of the run.
+        device: What this one computes on.
+    """
+    import lightning
+
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or "CPU"
+    return {
+        "moe_plugin": __version__,
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "lightning": lightning.__version__,
+        "machine": f"{platform.system()} {platform.machine()}, {os.cpu_count()} cores",
+        "device": f"{world_size} x {device.type}, {name}, {torch.get_num_threads()} threads",
+    }
+
+
+def write_environment(environment: dict[str, str], folder: Path) -> None:
+    """Write `environment.json` into the run's folder, in one move."""
+    write_atomically(folder / ENVIRONMENT_FILE, json.dumps(environment, indent=1) + "\n")
+
+
+def read_environment(folder: Path) -> dict[str, str]:
+    """Read what `write_environment` wrote; empty for runs that did not write it."""
+    path = folder / ENVIRONMENT_FILE
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -1,0 +1,243 @@
+"""One self-contained HTML page for a run or a comparison of runs: nothing is fetched when it is opened.
+
+Shape legend: L MoE layers, E experts (of the layer that has most).
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from moe_plugin.apps.report.charts import COLORS, Line, line_chart, scatter_chart
+from moe_plugin.apps.report.environment import read_environment
+from moe_plugin.apps.report.expert_use import ground_rules, profiles, read_expert_use, used_view
+from moe_plugin.apps.report.run_table import _number
+from moe_plugin.apps.report.summary import SUMMARY_FILE
+from moe_plugin.metrics import dead_experts, max_violation
+from moe_plugin.plots.colors import load_colors, load_octaves
+from moe_plugin.plots.run_data import RunData, read_run
+from moe_plugin.plots.token_strip import LEVELS
+
+CURVES = {
+    "Loss": ("train/loss", "val/loss"),
+    "MaxVio in training": ("load/max_violation_global",),
+    "Dead experts": ("load/dead_experts",),
+    "Entropy of the load (1 is even)": ("load/entropy",),
+    "Step time over ideal at 8 ranks of expert parallelism": ("load/slowdown_ep8",),
+    "Router confidence": ("load/confidence",),
+    "Share of choices that the bias flips": ("load/flip_rate",),
+    "Largest bias range": ("load/bias_range",),
+    "Choices kept since the validation before": ("val/kept_choices",),
+    "Experts per token": ("load/experts_per_token", "val/experts_per_token"),
+    "Budget error: experts per token over target, less 1": ("load/budget_error",),
+}
+"""Title of each chart, and the tags in it."""
+MEASURES = {
+    "val_loss": "validation loss",
+    "perplexity": "perplexity",
+    "max_violation_global": "MaxVio global",
+    "max_violation_batch": "MaxVio batch",
+    "dead_experts": "dead experts",
+    "tokens_per_second": "tokens/s",
+    "seconds": "seconds",
+    "parameters_total": "parameters",
+    "parameters_active": "active",
+    "mean_experts_per_token": "experts per token",
+    "active_flops_per_token": "FLOPs per token",
+}
+FRAMES = 10
+
+
+@dataclass(frozen=True)
+class ReportedRun:
+    """A run as it lies in its folder.
+
+    Attributes:
+        data: What it logged.
+        summary: Its `summary.json`; empty without one.
+        config: Its configuration, keys joined by dots; empty without one.
+        environment: What it ran on, if it wrote that down.
+        use: What its experts are for, if it wrote that down.
+    """
+
+    data: RunData
+    summary: Mapping[str, Any]
+    config: Mapping[str, str]
+    environment: Mapping[str, str]
+    use: Mapping[str, Any]
+
+
+def read_runs(words: Sequence[str]) -> list[ReportedRun]:
+    """Read runs, and all the jobs of sweeps.
+
+    Args:
+        words: Folders of runs or sweeps, or `label=folder`.
+
+    Raises:
+        ConfigError: A folder is missing or has logged nothing.
+    """
+    return [_read(word) for given in words for word in _jobs(given)]
+
+
+def _jobs(word: str) -> list[str]:
+    label, equals, path = word.partition("=")
+    folder = Path(path if equals else word)
+    jobs = sorted(job.parent for job in folder.glob(f"**/{SUMMARY_FILE}") if job.parent != folder)
+    if not jobs or (folder / SUMMARY_FILE).exists():
+        return [word]
+    return [f"{label + ' ' if equals else ''}{job.relative_to(folder)}={job}" for job in jobs]
+
+
+def _read(word: str) -> ReportedRun:
+    data, folder = read_run(word), Path(word.partition("=")[2] or word)
+    summary, config = folder / SUMMARY_FILE, folder / "config.yaml"
+    return ReportedRun(
+        data,
+        json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {},
+        _flat(_yaml(config)) if config.exists() else {},
+        read_environment(folder),
+        read_expert_use(folder),
+    )
+
+
+def _yaml(path: Path) -> Any:
+    import yaml
+
+    return yaml.safe_load(path.read_text(encoding="utf-8"))
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, str]:
+    if not isinstance(node, Mapping):
+        return {prefix: str(node)}
+    flat: dict[str, str] = {}
+    for name, child in node.items():
+        flat |= _flat(child, f"{prefix}.{name}" if prefix else str(name))
+    return flat
+
+
+def report_page(runs: Sequence[ReportedRun]) -> str:
+    """The page of at least one run, as text."""
+    from jinja2 import Environment, PackageLoader
+
+    pages = Environment(loader=PackageLoader("moe_plugin.apps.report", "."), autoescape=True)
+    pages.filters["visible"] = lambda text: text.replace("\n", "↵").replace("\t", "→").replace("\0", "·")
+    template = pages.get_template("page.html")
+    labels = [run.data.label for run in runs]
+    return template.render(
+        title=labels[0] if len(runs) == 1 else f"{len(runs)} runs",
+        labels=labels,
+        colors=[place % COLORS for place in range(len(runs))],
+        charts=_charts(runs),
+        scatter=_scatter(runs),
+        strips=[_strip(run.data) for run in runs],
+        table=_table(runs),
+        measures=list(MEASURES.values()),
+        differences=_differences(runs),
+        environments=_rows_of([run.environment for run in runs]),
+        used=[used_view(run.use) for run in runs],
+        profiles=profiles([run.use for run in runs]),
+        ground_rules=ground_rules(),
+        levels=LEVELS,
+    )
+
+
+def _charts(runs: Sequence[ReportedRun]) -> dict[str, str]:
+    curves = CURVES if len(runs) == 1 else {"Validation loss": ("val/loss",)} | CURVES
+    charts = {
+        title: line_chart(
+            [
+                Line(f"{run.data.label} {tag}", *run.data.scalars[tag], color=(place + shift) % COLORS)
+                for place, run in enumerate(runs)
+                for shift, tag in enumerate(tags)
+                if tag in run.data.scalars
+            ],
+            "optimizer step",
+        )
+        for title, tags in curves.items()
+        if len(runs) == 1 or len(tags) == 1
+    }
+    return {title: chart for title, chart in charts.items() if chart}
+
+
+def _scatter(runs: Sequence[ReportedRun]) -> str:
+    points = [
+        Line(run.data.label, [violation], [loss], color=place % COLORS)
+        for place, run in enumerate(runs)
+        if (loss := run.summary.get("val_loss")) is not None
+        and (violation := run.summary.get("max_violation_global")) is not None
+    ]
+    return (
+        scatter_chart(points, "MaxVio over the validation set (0 is perfect balance)")
+        if len(points) > 1
+        else ""
+    )
+
+
+def _table(runs: Sequence[ReportedRun]) -> list[list[str]]:
+    return [[_cell(run.summary.get(key)) for key in MEASURES] for run in runs]
+
+
+def _cell(value: float | int | None) -> str:
+    return _number(value, ",d" if isinstance(value, int) else ",.4g")
+
+
+def _differences(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:
+    """Configuration keys whose values are not the same in all runs; all of them for a single one."""
+    own = ("dirpath", "save_dir", "path")
+    return {
+        key: values
+        for key, values in sorted(_rows_of([run.config for run in runs]).items())
+        if not key.startswith("paths.")
+        and (len(runs) == 1 or (len(set(values)) > 1 and key.rpartition(".")[2] not in own))
+    }
+
+
+def _rows_of(tables: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
+    """A row for each key, with its value in each of the tables."""
+    keys = dict.fromkeys(key for table in tables for key in table)
+    return {key: [table.get(key, "–") for table in tables] for key in keys}  # noqa: RUF001
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One picture of a film strip: what it shows, the picture as a data address, its rows, and its numbers."""
+
+    title: str
+    picture: str
+    layers: int
+    experts: int
+    numbers: str
+
+
+def _strip(run: RunData) -> list[Frame]:
+    """The load at up to ten windows from the first to the last, then on the validation set."""
+    loads = run.counts.get("load", [])
+    kept = (
+        sorted({round(place * (len(loads) - 1) / (FRAMES - 1)) for place in range(FRAMES)}) if loads else []
+    )
+    frames = [_frame(f"step {loads[place][0] + 1}", loads[place][1]) for place in kept]
+    return frames + [_frame("validation", tokens_LE) for _, tokens_LE in run.counts.get("val", [])[-1:]]
+
+
+def _frame(title: str, tokens_LE: np.ndarray) -> Frame:
+    from PIL import Image
+
+    tokens = torch.from_numpy(np.asarray(tokens_LE)).long()
+    sizes_L = (tokens >= 0).sum(-1)
+    violation = max_violation(tokens.clamp(min=0), sizes_L).mean().item()
+    dead = int(dead_experts(tokens.clamp(min=0), sizes_L).sum())
+    file = io.BytesIO()
+    Image.fromarray(load_colors(load_octaves(tokens, sizes_L))).save(file, format="PNG", optimize=True)
+    picture = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
+    layers, experts = tokens.shape
+    return Frame(
+        title, picture, layers, experts, f"MaxVio {violation:.2f}" + (f", {dead} dead" if dead else "")
+    )

@@ -1,0 +1,25 @@
+"""Why a run ended before its end: `stopped.txt`, one line."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from moe_plugin.apps.report.atomic import write_atomically
+
+STOPPED_FILE = "stopped.txt"
+
+
+def write_stopped(folder: Path, line: str) -> None:
+    """Write the reason into the run's folder, in one move."""
+    write_atomically(folder / STOPPED_FILE, f"{line}\n")
+
+
+def can_go_on(folder: Path) -> bool:
+    """Whether the run was stopped with a checkpoint to go on from."""
+    return "ckpt_path=" in (read_stopped(folder) or "")
+
+
+def read_stopped(folder: Path) -> str | None:
+    """Read what `write_stopped` wrote; None if the run was not stopped."""
+    path = folder / STOPPED_FILE
+    return path.read_text(encoding="utf-8").strip() if path.exists() else None

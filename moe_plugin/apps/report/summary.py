@@ -1,0 +1,71 @@
+"""What a run came to, in numbers: `summary.json`."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from moe_plugin.apps.report.atomic import write_atomically
+
+SUMMARY_FILE = "summary.json"
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """The measures of a finished run; None for what was not measured.
+
+    Attributes:
+        val_loss: Mean negative log-likelihood per token of the validation set, in nats.
+        perplexity: `exp(val_loss)`.
+        max_violation_batch: MaxVio of each validation batch, mean over batches and layers.
+        max_violation_global: MaxVio over the whole validation set, mean over layers.
+        dead_experts: Experts without a token in the whole validation set, all layers together.
+        tokens_per_second: Training tokens per second.
+        seconds: Wall time of training.
+        seed: The seed of the run.
+        parameters_total: Parameters of the model.
+        parameters_active: Parameters that one token uses.
+        mean_experts_per_token: Routed experts that a token of the validation set used, mean over tokens and layers.
+        target_experts_per_token: How many it should use.
+        active_flops_per_token: Operations of one forward of a token with so many experts as were used.
+    """
+
+    val_loss: float | None
+    perplexity: float | None
+    max_violation_batch: float | None
+    max_violation_global: float | None
+    dead_experts: int | None
+    tokens_per_second: float | None
+    seconds: float
+    seed: int | None
+    parameters_total: int
+    parameters_active: int
+    mean_experts_per_token: float | None = None
+    target_experts_per_token: float | None = None
+    active_flops_per_token: float | None = None
+
+
+def write_summary(summary: RunSummary, folder: Path) -> Path:
+    """Write `summary.json` into the run's folder, in one move.
+
+    NaN and infinity, which JSON does not have, become null.
+
+    Returns:
+        The file.
+    """
+    path = folder / SUMMARY_FILE
+    write_atomically(
+        path, json.dumps({key: _json(value) for key, value in asdict(summary).items()}, indent=2) + "\n"
+    )
+    return path
+
+
+def read_summary(path: Path) -> RunSummary:
+    """Read what `write_summary` wrote."""
+    return RunSummary(**json.loads(path.read_text(encoding="utf-8")))
+
+
+def _json(value: float | int | None) -> float | int | None:
+    return value if value is None or math.isfinite(value) else None

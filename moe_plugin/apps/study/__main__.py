@@ -1,0 +1,65 @@
+"""``moe-study``: trains the arms of studies seed by seed, and compares them."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from moe_plugin.apps.launch.command import FAILED, one_line_errors
+from moe_plugin.apps.study.plan import Arm, Study, read_study
+from moe_plugin.apps.study.results import collect, run_folder, write_csv
+from moe_plugin.apps.study.run import LOG_FILE, is_finished, run_in_child
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+        arguments: Words after the program's name; by default the program's own.
+
+    Raises:
+        SystemExit: With code 1 after all runs, if one of them failed.
+    """
+    options = parser().parse_args(arguments)
+    with one_line_errors():
+        studies = [read_study(name) for name in options.studies]
+    failed = []
+    for study in studies:
+        for arm, seed in study.runs():
+            if not run(study, arm, seed, options.folder, options.change):
+                failed.append(run_folder(options.folder, study.name, arm.name, seed))
+            write_csv([result for each in studies for result in collect(each, options.folder)], options.csv)
+    if failed:
+        print("failed: " + ", ".join(map(str, failed)), file=sys.stderr)
+        raise SystemExit(FAILED)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The command line's words."""
+    words = argparse.ArgumentParser(prog="moe-study", description=__doc__)
+    words.add_argument("studies", nargs="+", help="options of conf/study, or YAML files like them")
+    words.add_argument("--folder", type=Path, default=Path("runs/study"), help="default: %(default)s")
+    words.add_argument("--csv", type=Path, default=Path("runs/study/study.csv"), help="default: %(default)s")
+    words.add_argument(
+        "--change", action="append", default=[], help="for every run, such as trainer.max_steps=100"
+    )
+    return words
+
+
+def run(study: Study, arm: Arm, seed: int, root: Path, changes: Sequence[str]) -> bool:
+    """Trains one arm with one seed, unless that run is there already; says whether it came to its end."""
+    folder = run_folder(root, study.name, arm.name, seed)
+    if is_finished(folder):
+        return True
+    print(f"{study.name}: {arm.name}, seed {seed}", flush=True)
+    words = [f"experiment={study.experiment}", *arm.overrides, *changes, f"seed={seed}"]
+    done = run_in_child(words, folder.resolve())
+    if not done:
+        print(f"failed: {arm.name}, seed {seed}; see {folder / LOG_FILE}", file=sys.stderr, flush=True)
+    return done
+
+
+if __name__ == "__main__":
+    main()

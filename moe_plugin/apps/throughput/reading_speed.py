@@ -1,0 +1,173 @@
+"""How fast a trained model reads many sequences at once: whole sequences, without a cache or decoding.
+
+Shape legend: N sequences at most, S tokens of a sequence, B batch.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from lightning.pytorch import Trainer
+from omegaconf import DictConfig
+from rich.table import Table
+from torch import Tensor
+
+from moe_plugin.apps.data import CorpusDataModule
+from moe_plugin.apps.launch.build import build_data, build_model_on_meta
+from moe_plugin.apps.models.language_model import TokenModel
+from moe_plugin.apps.throughput.concurrency import KEY, Concurrency
+from moe_plugin.apps.throughput.peak_memory import PeakMemory
+from moe_plugin.errors import ConfigError
+
+SHORTEST = 0.2
+"""Seconds that are timed at least: one short read says more about what ran before it, whose data fill the caches."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """What reading some sequences at once came to; None throughout where memory did not suffice.
+
+    Attributes:
+        sequences: Their number.
+        tokens_per_second: Median over the rounds.
+        relative_time_per_token: Over that of the smallest number of sequences in the same round; median.
+        peak_memory_mib: What reading takes beyond the model; None where it is not known.
+    """
+
+    sequences: int
+    tokens_per_second: float | None = None
+    relative_time_per_token: float | None = None
+    peak_memory_mib: float | None = None
+
+
+def check_throughput(concurrency: Concurrency, config: DictConfig) -> None:
+    """Checks that a run's model and text can be read in this way, without creating anything.
+
+    Raises:
+        ConfigError: They can't, or sequences are longer than the model reads.
+    """
+    model, data = build_model_on_meta(config), build_data(config)
+    if not isinstance(model, TokenModel) or not isinstance(data, CorpusDataModule):
+        raise ConfigError(
+            f"'{KEY}' must be false for {type(model).__name__} with {type(data).__name__}: it is measured for "
+            "TokenModel with CorpusDataModule."
+        )
+    concurrency.length_for(model.context_length)
+
+
+def measure_throughput(trainer: Trainer, concurrency: Concurrency) -> dict[str, Any]:
+    """Reads held-out text with the model that the trainer has validated, in the trainer's precision.
+
+    Args:
+        trainer: After `validate`.
+        concurrency: How many sequences at once.
+
+    Returns:
+        ``device``, ``length``, ``rounds``, and ``readings``: a `Reading` for each number of sequences.
+    """
+    model, data, device = trainer.lightning_module, trainer.datamodule, trainer.strategy.root_device  # pyright: ignore
+    assert isinstance(model, TokenModel)
+    assert isinstance(data, CorpusDataModule)
+    length = concurrency.length_for(model.context_length)
+    tokens_NS = cut_text(data.val_dataloader(), concurrency.sequences[-1], length).to(device)
+    model.to(device).eval()
+    with torch.inference_mode(), trainer.precision_plugin.forward_context():
+        readings = read_at_once(model, tokens_NS, concurrency.sequences, concurrency.rounds)
+    settings = {"device": str(device), "length": length, "rounds": concurrency.rounds}
+    return settings | {"readings": [asdict(reading) for reading in readings]}
+
+
+def cut_text(batches: Iterable[Mapping[str, Tensor]], number: int, length: int) -> Tensor:
+    """Cuts batches into sequences, int64 (number, length); from the beginning again where there is too little text."""
+    parts, found = [], 0
+    for batch in batches:
+        tokens_BS = batch["tokens"][:, :-1]
+        whole = tokens_BS.shape[1] // length * length
+        parts.append(tokens_BS[:, :whole].reshape(-1, length))
+        found += len(parts[-1])
+        if found >= number:
+            break
+    return torch.cat(parts)[torch.arange(number) % found]
+
+
+def read_at_once(
+    read: Callable[[Tensor], object], tokens_NS: Tensor, sequences: Sequence[int], rounds: int
+) -> list[Reading]:
+    """Times reading the first 1, 4, ... of the sequences; all numbers take turns, after a first time that is not timed.
+
+    Args:
+        read: Takes int64 (B, S).
+        tokens_NS: At least as many sequences as the largest number.
+        sequences: Numbers of sequences, rising. Those for which memory does not suffice are not timed.
+        rounds: Times that each is read.
+    """
+    peaks = peaks_until_memory_ends(read, tokens_NS, sequences)
+    seconds: dict[int, list[float]] = {number: [] for number in peaks}
+    for _ in range(rounds):
+        for number in peaks:
+            seconds[number].append(seconds_of(partial(read, tokens_NS[:number]), tokens_NS.device))
+    return [
+        reading(number, seconds, peaks[number], tokens_NS.shape[1]) if number in peaks else Reading(number)
+        for number in sequences
+    ]
+
+
+def peaks_until_memory_ends(
+    read: Callable[[Tensor], object], tokens_NS: Tensor, sequences: Sequence[int]
+) -> dict[int, int | None]:
+    """Bytes that each number of sequences takes, if known; none from the first on for which memory does not suffice."""
+    memory, peaks = PeakMemory(tokens_NS.device), {}
+    with suppress(torch.OutOfMemoryError):
+        for number in sequences:
+            peaks[number] = memory.of(partial(read, tokens_NS[:number]))
+    return peaks
+
+
+def seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Wall time of some work on a device: of one time where it is long, the mean over several where it is short."""
+    begin, times = time.perf_counter(), 0
+    while True:
+        work()
+        if device.type != "cpu":
+            torch.accelerator.synchronize(device)
+        times += 1
+        elapsed = time.perf_counter() - begin
+        if elapsed >= SHORTEST:
+            return elapsed / times
+
+
+def reading(number: int, seconds: Mapping[int, Sequence[float]], peak: int | None, length: int) -> Reading:
+    """What a number of sequences came to beside the smallest."""
+    fewest = min(seconds)
+    ratios = [
+        (one / number) / (other / fewest) for one, other in zip(seconds[number], seconds[fewest], strict=True)
+    ]
+    return Reading(
+        number,
+        tokens_per_second=number * length / statistics.median(seconds[number]),
+        relative_time_per_token=statistics.median(ratios),
+        peak_memory_mib=None if peak is None else peak / 2**20,
+    )
+
+
+def throughput_table(throughput: Mapping[str, Any]) -> Table:
+    """What `measure_throughput` returned, for the terminal."""
+    readings = [Reading(**each) for each in throughput["readings"]]
+    title = f"Reading held-out text at once, {throughput['length']} tokens a sequence, {throughput['device']}"
+    table = Table(title=title, title_justify="left")
+    beside = f"time per token / that of {readings[0].sequences:,}"
+    for column in ("sequences", "tokens/s", beside, "peak MiB"):
+        table.add_column(column, justify="right")
+    for each in readings:
+        speed = "out of memory" if each.tokens_per_second is None else f"{each.tokens_per_second:,.0f}"
+        memory = "" if each.peak_memory_mib is None else f"{each.peak_memory_mib:,.0f}"
+        growth = "" if each.relative_time_per_token is None else f"{each.relative_time_per_token:.3f}"
+        table.add_row(f"{each.sequences:,}", speed, growth, memory)
+    return table

@@ -1,0 +1,77 @@
+"""Trains a mixture-of-experts model: ``moe-train`` or ``python -m moe_plugin.apps.train``; ``--help`` has examples."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra.core.hydra_config import HydraConfig
+from omegaconf import DictConfig
+
+from moe_plugin.apps.launch.command import one_line_errors, run
+from moe_plugin.apps.launch.environment import is_first_node, is_launched
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Runs the command line.
+
+    Args:
+        arguments: Words after the program's name; by default the program's own.
+    """
+    if is_launched():
+        train_by_hand(sys.argv[1:] if arguments is None else arguments)
+    else:
+        run(sys.argv[1:] if arguments is None else arguments, train)
+
+
+def train_by_hand(arguments: Sequence[str]) -> None:
+    """Runs the command line in a process that torchrun has started."""
+    from moe_plugin.apps.launch import torchrun_config
+    from moe_plugin.apps.launch.job import train as train_here
+
+    if not torchrun_config.is_follower():
+        try:
+            run(arguments, train)
+        finally:
+            torchrun_config.release()
+    elif config := torchrun_config.receive():
+        with one_line_errors():
+            train_here(config)
+
+
+def train(composed: DictConfig) -> float | None:
+    """Runs one job in its own folder; Hydra calls it.
+
+    Args:
+        composed: The configuration with its ``hydra`` node.
+
+    Returns:
+        The metric that a sweeper optimises, ``optimized_metric`` of the run's summary; None after a dry run.
+    """
+    from moe_plugin.apps.launch import torchrun_config
+    from moe_plugin.apps.launch.folder import prepare_
+    from moe_plugin.apps.launch.job import train as train_here
+    from moe_plugin.apps.launch.last_checkpoint import find_checkpoint
+    from moe_plugin.apps.launch.processes import number_of_processes, run_in_processes
+    from moe_plugin.apps.launch.validate_config import without_hydra
+
+    folder = Path(HydraConfig.get().runtime.output_dir)
+    config = without_hydra(composed, folder)
+    config.ckpt_path = find_checkpoint(config.ckpt_path, folder)
+    if is_first_node(config):
+        prepare_(folder, config)
+    if is_launched():
+        torchrun_config.share(config)
+        train_here(config)
+    elif number_of_processes(config) * config.trainer.num_nodes == 1:
+        train_here(config)
+    else:
+        run_in_processes(folder, config)
+    summary = folder / "summary.json"
+    return json.loads(summary.read_text())[config.optimized_metric] if summary.exists() else None
+
+
+if __name__ == "__main__":
+    main()

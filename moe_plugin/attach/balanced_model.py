@@ -1,0 +1,280 @@
+"""What `balance_` returns: the balanced sites of a model, and how their biases are moved.
+
+Shape legend: E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from moe_plugin.attach.fused.host_forward import has_run, unfuse_
+from moe_plugin.attach.sidecar import read_sidecar, write_sidecar
+from moe_plugin.attach.site import Site
+from moe_plugin.attach.site_group import Counted, SiteGroup, site_groups
+from moe_plugin.attach.steering.attach import detach_
+from moe_plugin.balancing.reduce import all_reduce_
+from moe_plugin.balancing.rules import Memory, Rule
+from moe_plugin.balancing.schedule import RateSchedule
+from moe_plugin.errors import CheckpointError, EffectError
+from moe_plugin.types import LoadRecord
+
+if TYPE_CHECKING:
+    from moe_plugin.attach.export import Export
+    from moe_plugin.attach.warm_start import Batches, Violation
+
+_ATTRIBUTE = "_moe_balanced"
+SPREAD_EVERY = 16
+"""With ``rate: auto`` one step in this many measures the spread of the scores."""
+
+
+def find_balanced(model: nn.Module) -> BalancedModel | None:
+    """What `balance_` returned for this model, if it did."""
+    return model.__dict__.get(_ATTRIBUTE)
+
+
+class BalancedModel(Mapping[str, Site]):
+    """The routing sites of a balanced model by module name, in forward order.
+
+    Attributes:
+        step: Updates so far.
+        record: The load of the last update; None before the first.
+        process_group: The data-parallel ranks over which counts are summed.
+        refused: Routers that cannot be balanced, by module name, and why.
+        fused: Layers of experts of the model that our fused experts compute, by module name.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        sites: Sequence[Site],
+        rules: Sequence[Rule | None],
+        schedule: RateSchedule,
+        process_group: dist.ProcessGroup | None,
+        settings: tuple,
+    ) -> None:
+        """Hold attached sites; use `balance_`."""
+        self.step = 0
+        self.record: LoadRecord | None = None
+        self.process_group = process_group
+        self.settings = settings
+        self.refused: dict[str, str] = {}
+        self.fused: dict[str, nn.Module] = {}
+        self._model = model
+        self._sites = {site.name: site for site in sites}
+        self._rules = {site.name: rule for site, rule in zip(sites, rules, strict=True)}
+        self._memories: dict[str, Memory] = {site.name: {} for site in sites}
+        self._schedule = schedule
+        for site, rule in zip(sites, rules, strict=True):
+            site.measures_spread = rule is not None and rule.rate == "auto"
+            if getattr(rule, "needs_gaps", False):
+                site.measure_gaps_()
+        model.__dict__[_ATTRIBUTE] = self
+
+    def __getitem__(self, name: str) -> Site:
+        """The site of this router."""
+        return self._sites[name]
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of the routers, in forward order."""
+        return iter(self._sites)
+
+    def __len__(self) -> int:
+        """Number of sites."""
+        return len(self._sites)
+
+    def __hash__(self) -> int:
+        """By identity."""
+        return id(self)
+
+    def __eq__(self, other: object) -> bool:
+        """By identity."""
+        return self is other
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Everything but the process group, which exists in one process only."""
+        return self.__dict__ | {"process_group": None}
+
+    @torch.no_grad()
+    def update(self) -> LoadRecord:
+        """Sum the counts over ranks, move every bias, and start counting anew.
+
+        To be called by every rank after each optimizer step that took place. Nothing waits for the device, except
+        in the first update, which checks that balancing has an effect.
+
+        Returns:
+            The load of this step.
+
+        Raises:
+            EffectError: In the first update, if a site saw no tokens.
+        """
+        groups = site_groups(list(self.values()), self._rules, self._memories)
+        taken = [group.take() for group in groups]
+        all_reduce_([tensor for each in taken for tensor in each if tensor is not None], self.process_group)
+        pairs = list(zip(groups, taken, strict=True))
+        self._count_steps_(self.step + 1)
+        if self.step == 1:
+            self._check_effect(pairs)
+        healthy = torch.stack([group.num_rejected(each) for group, each in pairs]).sum() == 0
+        counts, tokens = {}, {}
+        for group, each in pairs:
+            counted = each._replace(slots_LS=torch.where(healthy, each.slots_LS, 0))
+            counts |= group.counts(counted)
+            tokens |= group.tokens(counted)
+            self._move_(group, counted)
+        bias = {name: site.bias[: site.num_routed] for name, site in self.items()}
+        counts, tokens = ({name: found[name] for name in self} for found in (counts, tokens))
+        self.record = LoadRecord(self.step, counts, tokens, bias)
+        return self.record
+
+    def reject_if_(self, condition: Tensor) -> None:
+        """Let the next update leave every bias untouched if ``condition`` holds, without waiting for the device.
+
+        Args:
+            condition: bool scalar, such as a loss not being finite. It is enough that it holds on one rank.
+        """
+        site = next(iter(self.values()))
+        site.tally.slots_S[-1] += condition.to(site.tally.slots_S.device)
+
+    def discard_counts_(self) -> None:
+        """Forget the tokens counted since the last update."""
+        for site in self.values():
+            site.discard_()
+
+    def remove(self) -> None:
+        """Take balancing off the model again. A bias that the model owns keeps the values it has learnt."""
+        for site in self.values():
+            detach_(site)
+            site.token_mask.unwatch_()
+        for experts in self.fused.values():
+            unfuse_(experts)
+        del self._model.__dict__[_ATTRIBUTE]
+
+    def state_dict(self) -> dict[str, Any]:
+        """Biases, rule states and the update counter. Counts of a step that is not complete are left out."""
+        sites = {
+            name: {
+                "bias": site.bias.clone(),
+                "state": {key: value.clone() for key, value in self._memories[name].items()},
+            }
+            for name, site in self.items()
+        }
+        return {"step": self.step, "sites": sites}
+
+    @torch.no_grad()
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from a `state_dict`.
+
+        Raises:
+            CheckpointError: If it is of other sites or other numbers of experts.
+        """
+        self._check_fits(state)
+        self._count_steps_(state["step"])
+        for name, saved in state["sites"].items():
+            site = self[name]
+            site.bias.copy_(saved["bias"])
+            self._memories[name] = {key: value.to(site.bias.device) for key, value in saved["state"].items()}
+        self.discard_counts_()
+
+    def save(self, path: str | Path) -> None:
+        """Write biases, rule states and the counter as a safetensors file beside the model's own checkpoint."""
+        write_sidecar(path, self.state_dict())
+
+    def load(self, path: str | Path) -> None:
+        """Continue from a file of `save`.
+
+        Raises:
+            CheckpointError: If it is of other sites or other numbers of experts.
+        """
+        self.load_state_dict(read_sidecar(path))
+
+    def warm_start(self, batches: Batches, *, num_batches: int = 8, passes: int = 3) -> dict[str, Violation]:
+        """Set every bias so that the model is balanced on a few batches, for a pretrained model before it is trained.
+
+        Nothing is trained or counted: the model runs in evaluation mode and without gradients, and is put back after.
+        Padding is left out. On several ranks each gives its own batches, and the biases are averaged. Memory: the
+        fp32 scores of the batches, T x E x 4 bytes per site.
+
+        Args:
+            batches: What the model is called with: mappings by keyword, tuples and lists by position; or a function
+                that is given the model and runs it, for models that are called in another way.
+            num_batches: Batches taken from an iterable.
+            passes: Times that all biases are solved for; earlier ones change what later layers see.
+
+        Returns:
+            MaxVio over the batches of each site before and after; `calibrate` is the same at the end of training.
+
+        Raises:
+            EffectError: If a site sees no tokens.
+        """
+        from moe_plugin.attach.warm_start import warm_start
+
+        limits = {"num_batches": num_batches, "passes": passes}
+        return warm_start(self._model, self, batches, **limits, process_group=self.process_group)
+
+    calibrate = warm_start
+
+    def export(self, model: nn.Module | None = None, path: str | Path | None = None) -> Export:
+        """Say how the trained biases reach inference, and write those that the model does not own.
+
+        Args:
+            model: The part of the balanced model that inference loads, such as the model inside a LightningModule;
+                None is all of it. Names in the sidecar are relative to it.
+            path: Where to write the sidecar if one is needed; None writes nothing.
+
+        Raises:
+            AttachError: If 'model' is no part of the balanced one.
+        """
+        from moe_plugin.attach.export import export
+
+        return export(self._model, self, self.step, model, None if path is None else Path(path))
+
+    def _move_(self, group: SiteGroup, counted: Counted) -> None:
+        factor = self._schedule(self.step)
+        if factor and (self.step - 1) % SPREAD_EVERY == 0:  # it changes slowly
+            group.measure_spread_(counted)
+        group.move_biases_(counted, factor)
+        group.hold_budgets_(counted)
+
+    def _count_steps_(self, step: int) -> None:
+        self.step = step
+        for site in self.values():
+            site.looks_closely = step % SPREAD_EVERY == 0
+
+    def _check_effect(self, pairs: Sequence[tuple[SiteGroup, Counted]]) -> None:
+        for group, counted in pairs:
+            group.check_rule(counted)
+            for site, seen in zip(group.sites, group.num_seen(counted).tolist(), strict=True):
+                if seen == 0:
+                    raise EffectError(
+                        f"Router {site.name!r} counted no tokens in the first step. Is the model in eval() mode, run "
+                        "under no_grad, or is this router not used? Leave it out with 'sites'."
+                    )
+        if any(site.is_interpreted for site in self.values()):
+            self._check_fused()
+
+    def _check_fused(self) -> None:
+        for name, experts in self.fused.items():
+            if not has_run(experts):
+                raise EffectError(
+                    f"Experts {name!r} were not called in the first step, so experts='fused' has no effect on them: "
+                    "their model uses their weights in another way. Leave 'experts' out."
+                )
+
+    def _check_fits(self, state: Mapping[str, Any]) -> None:
+        if list(state["sites"]) != list(self) and set(state["sites"]) != set(self):
+            raise CheckpointError(
+                f"The checkpoint balances {sorted(state['sites'])}, this model {sorted(self)}."
+            )
+        wrong = [
+            f"{name}: {saved['bias'].numel()} experts in the checkpoint, {self[name].num_experts} in the model"
+            for name, saved in state["sites"].items()
+            if saved["bias"].numel() != self[name].num_experts
+        ]
+        if wrong:
+            raise CheckpointError("; ".join(wrong) + ".")

@@ -1,0 +1,1 @@
+"""Finding the routers of a model that nobody here has seen."""

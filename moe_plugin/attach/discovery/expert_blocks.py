@@ -1,0 +1,72 @@
+"""What looks like a block of experts, without being run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+
+from moe_plugin.attach.discovery.code_names import uses
+from moe_plugin.attach.discovery.module_names import aliases, levels, shared_levels
+from moe_plugin.attach.discovery.surroundings import LISTS, Surroundings
+
+_TOP_K = frozenset({"topk"})
+
+
+def may_route(module: nn.Module) -> bool:
+    """Whether it looks like a block of experts, although it was not seen to select any."""
+    named = Surroundings((("", module),)).has_experts()
+    return has_gate_for_a_stack(module) or (named and uses(type(module), _TOP_K))
+
+
+def experts_of(module: nn.Module) -> list[nn.Module]:
+    """Children that are two or more experts."""
+    return [
+        child
+        for name, child in module.named_children()
+        if "expert" in name and "shared" not in name and is_stack(child)
+    ]
+
+
+def has_gate_for_a_stack(module: nn.Module) -> bool:
+    """Whether it has a matrix with one row or column for each module of a list beside it."""
+    sizes = {len(child) for child in module.children() if isinstance(child, LISTS)} - {0, 1}
+    return bool(sizes) and any(sizes & set(matrix.shape) for matrix in _matrices(module))
+
+
+def _matrices(module: nn.Module) -> Iterator[Tensor]:
+    """The matrices in it, but not those of listed modules."""
+    yield from (tensor for tensor in module.parameters(recurse=False) if tensor.dim() == 2)
+    for child in module.children():
+        if not isinstance(child, LISTS):
+            yield from _matrices(child)
+
+
+def is_stack(module: nn.Module) -> bool:
+    """Whether it is, or holds, a list of modules or weights with one more dimension than a matrix."""
+    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
+        return len(module) > 1
+    parts = (module, *module.children())
+    stacks = [tensor for part in parts for tensor in part.parameters(recurse=False)]
+    lists = [part for part in parts if isinstance(part, nn.ModuleList)]
+    return any(tensor.dim() == 3 and len(tensor) > 1 for tensor in stacks) or any(
+        len(part) > 1 for part in lists
+    )
+
+
+def without_router(
+    model: nn.Module, blocks: Sequence[str], holders: set[str], routers: Sequence[str]
+) -> list[str]:
+    """The blocks to which no router belongs: one near them that is not nearer to other experts, of `holders`."""
+    names = aliases(model)
+    known = [alias for router in routers for alias in names[router]]
+    nearest = {
+        router: max((shared_levels(router, block) for block in holders), default=0) for router in known
+    }
+    lonely = []
+    for name in blocks:
+        reach = len(levels(Surroundings.of(model, name).path[-1][0]))
+        near = [router for router in nearest if shared_levels(router, name) >= reach]
+        if not any(shared_levels(router, name) == nearest[router] for router in near):
+            lonely.append(name)
+    return lonely

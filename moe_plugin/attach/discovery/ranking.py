@@ -1,0 +1,177 @@
+"""What becomes of the results of ranking calls: which ids are used, and how.
+
+Shape legend: T tokens, K experts selected per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from moe_plugin.attach.discovery.ranking_calls import Call, Use
+
+SAME_VALUES = frozenset(
+    (
+        *(
+            "view",
+            "view_as",
+            "reshape",
+            "flatten",
+            "squeeze",
+            "unsqueeze",
+            "expand",
+            "expand_as",
+            "broadcast_to",
+        ),
+        *("to", "type", "type_as", "float", "double", "half", "bfloat16", "detach", "contiguous", "clone"),
+        *("movedim", "transpose", "t", "permute", "repeat", "select", "narrow", "__getitem__", "__get__"),
+    )
+)
+
+
+_COMPARISONS = frozenset({"ge", "gt", "le", "lt", "__ge__", "__gt__", "__le__", "__lt__"})
+_LOOKS = frozenset({"__get__", "size", "dim", "numel", "stride"})
+"""Calls that say something about a tensor and use none of its entries."""
+
+
+@dataclass
+class Ranking:
+    """A ranking call as traced.
+
+    Attributes:
+        number: How many were before it.
+        call: What was ranked.
+        added: Names of the followed tensors that were added to the scores, and nothing else, on the way here.
+        depends: Names of all followed tensors on which the scores depend.
+        after: Numbers of the rankings on whose result the scores depend.
+        slices: Where the slices taken of the ids start and end.
+        columns: The same of single columns.
+        whole_used: Whether the ids were used whole.
+        ids_used: Whether the ids were used, or any part of them.
+        compared: Whether the values returned were compared with other scores.
+        ended: Whether the module returned, so that all use was seen.
+    """
+
+    number: int
+    call: Call
+    added: frozenset[str]
+    depends: frozenset[str]
+    after: frozenset[int]
+    slices: set[tuple[int, int]] = field(default_factory=set)
+    columns: set[tuple[int, int]] = field(default_factory=set)
+    whole_used: bool = False
+    ids_used: bool = False
+    compared: bool = False
+    ended: bool = False
+
+    @property
+    def k(self) -> int:
+        """How many of the ranked items are used."""
+        start, end = self._extent
+        return end - start
+
+    @property
+    def use(self) -> Use:
+        """How the result is used."""
+        start, end = self._extent
+        full = self.call.k or self.call.num_items
+        return Use(cut=end - start < full, from_end=start > 0)
+
+    @property
+    def _extent(self) -> tuple[int, int]:
+        """Which of the ids returned are in use; of a sort none, unless it was cut."""
+        full = self.call.k or self.call.num_items
+        parts = self.slices | (self.columns if self.ended else set())
+        if not parts or (self.call.k and self.whole_used):
+            return 0, self.call.k
+        start, end = min(first for first, _ in parts), max(last for _, last in parts)
+        return (start, full) if start and end == full else (0, end)
+
+
+class Fates:
+    """Follows the ids and the values that rankings have returned."""
+
+    def __init__(self) -> None:
+        """Nothing was ranked yet. Whoever notes calls keeps their tensors alive: an id is only good that long."""
+        self.rankings: list[Ranking] = []
+        self._ids: dict[int, tuple[Ranking, Tensor]] = {}
+        self._parts: dict[int, Ranking] = {}
+        self._values: dict[int, Ranking] = {}
+        self._after: dict[int, frozenset[int]] = {}
+        self._hard: set[int] = set()
+
+    def are_scores(self, tensor: Tensor) -> bool:
+        """Whether a bias could move the tensor's order: not where it is made of comparisons or ids, as a mask is."""
+        return tensor.is_floating_point() and id(tensor) not in self._hard
+
+    def add_(
+        self, call: Call, added: frozenset[str], depends: frozenset[str], values: Tensor | None, ids: Tensor
+    ) -> None:
+        """Note a ranking and what it returned."""
+        after = self._after.get(id(call.scores), frozenset())
+        ranking = Ranking(len(self.rankings), call, added, depends, after)
+        self._ids[id(ids)] = (ranking, ids)
+        self._after[id(ids)] = after | {ranking.number}
+        if values is not None:
+            self._values[id(values)] = ranking
+            self._after[id(values)] = after | {ranking.number}
+        self.rankings.append(ranking)
+
+    def note_returned_(self, tensors: Iterable[Tensor]) -> None:
+        """Note the end of the module, which returned these: who called it uses them."""
+        self._note_use(tensors)
+        for ranking in self.rankings:
+            ranking.ended = True
+
+    def note_(self, name: str, given: list[Tensor], results: list[Tensor]) -> None:
+        """Note a call of the function of this name."""
+        if given and not any(map(self.are_scores, given)):
+            self._hard.update(map(id, results))
+        after = frozenset().union(*(self._after.get(id(tensor), ()) for tensor in given))
+        if after:
+            for tensor in (*results, *(given[:1] if name.endswith("_") else ())):
+                self._after[id(tensor)] = after | self._after.get(id(tensor), frozenset())
+        if not given or name in _LOOKS:
+            return
+        if name in SAME_VALUES and len(results) == 1:
+            self._note_same(given, results[0])
+        else:
+            for tensor in given if name in _COMPARISONS and len(given) > 1 else ():
+                if id(tensor) in self._values:
+                    self._values[id(tensor)].compared = True
+            self._note_use(given)
+
+    def _note_same(self, given: list[Tensor], result: Tensor) -> None:
+        source = id(given[0])
+        if source in self._values:
+            self._values[id(result)] = self._values[source]
+        is_slice = source in self._ids and self._note_slice(*self._ids[source], result)
+        self._note_use(given[1:] if is_slice else given)
+
+    def _note_slice(self, ranking: Ranking, ids: Tensor, result: Tensor) -> bool:
+        """Note which part of the ids a slice is; False if it is none."""
+        dim, full = ranking.call.dim, ranking.call.k or ranking.call.num_items
+        if result.shape == ids.shape:
+            self._ids[id(result)] = (ranking, result)
+            return True
+        if ids.dim() < ranking.call.scores.dim():
+            return False
+        start = int(result.storage_offset() - ids.storage_offset()) // ids.stride(dim)
+        if result.dim() == ids.dim() and result.shape[dim] < full:
+            ranking.slices.add((start, start + result.shape[dim]))
+        elif result.dim() == ids.dim() - 1 and result.numel() * full == ids.numel():
+            ranking.columns.add((start, start + 1))
+        else:
+            return False
+        self._parts[id(result)] = ranking
+        return True
+
+    def _note_use(self, tensors: Iterable[Tensor]) -> None:
+        for tensor in tensors:
+            if id(tensor) in self._ids:
+                ranking = self._ids[id(tensor)][0]
+                ranking.whole_used = ranking.ids_used = True
+            elif id(tensor) in self._parts:
+                self._parts[id(tensor)].ids_used = True

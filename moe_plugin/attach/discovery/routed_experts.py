@@ -1,0 +1,90 @@
+"""Finding the routed experts of any model by its structure, without running it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from torch import nn
+
+from moe_plugin.attach.discovery.understand import TOP_K_NAMES
+from moe_plugin.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class RoutedExperts:
+    """The experts of one layer, of which each token uses some.
+
+    Attributes:
+        module: What holds all their parameters, and nothing else.
+        num_experts: Experts.
+        top_k: Experts per token, in the mean where their number varies.
+    """
+
+    module: nn.Module
+    num_experts: int
+    top_k: float
+
+    @property
+    def num_parameters(self) -> int:
+        """Parameters of all of them."""
+        return sum(parameter.numel() for parameter in self.module.parameters())
+
+    @property
+    def num_active_parameters(self) -> int:
+        """Parameters that take part for one token."""
+        return int(self.num_parameters * self.top_k // self.num_experts)
+
+
+def find_routed_experts(model: nn.Module) -> list[RoutedExperts]:
+    """Finds each `ModuleList` of experts, or module of stacked (E, ., .) weights, with a router beside it.
+
+    The router is a sibling that holds a matrix with one row per expert.
+
+    Args:
+        model: Any model, the meta device included.
+
+    Raises:
+        ConfigError: Experts are there, but nothing beside them says how many a token takes.
+    """
+    return [
+        RoutedExperts(child, num_experts, _top_k(block, child, f"{path}.{name}".lstrip(".")))
+        for path, block in model.named_modules()
+        for name, child in block.named_children()
+        if (num_experts := _num_experts(child)) is not None and _has_router(block, child, num_experts)
+    ]
+
+
+def _num_experts(module: nn.Module) -> int | None:
+    if isinstance(module, nn.ModuleList | nn.ModuleDict):
+        return len(module)
+    stacked = {parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.ndim == 3}
+    return stacked.pop() if len(stacked) == 1 else None
+
+
+def _has_router(block: nn.Module, experts: nn.Module, num_experts: int) -> bool:
+    return any(
+        parameter.ndim == 2 and num_experts in (parameter.shape[0], getattr(sibling, "num_routed", None))
+        for sibling in block.children()
+        if sibling is not experts
+        for parameter in sibling.parameters()
+    )
+
+
+def _top_k(block: nn.Module, experts: nn.Module, path: str) -> float:
+    for owner in _owners(block, experts):
+        for name in ("target_k", *TOP_K_NAMES):
+            value = getattr(owner, name, None)
+            if isinstance(value, int | float):
+                return value
+    raise ConfigError(
+        f"'{path}' must have the number of experts per token beside it, got none of {', '.join(TOP_K_NAMES)}. "
+        f"Set 'top_k' on its router."
+    )
+
+
+def _owners(block: nn.Module, experts: nn.Module) -> Iterator[object]:
+    """Where top_k may stand, the nearest to the router first."""
+    modules = [*(child for child in block.children() if child is not experts), block, experts]
+    yield from modules
+    yield from (config for module in modules if (config := getattr(module, "config", None)) is not None)

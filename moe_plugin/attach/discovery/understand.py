@@ -1,0 +1,266 @@
+"""Understand how one module routes: how many experts, how many per token, by which call, with which bias.
+
+Shape legend: T tokens, K experts selected per token, E experts.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from moe_plugin.attach.discovery.code_names import uses
+from moe_plugin.attach.discovery.input_guesses import NUM_TOKENS, Input, inputs
+from moe_plugin.attach.discovery.probe import Seen, probes
+from moe_plugin.attach.discovery.ranking import Ranking
+from moe_plugin.attach.discovery.ranking_calls import Use
+from moe_plugin.attach.discovery.surroundings import Surroundings
+
+EXPERT_COUNT_NAMES = (
+    *("num_experts", "n_routed_experts", "num_local_experts", "n_experts", "num_routed_experts", "n_expert"),
+    *("moe_num_experts", "num_moe_experts", "total_experts", "router_num_experts"),
+)
+TOP_K_NAMES = (
+    *(
+        "top_k",
+        "num_experts_per_tok",
+        "topk",
+        "n_expert_per_token",
+        "experts_per_token",
+        "num_experts_per_token",
+    ),
+    *("moe_k", "moe_topk", "moe_top_k", "num_selected_experts", "top_k_experts", "n_activated_experts"),
+)
+BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "balancing_biases", "score_bias", "correction_bias")
+GROUP_COUNT_NAMES = (
+    "num_groups",
+    "num_group",
+    "n_group",
+    "num_expert_groups",
+    "num_expert_group",
+    "n_groups",
+)
+_TOP_K = frozenset({"topk"})
+_LIKE_A_BIAS = re.compile(r".+_bias(es)?|bias(es)?_.+|.*(correction|balanc|static).*")
+_KINDS = (("topk",), ("sort", "argsort"), ("argmax",), ("max",), ("argmin",), ("min",))
+
+_STACK = "stack."
+
+Owners = Mapping[str, tuple[nn.Module, str]]
+
+
+@dataclass(frozen=True)
+class Style:
+    """How a module routes.
+
+    Attributes:
+        num_experts: E.
+        top_k: K.
+        kind: The kind of call that selects, see `moe_plugin.attach.discovery.ranking_calls.Call`.
+        use: How the result of that call is used.
+        bias: Key in ``Surroundings.tensors`` of the host's own selection bias.
+        zeros_masked: Whether groups of experts are ranked first, so that an exact zero may mean a closed group.
+        proven: Whether the above was seen in a run, and not read from names.
+    """
+
+    num_experts: int
+    top_k: int
+    kind: str = "topk"
+    use: Use = field(default_factory=Use)
+    bias: str | None = None
+    zeros_masked: bool = False
+    proven: bool = False
+
+
+@dataclass(frozen=True)
+class NoStyle:
+    """Why a module that selects something like experts cannot be balanced.
+
+    Attributes:
+        reason: What it does.
+        adaptable: Whether an adapter could help.
+    """
+
+    reason: str
+    adaptable: bool
+
+
+def understand(around: Surroundings) -> Style | NoStyle | None:
+    """How the innermost module of ``around`` routes; None if it does not, or nobody can tell."""
+    if not (around.has_experts() or around.expert_counts() or around.configured_counts()):
+        return None
+    owners = around.tensors()
+    followed = {key: getattr(owner, name) for key, (owner, name) in owners.items()}
+    followed |= {
+        f"{_STACK}{n}.{i}": tensor
+        for n, (_, tensors) in enumerate(around.stacks())
+        for i, tensor in enumerate(tensors)
+    }
+    module, *above = around.modules
+    hosts = [*above[:1], module, *above[1:]]  # what holds the router may pass it the bias
+    reasons, ended = [], False
+    for seen in probes(module, hosts, _inputs(around), followed):
+        style = _by_run(around, owners, seen)
+        if isinstance(style, Style):
+            return style
+        reasons += [style] if style is not None else []
+        ended = ended or seen.returned is not None
+    return reasons[0] if reasons else None if ended else _by_names(around, owners)
+
+
+def _inputs(around: Surroundings) -> Iterator[Input]:
+    module = around.modules[0]
+    dtype = next((p.dtype for p in module.parameters() if p.is_floating_point()), torch.float32)
+    device = next((p.device for p in module.parameters()), torch.device("cpu"))
+    channels = around.channels(nn.Conv1d), around.channels(nn.Conv2d)
+    return inputs(around.widths(), *channels, dtype=dtype, device=device)
+
+
+def _by_run(around: Surroundings, owners: Owners, seen: Seen) -> Style | NoStyle | None:
+    rankings = [ranking for ranking in _whole(seen.rankings) if _is_of_experts(around, ranking)]
+    for kinds in _KINDS:
+        chosen = [each for each in rankings if each.call.kind in kinds and _selects(each, rankings[-1])]
+        if chosen:
+            return _style(around, owners, seen, chosen)
+    if any(ranking.compared for ranking in rankings):
+        return NoStyle("selects experts by comparing scores with the k-th largest, which is no ranking", True)
+    for name, scores in seen.unsteerable:
+        if any(scores.numel() == NUM_TOKENS * size for size in around.expert_counts()):
+            return NoStyle(f"selects experts by {name}, which leaves no place for a bias", True)
+    if any(_is_expert_choice(around, ranking) for ranking in seen.rankings):
+        return NoStyle(
+            "lets its experts choose their tokens (expert choice), so that their load is equal by construction",
+            False,
+        )
+    return None
+
+
+def _whole(rankings: list[Ranking]) -> list[Ranking]:
+    """The rankings of all tokens; of those made for some tokens at a time the last."""
+    found, parts = [], {}
+    for ranking in rankings:
+        call = ranking.call
+        if call.scores.numel() == NUM_TOKENS * call.num_items:
+            found.append(ranking)
+        else:
+            parts.setdefault((call.kind, call.num_items, ranking.k), []).append(ranking)
+    for (_, size, _), group in parts.items():
+        if sum(part.call.scores.numel() for part in group) == NUM_TOKENS * size:
+            found.append(group[-1])
+    return found
+
+
+def _selects(ranking: Ranking, last: Ranking) -> bool:
+    """Whether the ids of the ranking were used. If the run broke off, those of the last may have been used later."""
+    may_be = ranking is last and not (ranking.ended or ranking.compared)
+    return ranking.k > 0 and (ranking.ids_used or may_be)
+
+
+def _style(around: Surroundings, owners: Owners, seen: Seen, chosen: list[Ranking]) -> Style | NoStyle:
+    ranking = chosen[-1]
+    num_experts = ranking.call.num_items
+    chosen = [each for each in chosen if each.call.num_items == num_experts]
+    different = {id(each.call.scores): each for each in chosen}
+    later = {each.number for each in different.values() if each.after & {other.number for other in chosen}}
+    if later or (ranking.call.kind == "argmax" and len(different) > 1):
+        in_rounds = len(later) == len(different) - 1 and len(different) == len(chosen)
+        if not in_rounds or any(each.k != 1 for each in chosen):
+            return NoStyle(
+                f"selects experts by {len(chosen)} calls of {ranking.call.kind}, one after another", True
+            )
+        return _made(around, owners, seen, ranking, top_k=len(chosen), use=Use(k=1, rounds=len(chosen)))
+    stated = _stated_k(around.modules[0], {other.k for other in chosen})
+    again = [
+        each
+        for each in seen.rankings
+        if each.call.num_items == num_experts and each.call.kind == ranking.call.kind
+    ]
+    only = ranking.call.k if len(_whole(again)) > 1 else stated
+    return _made(around, owners, seen, ranking, top_k=stated or ranking.k, use=ranking.use._replace(k=only))
+
+
+def _made(
+    around: Surroundings, owners: Owners, seen: Seen, ranking: Ranking, *, top_k: int, use: Use
+) -> Style:
+    num_experts = ranking.call.num_items
+    ranks_fewer = any(other.call.num_items < num_experts for other in seen.rankings if other.k)
+    groups = around.number(GROUP_COUNT_NAMES)
+    draws_largest = ranking.call.largest != use.from_end
+    return Style(
+        num_experts=num_experts,
+        top_k=top_k,
+        kind=ranking.call.kind,
+        use=use,
+        bias=_bias(owners, seen, ranking, num_experts) if draws_largest else None,
+        zeros_masked=groups > 1 if groups else ranks_fewer,
+        proven=True,
+    )
+
+
+def _stated_k(module: nn.Module, seen: set[int]) -> int | None:
+    """What the router itself says K is, if no selection seen agrees: its first real forward will then tell."""
+    stated = [getattr(module, name) for name in TOP_K_NAMES if isinstance(getattr(module, name, None), int)]
+    return stated[0] if stated and not seen & set(stated) else None
+
+
+def _is_of_experts(around: Surroundings, ranking: Ranking) -> bool:
+    """Whether as many items were ranked as there are experts.
+
+    A stack that nobody named after experts must not have made the scores itself: a classifier of two layers that
+    takes the larger of two logits has no experts.
+    """
+    size = ranking.call.num_items
+    if ranking.k > size:
+        return False
+    if size in around.named_counts():
+        return True
+    if (around.has_experts() or size in around.configured_counts()) and size in around.gate_sizes():
+        return True
+    sizes = {n: length for n, (length, _) in enumerate(around.stacks())}
+    before = {int(key.split(".")[1]) for key in ranking.depends if key.startswith(_STACK)}
+    return any(length == size for n, length in sizes.items() if n not in before)
+
+
+def _is_expert_choice(around: Surroundings, ranking: Ranking) -> bool:
+    counts = around.expert_counts()
+    others = set(ranking.call.scores.shape) - {NUM_TOKENS}
+    return ranking.call.num_items == NUM_TOKENS and ranking.call.kind == "topk" and bool(others & counts)
+
+
+def _bias(owners: Owners, seen: Seen, ranking: Ranking, num_experts: int) -> str | None:
+    """The tensor that moves the ranking and nothing else: what is added to the scores, but not in what is returned."""
+    keys = [key for key in owners if key in ranking.added and _tensor(owners, key).numel() == num_experts]
+    known = [key for key in keys if owners[key][1] in BIAS_NAMES]
+    if known:
+        return known[0]
+    if seen.returned is None:
+        unused = [key for key in keys if key not in seen.used]
+        return next((key for key in unused if _LIKE_A_BIAS.fullmatch(owners[key][1])), None)
+    return next((key for key in keys if key not in seen.returned), None)
+
+
+def _by_names(around: Surroundings, owners: Owners) -> Style | None:
+    """What attribute names say, for modules that cannot be run on their own."""
+    num_experts, top_k = around.number(EXPERT_COUNT_NAMES), around.number(TOP_K_NAMES)
+    near = Surroundings(around.path[:2])
+    if (
+        num_experts is None
+        or top_k is None
+        or not (near.has_experts() and uses(type(near.modules[0]), _TOP_K))
+    ):
+        return None
+    fitting = [key for key in owners if _tensor(owners, key).numel() == num_experts]
+    return Style(
+        num_experts=num_experts,
+        top_k=top_k,
+        bias=next((key for key in fitting if owners[key][1] in BIAS_NAMES), None),
+        zeros_masked=(around.number(GROUP_COUNT_NAMES) or 1) > 1,
+    )
+
+
+def _tensor(owners: Owners, key: str) -> Tensor:
+    owner, name = owners[key]
+    return getattr(owner, name)

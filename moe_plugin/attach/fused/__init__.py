@@ -1,0 +1,1 @@
+"""`experts="fused"`: computing a host model's own stacked experts with ours."""

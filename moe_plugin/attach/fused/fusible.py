@@ -1,0 +1,103 @@
+"""Decide for a whole model, before anything is changed, whether the fused experts can take the place of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, get_args
+
+import torch
+from torch import nn
+
+from moe_plugin.attach.discovery.survey import Found
+from moe_plugin.attach.fused.agreement import disagreement
+from moe_plugin.attach.fused.projections import Layout, experts_of_routers, layout_of
+from moe_plugin.errors import AttachError, ConfigError
+from moe_plugin.experts.kernels.choice import check_choice
+
+Experts = Literal["fused"] | None
+
+
+def check_experts(value: Experts) -> Experts:
+    """Return a valid setting unchanged.
+
+    Raises:
+        ConfigError: If it is neither of the two, or 'fused' with kernels that cannot run.
+    """
+    if value is not None and value not in get_args(get_args(Experts)[0]):
+        raise ConfigError(f"'experts' must be 'fused' or None, got {value!r}.")
+    if value == "fused":
+        check_choice()
+    return value
+
+
+def find_fusible(model: nn.Module, routers: Sequence[Found]) -> dict[str, tuple[nn.Module, Layout]]:
+    """The layers of experts of these routers by name, each proven to be computed by the fused experts.
+
+    Raises:
+        AttachError: If a router has no such layer.
+    """
+    layers, without = experts_of_routers(model, routers)
+    verdicts = _verdicts(layers)
+    reasons: dict[str, list[str]] = {}
+    for name in without:
+        reasons.setdefault("it has no 3-D parameters with one entry per expert near it", []).append(name)
+    for name, verdict in verdicts.items():
+        if isinstance(verdict, str):
+            reasons.setdefault(verdict, []).append(name)
+    if reasons:
+        raise AttachError(
+            f"experts='fused' must be able to replace the experts of every router, and cannot here: "
+            f"{_listed(reasons)}. Leave 'experts' out, or these routers by 'sites'."
+        )
+    return {name: (layers[name], layout) for name, layout in verdicts.items() if isinstance(layout, Layout)}
+
+
+def _verdicts(layers: Mapping[str, nn.Module]) -> dict[str, Layout | str]:
+    verdicts: dict[str, Layout | str] = {}
+    for name, layer in layers.items():
+        like = next((other for other in verdicts if _is_alike(layer, layers[other])), None)
+        verdicts[name] = _verdict(layer) if like is None else verdicts[like]
+    return verdicts
+
+
+def _verdict(experts: nn.Module) -> Layout | str:
+    layout = layout_of(experts)
+    return layout if isinstance(layout, str) else disagreement(experts, layout) or layout
+
+
+def _listed(reasons: Mapping[str, Sequence[str]]) -> str:
+    def some(names: Sequence[str]) -> str:
+        return f"{names[0]!r}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+
+    return "; ".join(f"{some(names)}: {reason}" for reason, names in reasons.items())
+
+
+def _is_alike(one: nn.Module, other: nn.Module) -> bool:
+    """Whether two modules differ in nothing but the values of their parameters, so that one proof holds for both."""
+    if type(one) is not type(other) or _shapes(one) != _shapes(other):
+        return False
+    mine, theirs = _attributes(one), _attributes(other)
+    parts, others = dict(one.named_children()), dict(other.named_children())
+    return (
+        mine.keys() == theirs.keys()
+        and parts.keys() == others.keys()
+        and all(_is_same(value, theirs[name]) for name, value in mine.items())
+        and all(_is_alike(part, others[name]) for name, part in parts.items())
+    )
+
+
+def _shapes(module: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (parameter.shape, parameter.dtype) for name, parameter in module.named_parameters()}
+
+
+def _attributes(module: nn.Module) -> dict[str, Any]:
+    """What its forward may go by: buffers, and all that is not an attribute of every module."""
+    return vars(module)["_buffers"] | {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE}
+
+
+def _is_same(one: Any, other: Any) -> bool:
+    return one is other or (isinstance(one, _PLAIN) and type(one) is type(other) and one == other)
+
+
+_PLAIN = (bool, int, float, str)
+_OF_EVERY_MODULE = frozenset(vars(nn.Module()))

@@ -1,0 +1,1 @@
+"""Watching a found router, and steering what it selects."""

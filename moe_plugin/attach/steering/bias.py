@@ -1,0 +1,68 @@
+"""The selection bias of a routing site: the host's own tensor where it has one, else a buffer of ours.
+
+Shape legend: E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from moe_plugin.attach.steering.class_swap import Mixin, swap_, unswap_
+
+OWN_NAME = "moe_plugin_bias"
+"""Buffer added to routers that have no correction bias; not persistent, so no state_dict key changes."""
+
+
+class Fp32Bias(Mixin):
+    """Mixin that keeps tensors of a module in fp32 through ``.to()``, ``.half()`` and ``to_empty``.
+
+    In bf16 0.5 + 0.001 is 0.5, so a bias that was cast would stop moving.
+    """
+
+    _moe_bias_names: tuple[str, ...]
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        before = {name: getattr(self, name).detach() for name in self._moe_bias_names}
+        super()._apply(fn, recurse)  # pyright: ignore[reportAttributeAccessIssue]
+        for name, before_E in before.items():
+            moved_E = getattr(self, name)
+            # A tensor made on the meta device has no values: the bias starts at zero, not at garbage.
+            value_E = torch.zeros_like(before_E, device=moved_E.device) if before_E.is_meta else before_E
+            moved_E.data = value_E.to(device=moved_E.device, dtype=torch.float32)
+        return self  # pyright: ignore[reportReturnType]
+
+
+def add_own_bias_(module: nn.Module, num_experts: int, device: torch.device) -> None:
+    """Register a zero fp32 bias (E,) that no checkpoint of the model sees, and keep it fp32."""
+    bias_E = torch.zeros(num_experts, dtype=torch.float32, device=device)
+    module.register_buffer(OWN_NAME, bias_E, persistent=False)
+    keep_fp32_(module, OWN_NAME)
+
+
+def remove_own_bias_(module: nn.Module) -> None:
+    """Undo `add_own_bias_`."""
+    release_fp32_(module, OWN_NAME)
+    delattr(module, OWN_NAME)
+
+
+def keep_fp32_(module: nn.Module, name: str) -> None:
+    """Cast the module's tensor ``name`` to fp32 and keep it there."""
+    tensor = getattr(module, name)
+    tensor.data = tensor.data.float()
+    names = module.__dict__.get("_moe_bias_names", ())
+    module.__dict__["_moe_bias_names"] = (*names, name)
+    if not names:
+        swap_(module, Fp32Bias)
+
+
+def release_fp32_(module: nn.Module, name: str) -> None:
+    """Undo `keep_fp32_`, except for the dtype."""
+    left = list(module.__dict__["_moe_bias_names"])
+    left.remove(name)
+    module.__dict__["_moe_bias_names"] = tuple(left)
+    if not left:
+        unswap_(module, Fp32Bias)
+        del module.__dict__["_moe_bias_names"]

@@ -1,0 +1,168 @@
+"""See, and where the host has no bias of its own also steer, the call that selects experts.
+
+Shape legend: T tokens, K experts selected per token, E experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+from moe_plugin.attach.discovery.ranking_calls import FUNCTIONS, Call, Use, read_call
+
+
+class Choice(Protocol):
+    """How a router selects: ``zeros_masked`` says that exact zeros stand over experts outside the chosen groups."""
+
+    kind: str
+    num_experts: int
+    top_k: int
+    use: Use
+    zeros_masked: bool
+
+
+class Selection(NamedTuple):
+    """One expert selection as the host made it: the scores it ranked, and what it chose.
+
+    Attributes:
+        ranked_TE: Scores that were ranked.
+        selected_TK: Scores of the selected experts.
+        expert_ids_TK: The selected experts.
+        used_TK: Which of them the token is really sent to; None for all.
+    """
+
+    ranked_TE: Tensor
+    selected_TK: Tensor
+    expert_ids_TK: Tensor
+    used_TK: Tensor | None = None
+
+    def detached(self) -> Selection:
+        """The same without gradients."""
+        return self._replace(ranked_TE=self.ranked_TE.detach(), selected_TK=self.selected_TK.detach())
+
+
+class Intercept(TorchFunctionMode):
+    """Intercepts the calls of one kind that rank ``num_experts`` scores inside a router's forward.
+
+    Without a bias the call is only seen. With one, experts are ranked by ``scores + bias`` while the values handed
+    back are the unbiased scores of the chosen experts, so that gate weights and their gradients never see the bias;
+    with a zero bias values, ids and gradients are bit-identical to the plain call. Where the smallest are chosen, the
+    bias is subtracted: it always draws tokens.
+    """
+
+    def __init__(
+        self,
+        choice: Choice,
+        bias_E: Tensor | None,
+        seen: list[Selection],
+        guard: Callable[[], None] | None = None,
+    ) -> None:
+        """Prepare to intercept.
+
+        Args:
+            choice: How the router selects.
+            bias_E: fp32 bias to add for the ranking; None to only see the call.
+            seen: Receives the selections. A list of the caller's, since compiled code cannot read an attribute of
+                the mode after leaving it.
+            guard: Called before a biased ranking.
+        """
+        super().__init__()
+        self.functions = FUNCTIONS[choice.kind]
+        self.choice = choice
+        self.bias_E = bias_E
+        self.seen = seen
+        self.guard = guard
+
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Pass every call through, except the expert selection."""
+        if func not in self.functions:  # every operation of the router passes here
+            return func(*args, **kwargs) if kwargs else func(*args)
+        kwargs = kwargs or {}
+        call, choice = read_call(func, args, kwargs), self.choice
+        if (
+            call is None
+            or call.scores.shape[call.dim] != choice.num_experts
+            or (call.k and choice.use.k not in (None, call.k))
+        ):
+            return func(*args, **kwargs)
+        draws_largest = call.largest != choice.use.from_end
+        if self.bias_E is None:
+            result = func(*args, **kwargs)
+            self._see(call, result, draws_largest)
+            return result
+        if self.guard is not None:
+            self.guard()
+        ranked_TE = self._ranked(call, self.bias_E, draws_largest)
+        result = func(ranked_TE, *args[1:], **kwargs) if args else func(**kwargs | {"input": ranked_TE})
+        self._see(call, result, draws_largest)
+        return _unbiased_result(call, result)
+
+    def _ranked(self, call: Call, bias_E: Tensor, draws_largest: bool) -> Tensor:
+        zeros_masked = self.choice.zeros_masked
+        if draws_largest:
+            ranked_TE = biased(call.scores, bias_E, call.dim, zeros_masked)
+        else:
+            ranked_TE = -biased(-call.scores, bias_E, call.dim, zeros_masked)
+        return ranked_TE if self.choice.use.rounds == 1 else self._left_by_earlier_rounds(call, ranked_TE)
+
+    def _left_by_earlier_rounds(self, call: Call, ranked_TE: Tensor) -> Tensor:
+        """Experts chosen in earlier rounds cannot be chosen again: hosts that zero them leave them in the ranking."""
+        rounds = self.choice.use.rounds
+        for earlier in self.seen[len(self.seen) // rounds * rounds :]:
+            ids = earlier.expert_ids_TK.movedim(-1, call.dim)
+            ranked_TE = ranked_TE.scatter(call.dim, ids, -torch.inf if call.largest else torch.inf)
+        return ranked_TE
+
+    def _see(self, call: Call, result: Any, draws_largest: bool) -> None:
+        """Note what was chosen."""
+        if call.kind == "topk" and not self.choice.use.cut:
+            values, ids = result
+        else:
+            ids = self._cut(call, result if isinstance(result, Tensor) else result[1])
+            values = call.scores.gather(call.dim, ids)
+        scores = call.scores if draws_largest else -call.scores
+        if self.seen and self.seen[-1].ranked_TE is scores:  # ranked once more, for a loss
+            return
+        chosen = (scores, values, ids)
+        last = call.scores.dim() - 1
+        self.seen.append(
+            Selection(*(chosen if call.dim == last else (t.movedim(call.dim, -1) for t in chosen)))
+        )
+
+    def _cut(self, call: Call, ids: Tensor) -> Tensor:
+        """Those that the host uses of the ids returned."""
+        if ids.dim() < call.scores.dim():
+            return ids.unsqueeze(call.dim)
+        size = ids.shape[call.dim]
+        use = self.choice.use
+        kept = min(self.choice.top_k // use.rounds, size)
+        return ids.narrow(call.dim, size - kept if use.from_end else 0, kept)
+
+
+def select(scores_TE: Tensor, k: int, bias_E: Tensor) -> Selection:
+    """The ``k`` experts with the largest score plus bias, with their unbiased scores."""
+    ids_TK = torch.topk(biased(scores_TE, bias_E, scores_TE.dim() - 1, False), k, dim=-1).indices
+    return Selection(scores_TE, scores_TE.gather(-1, ids_TK), ids_TK)
+
+
+def biased(scores: Tensor, bias_E: Tensor, dim: int, zeros_masked: bool) -> Tensor:
+    """Scores to rank by: without gradient, with the bias along ``dim``, closed groups kept closed."""
+    ranked = scores.detach()
+    if zeros_masked:
+        ranked = ranked.masked_fill(ranked == 0, float("-inf"))
+    after = scores.dim() - 1 - dim
+    return ranked + (bias_E.view(-1, *[1] * after) if after else bias_E)
+
+
+def _unbiased_result(call: Call, result: Any) -> Any:
+    """The result of the biased ranking with its values replaced by the unbiased scores."""
+    if isinstance(result, Tensor):
+        return result
+    ids = result[1]
+    if call.keepdim:
+        return type(result)((call.scores.gather(call.dim, ids), ids))
+    return type(result)((call.scores.gather(call.dim, ids.unsqueeze(call.dim)).squeeze(call.dim), ids))

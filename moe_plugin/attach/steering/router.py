@@ -1,0 +1,156 @@
+"""Make a host's router report what it selects, by a swap of its class or of the callable it carries itself."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import checkpoint
+
+from moe_plugin.attach.adapter import Adapter
+from moe_plugin.attach.discovery.trace import Trace
+from moe_plugin.attach.site import Site
+from moe_plugin.attach.steering.class_swap import Mixin, swap_, unswap_
+from moe_plugin.attach.steering.intercept import Intercept, Selection, select
+from moe_plugin.errors import EffectError
+
+
+class BalancedRouter(Mixin):
+    """Runs the host's own forward and reports to the site what it selected."""
+
+    _moe_site: Site
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """The host's forward, with its expert selection seen and biased."""
+        return _watched(self, super().forward, args, kwargs)  # pyright: ignore
+
+
+class BalancedForward:
+    """Stands in for a ``forward`` that the instance itself carries, as hooks of other libraries leave it.
+
+    The class's forward is not called for such an instance, so that swapping its class would change nothing.
+    """
+
+    def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
+        """Wrap the callable found on the instance."""
+        self.module = module
+        self.forward = forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The instance's forward, with its expert selection seen and biased."""
+        return _watched(self.module, self.forward, args, kwargs)
+
+
+class AdaptedMethod:
+    """Stands in for a block's routing method where an adapter says how the block routes."""
+
+    def __init__(self, module: nn.Module, adapter: Adapter) -> None:
+        """Route this block by the adapter."""
+        self.module = module
+        self.adapter = adapter
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The adapter's routing, with every selection counted."""
+        site: Site = self.module._moe_site  # pyright: ignore[reportAssignmentType]
+        seen: list[Selection] = []
+
+        def select_experts(scores_TE: Tensor, k: int, counts: bool = True) -> tuple[Tensor, Tensor]:
+            selection = select(scores_TE, k, site.bias)
+            seen.extend([selection] * counts)
+            return selection.selected_TK, selection.expert_ids_TK
+
+        assert self.adapter.route is not None, "a refused block is never attached"
+        output = self.adapter.route(self.module, select_experts, *args, **kwargs)
+        training, compiling = self.module.training, torch.compiler.is_compiling()
+        site.record_(seen, output, training=training, compiling=compiling)
+        return output
+
+
+def watch_(module: nn.Module, site: Site, adapter: Adapter | None = None) -> None:
+    """Make ``module`` report to ``site``."""
+    module.__dict__["_moe_site"] = site
+    if adapter is not None:
+        module.__dict__[adapter.method] = AdaptedMethod(module, adapter)
+    elif "forward" in module.__dict__:
+        module.__dict__["forward"] = BalancedForward(module, module.__dict__["forward"])
+    else:
+        swap_(module, BalancedRouter)
+
+
+def unwatch_(module: nn.Module) -> None:
+    """Undo `watch_`."""
+    for name, value in list(module.__dict__.items()):
+        if isinstance(value, AdaptedMethod):
+            del module.__dict__[name]
+            break
+        if isinstance(value, BalancedForward):
+            module.__dict__[name] = value.forward
+            break
+    else:
+        unswap_(module, BalancedRouter)
+    del module.__dict__["_moe_site"]
+
+
+def _watched(module: Any, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    site: Site = module._moe_site
+    compiling = torch.compiler.is_compiling()
+    if not (site.proven or compiling):
+        forward = _proving(site, forward)
+    closely = not compiling and site.looks_closely
+    bias = site.bias_tensor
+    version = bias._version if closely else 0
+    seen: list[Selection] = []
+    guard = _refuse_to_be_recomputed if closely else None
+    with Intercept(site, None if site.host_owns_bias else bias, seen, guard):
+        output = forward(*args, **kwargs)
+    if closely and (bias._version != version or site.bias_tensor is not bias):
+        raise EffectError(
+            f"Router {site.name!r} moves its own {site.bias_name!r} in its forward, as balancing does between steps. "
+            "Switch the model's own balancing off, or leave the router out with 'sites'."
+        )
+    site.record_(seen, output, training=module.training, compiling=compiling)
+    return output
+
+
+def _refuse_to_be_recomputed() -> None:
+    """Refuse a selection that activation checkpointing would make again in backward, where nothing is intercepted.
+
+    Raises:
+        EffectError: If the router checkpoints the part of its own forward that selects.
+    """
+    frame: FrameType | None = sys._getframe(1)
+    while frame is not None and frame.f_code is not _watched.__code__:
+        if frame.f_code.co_filename == checkpoint.__file__:
+            raise EffectError(
+                "A router checkpoints the part of its own forward that selects experts, so that it would select others "
+                "when that is recomputed. Checkpoint the whole block from outside, or write an Adapter for its "
+                "selecting method and pass it in 'adapters', or leave it out with 'sites'."
+            )
+        frame = frame.f_back
+
+
+def _proving(site: Site, forward: Callable[..., Any]) -> Callable[..., Any]:
+    """The forward, which once checks that the host's own bias reaches its selection."""
+
+    def proving(*args: Any, **kwargs: Any) -> Any:
+        trace = Trace({"bias": site.bias_tensor})
+        with trace:
+            output = forward(*args, **kwargs)
+        if (
+            site.host_owns_bias
+            and trace.rankings
+            and not any("bias" in each.added for each in trace.rankings)
+        ):
+            raise EffectError(
+                f"Router {site.name!r} owns {site.bias_name!r}, but does not add it to the scores by which it selects "
+                "experts, so that balancing would have no effect. Write an Adapter for it and pass it in 'adapters', "
+                "or leave it out with 'sites'."
+            )
+        site.proven = True
+        return output
+
+    return proving

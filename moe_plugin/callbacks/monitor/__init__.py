@@ -1,0 +1,1 @@
+"""What `LoadMonitor` is made of."""

@@ -1,0 +1,85 @@
+"""The load and bias of layers, and how often the bias flips a choice, over the whole of training, in bounded memory.
+
+Shape legend: N windows of training steps, E experts, L layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+
+import numpy as np
+from torch import Tensor
+
+from moe_plugin.callbacks.monitor.router_sample import Decisions
+from moe_plugin.metrics import LayerLoad
+from moe_plugin.plots.over_time import bias_over_time, flips_over_time, load_over_time
+
+FRAMES = 96
+LAYERS = 8
+"""At most so many layers are drawn, evenly spaced: long and deep runs must stay small."""
+
+
+class LoadOverTime:
+    """Keeps a row per window; when there are too many, neighbours are joined and time gets coarser.
+
+    Args:
+        names: The routers, in the order of the layers.
+    """
+
+    def __init__(self, names: Sequence[str]) -> None:
+        """Start without any row."""
+        self._places = spread(len(names), LAYERS)
+        self._names = [names[place] for place in self._places]
+        self._steps: list[int] = []
+        self._tokens: dict[str, list[np.ndarray]] = {name: [] for name in self._names}
+        self._biases: dict[str, list[np.ndarray]] = {name: [] for name in self._names}
+        self._flips: list[np.ndarray] = []
+
+    def add_(
+        self,
+        step: int,
+        loads: Mapping[str, LayerLoad],
+        bias: Mapping[str, Tensor],
+        decisions: Mapping[str, Decisions],
+    ) -> None:
+        """Go on by a window."""
+        self._steps.append(step)
+        self._flips.append(
+            np.array([decisions[name].flip_rate if name in decisions else np.nan for name in self._names])
+        )
+        for name in self._names:
+            self._tokens[name].append(np.asarray(loads[name].tokens_per_expert))
+            self._biases[name].append(bias[name].float().cpu().numpy().copy())
+        if len(self._steps) == FRAMES:
+            self._join_()
+
+    def images(self) -> Iterator[tuple[str, np.ndarray]]:
+        """Tag and picture of each layer's load and bias, from the first window to the last."""
+        for name in self._names if self._steps else ():
+            tokens_NE, bias_NE = np.stack(self._tokens[name]), np.stack(self._biases[name])
+            yield (
+                f"load_over_time/{name}",
+                load_over_time(tokens_NE, self._steps, f"load over ideal load, {name}"),
+            )
+            if bias_NE.any():
+                yield (
+                    f"bias_over_time/{name}",
+                    bias_over_time(bias_NE, self._steps, f"selection bias, {name}"),
+                )
+        if self._flips and np.nan_to_num(self._flips).any():
+            layers = [str(place) for place in self._places]
+            yield "flips_over_time/all", flips_over_time(np.stack(self._flips), self._steps, layers)
+
+    def _join_(self) -> None:
+        self._steps, self._flips = self._steps[1::2], self._flips[1::2]
+        for name in self._names:
+            rows = self._tokens[name]
+            self._tokens[name] = [a + b for a, b in zip(rows[::2], rows[1::2], strict=True)]
+            self._biases[name] = self._biases[name][1::2]
+
+
+def spread(count: int, at_most: int) -> list[int]:
+    """Evenly spaced places among `count`, the first and the last with them."""
+    if count <= at_most:
+        return list(range(count))
+    return [round(place * (count - 1) / (at_most - 1)) for place in range(at_most)]

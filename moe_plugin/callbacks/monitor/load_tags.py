@@ -1,0 +1,144 @@
+"""The names under which load is logged, and how TensorBoard lays them out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from statistics import fmean
+
+from moe_plugin.callbacks.monitor.router_sample import Decisions
+from moe_plugin.metrics import LayerLoad
+
+_DASHBOARD = {
+    "Overview": {
+        "loss": ["Multiline", [r"((train|val)[/_])?loss(_step|_epoch)?$"]],
+        "MaxVio: (max load - mean load) / mean load": [
+            "Multiline",
+            [r"(load|val)/max_violation_(batch|global)$"],
+        ],
+        "dead experts": ["Multiline", [r"(load|val)/dead_experts$"]],
+        "entropy of the load (1 = even)": ["Multiline", [r"load/entropy$", r"val/load_entropy$"]],
+        "step time over ideal, by ranks of expert parallelism": ["Multiline", [r"load/slowdown_ep\d+$"]],
+        "tokens per second": ["Multiline", [r"load/tokens_per_second$"]],
+        "parameters a token uses": ["Multiline", [r"load/active_parameters$"]],
+        "router: confidence, and choices the bias flips": [
+            "Multiline",
+            [r"load/(confidence|flip_rate)$", r"val/kept_choices$"],
+        ],
+        "largest bias range": ["Multiline", [r"load/bias_range$"]],
+    },
+    "Layers": {
+        "MaxVio by layer": ["Multiline", [r"load_layers/max_violation/"]],
+        "load variation (sd / mean) by layer": ["Multiline", [r"load_layers/variation/"]],
+        "bias range by layer": ["Multiline", [r"load_layers/bias_range/"]],
+        "router confidence by layer": ["Multiline", [r"load_layers/confidence/"]],
+        "choices the bias flips, by layer": ["Multiline", [r"load_layers/flip_rate/"]],
+        "entropy by layer": ["Multiline", [r"load_layers/entropy/"]],
+        "dead experts by layer": ["Multiline", [r"load_layers/dead_experts/"]],
+    },
+}
+_EXPERTS_PER_TOKEN = {
+    "Experts per token": {
+        "experts per token": ["Multiline", [r"(load|val)/experts_per_token$"]],
+        "budget error: experts per token over target, less 1": ["Multiline", [r"load/budget_error$"]],
+        "experts per token by layer": ["Multiline", [r"load_layers/experts_per_token/"]],
+        "budget error by layer": ["Multiline", [r"load_layers/budget_error/"]],
+        "rank correlation of a token's experts with its loss": ["Multiline", [r"val/loss_correlation"]],
+        "the same by layer": ["Multiline", [r"val_layers/loss_correlation/"]],
+    },
+}
+
+
+def dashboard(*, experts_vary: bool) -> dict[str, dict[str, list]]:
+    """Custom-scalar layout for `SummaryWriter.add_custom_scalars`: charts of tags by regular expression.
+
+    Args:
+        experts_vary: Whether tokens use different numbers of experts.
+    """
+    return _DASHBOARD | (_EXPERTS_PER_TOKEN if experts_vary else {})
+
+
+def training_scalars(
+    loads: Mapping[str, LayerLoad],
+    bias_ranges: Mapping[str, float],
+    decisions: Mapping[str, Decisions],
+    expert_share: float,
+) -> dict[str, float]:
+    """What a window of training steps is logged as.
+
+    `load/*` is the mean over layers, except for dead experts (the sum) and the bias range (the largest);
+    `load_layers/*/<site>` is each layer by itself, its violation that of the window's summed counts.
+
+    Args:
+        loads: The load of each layer.
+        bias_ranges: The range of each layer's bias.
+        decisions: How the routers that were looked at decided.
+        expert_share: The share of a balanced step that the experts take.
+    """
+    scalars = {f"load/{name}": value for name, value in _over_layers(loads).items()}
+    scalars["load/bias_range"] = max(bias_ranges.values())
+    scalars |= slowdowns(loads, expert_share)
+    for name, load in loads.items():
+        scalars[f"load_layers/max_violation/{name}"] = load.max_violation_global
+        scalars[f"load_layers/variation/{name}"] = load.coefficient_of_variation
+        scalars[f"load_layers/entropy/{name}"] = load.entropy
+        scalars[f"load_layers/dead_experts/{name}"] = load.dead_experts
+        scalars[f"load_layers/bias_range/{name}"] = bias_ranges[name]
+    for measure in ("confidence", "flip_rate") if decisions else ():
+        by_layer = {name: getattr(seen, measure) for name, seen in decisions.items()}
+        scalars[f"load/{measure}"] = fmean(by_layer.values())
+        scalars |= {f"load_layers/{measure}/{name}": value for name, value in by_layer.items()}
+    return scalars
+
+
+def slowdowns(loads: Mapping[str, LayerLoad], expert_share: float) -> dict[str, float]:
+    """Step time over that of an even load, were the experts spread over 8, 16 or 64 ranks.
+
+    `1 + f * MaxVio` with the MaxVio of a step's tokens per rank, mean over layers: all ranks wait for the fullest.
+    Numbers of ranks that divide no layer's experts are left out.
+    """
+    by_ranks: dict[int, list[float]] = {}
+    for load in loads.values():
+        for ranks, violation in load.rank_violations.items():
+            by_ranks.setdefault(ranks, []).append(violation)
+    return {f"load/slowdown_ep{ranks}": 1 + expert_share * fmean(each) for ranks, each in by_ranks.items()}
+
+
+def budget_scalars(experts_per_token: Mapping[str, float], targets: Mapping[str, float]) -> dict[str, float]:
+    """How many experts a token used, and how far from the target that is, where their number varies.
+
+    `load/experts_per_token` is the mean over layers and `load/budget_error` that over the mean target, less 1;
+    `load_layers/*` is each layer by itself.
+
+    Args:
+        experts_per_token: The mean of each layer; those without a target are left out.
+        targets: What it should be.
+    """
+    means = {name: mean for name, mean in experts_per_token.items() if name in targets}
+    if not means:
+        return {}
+    mean, target = fmean(means.values()), fmean(targets[name] for name in means)
+    scalars = {"load/experts_per_token": mean, "load/budget_error": mean / target - 1}
+    for name, used in means.items():
+        scalars[f"load_layers/experts_per_token/{name}"] = used
+        scalars[f"load_layers/budget_error/{name}"] = used / targets[name] - 1
+    return scalars
+
+
+def validation_scalars(loads: Mapping[str, LayerLoad]) -> dict[str, float]:
+    """What a validation run is logged as; means over layers, dead experts are the sum."""
+    scalars = _over_layers(loads)
+    return {
+        "val/max_violation_batch": scalars["max_violation_batch"],
+        "val/max_violation_global": scalars["max_violation_global"],
+        "val/load_entropy": scalars["entropy"],
+        "val/dead_experts": scalars["dead_experts"],
+    }
+
+
+def _over_layers(loads: Mapping[str, LayerLoad]) -> dict[str, float]:
+    return {
+        "max_violation_batch": fmean(load.max_violation_batch for load in loads.values()),
+        "max_violation_global": fmean(load.max_violation_global for load in loads.values()),
+        "entropy": fmean(load.entropy for load in loads.values()),
+        "dead_experts": sum(load.dead_experts for load in loads.values()),
+    }

@@ -1,0 +1,130 @@
+"""The load of a validation run, and what experts are for."""
+
+from __future__ import annotations
+
+import json
+from functools import partial
+from typing import Any
+
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from torch import Tensor
+
+from moe_plugin.attach.balance import BalancedModel
+from moe_plugin.attach.site import Site
+from moe_plugin.attach.steering.intercept import Selection
+from moe_plugin.callbacks.monitor.experts_used_watch import ExpertsUsedWatch
+from moe_plugin.callbacks.monitor.image_log import log_image
+from moe_plugin.callbacks.monitor.load_pictures import LoadPictures
+from moe_plugin.callbacks.monitor.load_tags import validation_scalars
+from moe_plugin.callbacks.monitor.loggers import (
+    first_rank_loggers,
+    log_folder,
+    logged_step,
+    tensorboard_writers,
+)
+from moe_plugin.callbacks.monitor.specialisation import Specialisation
+from moe_plugin.callbacks.monitor.token_kinds import TokenKinds
+from moe_plugin.callbacks.monitor.validation_counts import ValidationCounts
+from moe_plugin.metrics import LayerLoad, LoadWindow
+from moe_plugin.plots.run_data import EXPERT_USE_FILE
+
+
+class ValidationWatch:
+    """Follows validation runs.
+
+    Args:
+        image_every_n_steps: See `LoadMonitor`.
+
+    Attributes:
+        load: The load of each layer in the last validation run.
+        specialisation: What each expert takes.
+        used: How many experts tokens use.
+    """
+
+    def __init__(self, image_every_n_steps: int | None) -> None:
+        """Nothing is seen yet."""
+        self.load: dict[str, LayerLoad] = {}
+        self.specialisation = Specialisation()
+        self.used = ExpertsUsedWatch()
+        self._pictures = LoadPictures("val", image_every_n_steps)
+        self._draws = image_every_n_steps != 0
+        self._looks = False
+        self._kinds = TokenKinds(None)
+
+    def start_(self, trainer: Trainer, balanced: BalancedModel) -> None:
+        """Forget what was counted in evaluation mode before; look at the routers if anything is to be drawn."""
+        self._counts = ValidationCounts(balanced)
+        self._looks = bool(first_rank_loggers(trainer)) and self._draws and not trainer.sanity_checking
+        if self._looks:
+            self._kinds = TokenKinds(getattr(trainer, "datamodule", None))
+            self.specialisation.start_(balanced, self._kinds)
+            self.used.start_(balanced, self._kinds)
+            for name, site in balanced.items():
+                site.witness = partial(self._look, name, site)
+
+    def batch_starts(self, batch: Any) -> None:
+        """See what tokens come."""
+        if self._looks:
+            tokens = self._kinds.of(batch)
+            self.specialisation.batch_starts(tokens)
+            self.used.batch_starts(tokens)
+
+    def batch_ends(self, outputs: Any) -> None:
+        """Keep the counts of the batch."""
+        self._counts.take_()
+        if self._looks:
+            self.specialisation.batch_ends()
+            self.used.batch_ends(outputs)
+
+    def end_(self, trainer: Trainer, pl_module: LightningModule, balanced: BalancedModel) -> None:
+        """Log the load over the whole validation set, and what experts are for."""
+        for site in balanced.values():
+            site.witness = None
+        if trainer.sanity_checking:
+            return
+        window = LoadWindow({name: site.num_routed for name, site in balanced.items()})
+        load = self._counts.reduced(trainer.strategy.root_device)
+        window.add_batches_(load.tokens_per_expert_NLE)
+        self.load = window.layer_loads()
+        scalars = validation_scalars(self.load)
+        if any(site.target_k is not None for site in balanced.values()):
+            scalars["val/experts_per_token"] = load.experts_per_token()
+        pl_module.log_dict(scalars, sync_dist=trainer.world_size > 1)
+        self._show(trainer)
+
+    def write_waiting(self, trainer: Trainer) -> None:
+        """Write the last picture."""
+        self._pictures.write_waiting(first_rank_loggers(trainer))
+
+    def _show(self, trainer: Trainer) -> None:
+        is_fitting = trainer.state.fn == TrainerFn.FITTING
+        # After a fit the step is that of its last batch, counted from zero like all steps that are logged.
+        step = logged_step(trainer) if is_fitting else max(trainer.global_step - 1, 0)
+        loggers = first_rank_loggers(trainer)
+        is_drawn = self._draws and self._pictures.offer(trainer, step, self.load)
+        if not is_fitting:
+            is_drawn |= self._pictures.write_waiting(loggers)
+        if not self._looks:
+            return
+        scalars = self.specialisation.scalars() if is_fitting else {}
+        scalars |= self.used.scalars()
+        for logger in loggers if scalars else ():
+            logger.log_metrics(scalars, step=step)
+        for tag, image in (*self.specialisation.images(), *self.used.images()) if is_drawn else ():
+            log_image(loggers, tag, image, step)
+        for writer in tensorboard_writers(loggers) if is_drawn else ():
+            for tag, text in self.specialisation.texts():
+                writer.add_text(tag, text, global_step=step)
+        folder = log_folder(loggers)
+        if folder is not None:
+            record = {
+                "step": step,
+                "experts": self.specialisation.record(),
+                "experts_per_token": self.used.record(),
+            }
+            (folder / EXPERT_USE_FILE).write_text(json.dumps(record), encoding="utf-8")
+
+    def _look(self, name: str, site: Site, selection: Selection, valid_T: Tensor | None) -> None:
+        self.specialisation.look(name, site, selection, valid_T)
+        self.used.look(name, site, selection, valid_T)

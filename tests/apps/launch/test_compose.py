@@ -1,0 +1,119 @@
+"""Tests of composing: every option of every group, sweeps, and wrong words."""
+
+from __future__ import annotations
+
+import pytest
+from omegaconf import OmegaConf
+
+from moe_plugin.apps.launch.compose import compose_jobs, conf_dir
+from moe_plugin.errors import ConfigError
+
+RENDERED_ELSEWHERE = {"hydra", "rule", "hardware", "source", "study"}
+OPTIONS = [
+    f"{group.name}={option.stem}"
+    for group in sorted(conf_dir().iterdir())
+    if group.is_dir() and group.name not in RENDERED_ELSEWHERE
+    for option in sorted(group.glob("*.yaml"))
+]
+
+
+def words(*arguments: str) -> list[str]:
+    """Quotes numeric options as the command does."""
+    from moe_plugin.apps.launch.command import quote_option
+
+    return [quote_option(word) for word in arguments]
+
+
+class TestComposeJobs:
+    @pytest.mark.parametrize("option", OPTIONS)
+    def test_every_option_composes(self, option: str) -> None:
+        (config,) = compose_jobs(words(option), multirun=False)
+        assert set(config) - {"hydra"} >= {
+            *(
+                "data",
+                "model",
+                "router",
+                "experts",
+                "balancing",
+                "strategy",
+                "trainer",
+                "callbacks",
+                "logger",
+            ),
+            *("paths", "seed", "ckpt_path", "count_only"),
+        }
+
+    def test_every_rule_takes_the_callbacks_place(self) -> None:
+        for rule in {path.stem for path in (conf_dir() / "rule").glob("*.yaml")} - {"by_layer"}:
+            (config,) = compose_jobs([f"rule={rule}"], multirun=False)
+            target = config.balancing.callback.rule._target_
+            assert target.rpartition(".")[2].lower() == rule.replace("_", "")
+
+    def test_grid_gives_each_combination(self) -> None:
+        configs = list(compose_jobs(words("experts=8,16", "seed=1,2", "name=x"), multirun=True))
+        assert [(c.experts.num_experts, c.seed, c.name) for c in configs] == [
+            *((8, 1, "x"), (8, 2, "x")),
+            *((16, 1, "x"), (16, 2, "x")),
+        ]
+
+    def test_range_without_sampler_is_refused(self) -> None:
+        with pytest.raises(ConfigError, match="is a range"):
+            list(compose_jobs(["seed=interval(1,2)"], multirun=True))
+
+    def test_sampler_gives_one_without_the_swept_keys(self) -> None:
+        pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
+        (config,) = compose_jobs(["hparams_search=optuna", "seed=choice(1,2)", "name=x"], multirun=True)
+        assert (config.seed, config.name) == (0, "x")
+
+    def test_own_folder_of_groups_comes_with_ours(self, tmp_path) -> None:
+        (tmp_path / "model").mkdir()
+        (tmp_path / "model" / "mine.yaml").write_text("_target_: my.Model\n")
+        (config,) = compose_jobs(["model=mine"], multirun=False, config_dir=str(tmp_path))
+        assert config.model._target_ == "my.Model"
+
+    def test_every_file_says_what_it_is_on_top(self) -> None:
+        for path in conf_dir().rglob("*.yaml"):
+            first, *others = path.read_text().splitlines()
+            comment = others[0] if first.startswith("# @package") else first
+            assert comment.startswith("# "), path
+
+    @pytest.mark.parametrize(
+        ("word", "message"),
+        [
+            ("foo=1", "'foo' (got 1) is not a key of the configuration."),
+            (
+                "trainer.max_step=3",
+                "'trainer.max_step' (got 3) is not a key of 'trainer'. Did you mean 'trainer.max_steps'?",
+            ),
+            (
+                "router=foo",
+                "'router' must be one of deepseek_v3, ",
+            ),
+            ("routers=x", "Did you mean 'router'?"),
+            ("data=[1", "'data=[1'"),
+        ],
+    )
+    def test_wrong_word_is_told_in_one_line(self, word: str, message: str) -> None:
+        with pytest.raises(ConfigError) as error:
+            list(compose_jobs([word], multirun=False))
+        assert message in str(error.value)
+        assert "\n" not in str(error.value)
+
+
+class TestConfDir:
+    def test_holds_the_main_configuration(self) -> None:
+        assert "defaults" in OmegaConf.load(conf_dir() / "config.yaml")
+
+
+class TestQuoteOption:
+    @pytest.mark.parametrize(
+        ("word", "quoted"),
+        [
+            ("experts=8", 'experts="8"'),
+            ("experts=8,16", 'experts="8","16"'),
+            ("seed=8", "seed=8"),
+            ("hydra", "hydra"),  # of --cfg hydra
+        ],
+    )
+    def test_number_that_names_an_option_is_quoted_and_nothing_else(self, word: str, quoted: str) -> None:
+        assert words(word) == [quoted]

@@ -1,0 +1,165 @@
+from __future__ import annotations
+
+import lightning
+import pytest
+import torch
+from hydra.errors import InstantiationException
+from hydra.utils import instantiate
+from torch.nn.functional import cross_entropy
+from torch.utils.data import DataLoader
+
+from moe_plugin import LossFreeBalancing, balance_
+from moe_plugin.apps.models import measure
+from moe_plugin.apps.models.hugging_face import HostRouter
+from moe_plugin.attach.balance import find_balanced
+from moe_plugin.balancing.rules import Proportional
+from moe_plugin.experts import fused
+from moe_plugin.losses import LoadBalancingLoss
+from tests.apps.models.test_configs import CONF, compose
+
+pytest.importorskip("transformers")
+
+FAMILIES = sorted(path.stem for path in (CONF / "model" / "hf").glob("*.yaml"))
+LENGTH = 16
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
+    pytest.mark.filterwarnings("ignore:.*`isinstance\\(treespec, LeafSpec\\)` is deprecated.*"),
+]
+
+
+def build(family, router, experts="8", **changes):
+    config = compose(f"hf/{family}", router, experts)
+    config.model.config.update(hidden_size=32, num_hidden_layers=2)
+    config.experts.hidden_dim = 16
+    config.data.context_length = LENGTH
+    config.update(changes)
+    torch.manual_seed(0)
+    return instantiate(config.model)
+
+
+def rows(size, seed=0):
+    tokens = torch.randint(0, 256, (size, LENGTH + 1), generator=torch.Generator().manual_seed(seed))
+    return [{"tokens": row, "domain": torch.tensor(0)} for row in tokens]
+
+
+def fit(model, folder, max_steps=2, **settings):
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "logger": False}
+    trainer = lightning.Trainer(
+        max_steps=max_steps,
+        accelerator="cpu",
+        enable_checkpointing=False,
+        default_root_dir=folder,
+        callbacks=[LossFreeBalancing(Proportional(rate=0.1))],
+        **quiet,
+        **settings,
+    )
+    trainer.fit(model, DataLoader(rows(8), batch_size=4), DataLoader(rows(3, seed=1), batch_size=2))
+    return trainer
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+class TestFamilies:
+    @pytest.mark.parametrize("router", ["native", "qwen3"])
+    def test_two_steps_train_and_balance_every_layer(self, family, router, tmp_path):
+        model = build(family, router)
+        replaced = [module for module in model.modules() if isinstance(module, HostRouter)]
+        assert len(replaced) == (0 if router == "native" else 2)
+        trainer = fit(model, tmp_path)
+        balanced = find_balanced(model)
+        assert [site.num_experts for site in balanced.values()] == [8, 8]
+        assert [site.top_k for site in balanced.values()] == [2, 2]
+        assert all(counts_E.sum() == 4 * LENGTH * 2 for counts_E in balanced.record.counts.values())
+        assert all(site.bias.abs().max() > 0 for site in balanced.values())
+        assert trainer.callback_metrics["train/loss"] < 8
+
+    def test_native_router_selects_by_its_own_rule(self, family):
+        model = build(family, "native")
+        own = family == "deepseek_v3"
+        assert all(site.host_owns_bias == own for site in balance_(model, rule=None).values())
+
+    def test_size_is_counted_on_the_meta_device(self, family):
+        with torch.device("meta"):
+            size = measure(build(family, "qwen3"))
+        assert 0 < size.active_parameters < size.total_parameters
+
+
+class TestHuggingFaceModel:
+    def test_validation_loss_is_the_mean_over_tokens(self, tmp_path):
+        model = build("mixtral", "native")
+        trainer = fit(model, tmp_path)
+        tokens = torch.stack([row["tokens"] for row in rows(3, seed=1)])
+        (metrics,) = trainer.validate(model, DataLoader(rows(3, seed=1), batch_size=2), verbose=False)
+        with torch.no_grad():
+            logits = model.eval()(tokens[:, :-1])
+        expected = cross_entropy(logits.flatten(0, 1), tokens[:, 1:].flatten())
+        assert metrics["val/loss"] == pytest.approx(expected.item(), rel=1e-5)
+
+    def test_chosen_router_replaces_score_and_top_k(self):
+        routers = [m.router for m in build("gpt_oss", "switch").modules() if isinstance(m, HostRouter)]
+        assert [router.top_k for router in routers] == [1, 1]
+        assert all(type(router.score).__name__ == "SoftmaxBeforeTopK" for router in routers)
+
+    def test_auxiliary_loss_of_a_chosen_router_reaches_it(self):
+        model = build("olmoe", "qwen3")
+        model.auxiliary_loss = LoadBalancingLoss(coefficient=0.1)
+        batch = {"tokens": torch.stack([row["tokens"] for row in rows(2)])}
+        _, auxiliary = model._losses(batch)
+        auxiliary.backward()
+        assert 0.2 <= auxiliary.item() < 0.1 * 8 * 2
+        gradients = [m.router.weight.grad for m in model.modules() if isinstance(m, HostRouter)]
+        assert all(gradient.abs().max() > 0 for gradient in gradients)
+
+    def test_auxiliary_loss_of_a_native_router_is_an_error(self):
+        loss = {"_target_": "moe_plugin.losses.LoadBalancingLoss", "coefficient": 0.1}
+        with pytest.raises(
+            InstantiationException, match="loss_free or none with router=native, got aux_loss"
+        ):
+            build("mixtral", "native", balancing={"auxiliary_loss": loss})
+
+    def test_shared_experts_where_there_are_none_are_an_error(self):
+        with pytest.raises(
+            InstantiationException, match=r"'experts.num_shared' must be 0 for mixtral, got 1"
+        ):
+            build("mixtral", "native", "64")
+        assert build("deepseek_v3", "native", "64").network.model is not None
+
+    def test_experts_that_the_host_has_not_are_an_error(self):
+        with pytest.raises(InstantiationException, match="'router' must not be zero_experts for a model"):
+            build("mixtral", "zero_experts")
+
+    def test_top_p_holds_the_budget_of_a_host(self, tmp_path):
+        model = build("mixtral", "top_p")
+        fit(model, tmp_path, max_steps=2)
+        record = find_balanced(model).record
+        for name, counts_E in record.counts.items():
+            assert 4 * LENGTH == record.tokens[name] <= counts_E.sum() < 8 * record.tokens[name]
+
+    def test_native_router_of_our_own_model_is_an_error(self):
+        with pytest.raises(
+            InstantiationException, match="'router' must be one of ours for this model, got native"
+        ):
+            instantiate(compose("tiny", "native").model)
+
+
+class TestDifferentNumbersOfExperts:
+    def test_fused_experts_compute_the_same_on_used_pairs_only(self, monkeypatch):
+        pairs, run = [], fused.run_forward
+
+        def counting(*inputs):
+            pairs.append(len(inputs[4]))
+            return run(*inputs)
+
+        monkeypatch.setattr(fused, "run_forward", counting)
+        results = []
+        for experts in (None, "fused"):
+            model = build("qwen3_moe", "top_p")
+            balanced = balance_(model, experts=experts)
+            tokens = rows(4)[0]["tokens"][None]
+            loss = model.token_losses({"tokens": tokens}).mean()
+            loss.backward()
+            results.append((loss.detach(), [p.grad for p in model.parameters() if p.grad is not None]))
+            used = [int(site.counts.sum()) for site in balanced.values()]
+        assert pairs[-len(used) :] == used, "those before are of the proof at attaching"
+        assert sum(used) < LENGTH * len(used) * 8, "some pairs must be left out for this to say anything"
+        torch.testing.assert_close(*results, atol=1e-5, rtol=1e-4)

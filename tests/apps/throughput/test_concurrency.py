@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from moe_plugin.apps.throughput.concurrency import Concurrency, take_concurrency_
+from moe_plugin.errors import ConfigError
+
+
+class TestCommandLine:
+    def test_nothing_said_asks_for_nothing(self) -> None:
+        changes = {"ckpt_path": "last.ckpt"}
+        assert take_concurrency_(changes) is None
+        assert changes == {"ckpt_path": "last.ckpt"}
+
+    def test_true_takes_the_usual_numbers_and_leaves_the_run_s_own_keys(self) -> None:
+        changes = {"throughput": True, "seed": 1}
+        assert take_concurrency_(changes) == Concurrency()
+        assert changes == {"seed": 1}
+
+    def test_a_setting_alone_asks_for_it(self) -> None:
+        changes: dict[str, Any] = {"throughput.sequences": [1, 8], "throughput.rounds": 2}
+        assert take_concurrency_(changes) == Concurrency(sequences=[1, 8], rounds=2)
+
+    def test_false_asks_for_nothing_whatever_the_settings(self) -> None:
+        assert take_concurrency_({"throughput": False, "throughput.length": 8}) is None
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"throughput": 3}, "'throughput' must be true or false, got 3."),
+            ({"throughput.sequences": 4}, r"'throughput.sequences' must be whole numbers >= 1 .* got 4."),
+            ({"throughput.sequences": []}, r"'throughput.sequences' must be whole numbers"),
+            ({"throughput.sequences": [1, "a"]}, r"'throughput.sequences' must be whole numbers"),
+            ({"throughput.sequences": [0, 2]}, r"'throughput.sequences' must be whole numbers"),
+            ({"throughput.sequences": [4, 1]}, r"'throughput.sequences' must rise, got \[4, 1\]."),
+            ({"throughput.sequences": [1, 1]}, r"'throughput.sequences' must rise"),
+            ({"throughput.length": 0}, "'throughput.length' must be >= 1, got 0."),
+            ({"throughput.rounds": 0}, "'throughput.rounds' must be >= 1, got 0."),
+            ({"throughput.rounds": 1.5}, "'throughput.rounds' must be a whole number, got 1.5."),
+            ({"throughput.lenght": 8}, "Did you mean 'throughput.length'?"),
+        ],
+    )
+    def test_what_is_not_allowed_is_named(self, changes: dict[str, Any], message: str) -> None:
+        with pytest.raises(ConfigError, match=message):
+            take_concurrency_(changes)
+
+
+class TestLength:
+    @pytest.mark.parametrize(("context_length", "length"), [(16, 16), (256, 32)])
+    def test_usual_length_fits_the_model(self, context_length: int, length: int) -> None:
+        assert Concurrency().length_for(context_length) == length
+
+    def test_length_that_the_model_does_not_read_is_refused(self) -> None:
+        with pytest.raises(ConfigError, match=r"context_length \(16\), got 17"):
+            Concurrency(length=17).length_for(16)
