@@ -2,17 +2,55 @@
 
 from __future__ import annotations
 
+from enum import Enum
+
 
 class MoEPluginError(ValueError):
     """Base of every error raised by moe_plugin."""
 
 
+class Value(Enum):
+    """Stands for a value in an error that has none to show."""
+
+    NOT_SHOWN = "not shown"
+
+
 class ConfigError(MoEPluginError):
-    """A setting has a value that is not allowed."""
+    """A setting has a value that is not allowed.
+
+    Example:
+        >>> print(ConfigError("top_k", "must be <= num_experts (8)", 9))
+        'top_k' must be <= num_experts (8), got 9.
+
+    Attributes:
+        name: The setting. A library class names its own parameter; an application adds the key that holds it.
+        rule: What must hold, such as "must be <= num_experts (8)".
+        value: What was given; `Value.NOT_SHOWN` if the rule says enough.
+        fix: What to do, in whole sentences; "" if the rule says so.
+    """
+
+    def __init__(self, name: str, rule: str = "", value: object = Value.NOT_SHOWN, fix: str = "") -> None:
+        """Take the parts of the message."""
+        super().__init__(name, rule, value, fix)  # what unpickling calls the class with
+        self.name = name
+        self.rule = rule
+        self.value = value
+        self.fix = fix
+
+    def __str__(self) -> str:
+        """Return the message in one line."""
+        if not self.rule:  # being converted
+            return self.name
+        got = "" if self.value is Value.NOT_SHOWN else f", got {self.value!r}"
+        return f"'{self.name}' {self.rule}{got}.{' ' if self.fix else ''}{self.fix}"
+
+    def renamed(self, name: str) -> ConfigError:
+        """Return the same error about a setting of another name, such as the full key of a configuration."""
+        return ConfigError(name, self.rule, self.value, self.fix)
 
 
 class RunError(MoEPluginError):
-    """A run failed, or jobs of a sweep, for a reason that was told where it happened."""
+    """A run or sweep job failed; the cause has already been reported."""
 
 
 class AttachError(MoEPluginError):
@@ -28,7 +66,7 @@ class CheckpointError(MoEPluginError):
 
 
 class LoadAlarmError(MoEPluginError):
-    """Something is wrong with the load over experts, and LoadMonitor was told to raise."""
+    """Something is wrong with the load over experts, and LoadMonitor is set to raise."""
 
 
 class LoadAlarmWarning(UserWarning):

@@ -30,7 +30,7 @@ throughput.length=128 and throughput.rounds=9 change that.
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line.
+    """Run the command line.
 
     Args:
         arguments: Words after the program's name; by default the program's own.
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def read_config(changes: Mapping[str, Any]) -> DictConfig:
-    """Returns the configuration of a checkpoint's run with the given keys changed.
+    """Return the configuration of a checkpoint's run with the given keys changed.
 
     Raises:
         ConfigError: No checkpoint is given, it isn't there or lies in no run, or a key is unknown.
@@ -77,7 +77,7 @@ def read_config(changes: Mapping[str, Any]) -> DictConfig:
 
 
 def change_(config: DictConfig, key: str, value: object) -> None:
-    """Gives a key another value.
+    """Give a key another value.
 
     Raises:
         ConfigError: There is no such key.
@@ -90,12 +90,12 @@ def change_(config: DictConfig, key: str, value: object) -> None:
 
 
 def run_folder(checkpoint: str) -> Path:
-    """Returns the folder of the run that made a checkpoint."""
+    """Return the folder of the run that made a checkpoint."""
     return Path(checkpoint).resolve().parent.parent
 
 
 def evaluate(config: DictConfig, concurrency: Concurrency | None = None) -> Mapping[str, Any]:
-    """Validates a checkpoint, prints its metrics and writes them down.
+    """Validate a checkpoint, prints its metrics and writes them down.
 
     Args:
         config: A run's configuration with ``ckpt_path``.
@@ -126,7 +126,7 @@ def evaluate(config: DictConfig, concurrency: Concurrency | None = None) -> Mapp
 
 
 def write(measures: Mapping[str, Any], target: Path) -> None:
-    """Writes measures as JSON."""
+    """Write measures as JSON."""
     target.write_text(json.dumps(measures, indent=2) + "\n")
 
 

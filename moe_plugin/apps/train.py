@@ -15,7 +15,7 @@ from moe_plugin.apps.launch.environment import is_first_node, is_launched
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line.
+    """Run the command line.
 
     Args:
         arguments: Words after the program's name; by default the program's own.
@@ -27,7 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def train_by_hand(arguments: Sequence[str]) -> None:
-    """Runs the command line in a process that torchrun has started."""
+    """Run the command line in a process that torchrun has started."""
     from moe_plugin.apps.launch import torchrun_config
     from moe_plugin.apps.launch.job import train as train_here
 
@@ -42,7 +42,7 @@ def train_by_hand(arguments: Sequence[str]) -> None:
 
 
 def train(composed: DictConfig) -> float | None:
-    """Runs one job in its own folder; Hydra calls it.
+    """Run one job in its own folder; Hydra calls it.
 
     Args:
         composed: The configuration with its ``hydra`` node.

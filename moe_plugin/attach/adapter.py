@@ -56,7 +56,7 @@ class Adapter:
             )
 
     def fits(self, module: nn.Module) -> bool:
-        """Whether this is a block of the kind."""
+        """Return whether this is a block of the kind."""
         if isinstance(self.block, str):
             return any(base.__name__ == self.block for base in type(module).__mro__)
         if isinstance(self.block, type):
@@ -64,7 +64,7 @@ class Adapter:
         return self.block(module)
 
     def number(self, module: nn.Module, which: str) -> int:
-        """``num_experts`` or ``top_k`` of this block.
+        """Return ``num_experts`` or ``top_k`` of this block.
 
         Raises:
             ConfigError: If the block has no such number.
@@ -84,7 +84,7 @@ class Adapter:
 
 @cache
 def own_adapters() -> tuple[Adapter, ...]:
-    """The adapters of the files in ``moe_plugin.attach.families``, each as ``ADAPTER``."""
+    """Return the adapters of the files in ``moe_plugin.attach.families``, each as ``ADAPTER``."""
     from moe_plugin.attach import families
 
     names = sorted(module.name for module in pkgutil.iter_modules(families.__path__))
@@ -92,5 +92,5 @@ def own_adapters() -> tuple[Adapter, ...]:
 
 
 def adapter_for(module: nn.Module, adapters: Sequence[Adapter]) -> Adapter | None:
-    """The first adapter that fits: the user's come before our own."""
+    """Return the first adapter that fits: the user's come before our own."""
     return next((adapter for adapter in (*adapters, *own_adapters()) if adapter.fits(module)), None)

@@ -34,7 +34,7 @@ SPREAD_EVERY = 16
 
 
 def find_balanced(model: nn.Module) -> BalancedModel | None:
-    """What `balance_` returned for this model, if it did."""
+    """Return what `balance_` returned for this model, if it did."""
     return model.__dict__.get(_ATTRIBUTE)
 
 
@@ -77,15 +77,15 @@ class BalancedModel(Mapping[str, Site]):
         model.__dict__[_ATTRIBUTE] = self
 
     def __getitem__(self, name: str) -> Site:
-        """The site of this router."""
+        """Return the site of this router."""
         return self._sites[name]
 
     def __iter__(self) -> Iterator[str]:
-        """Names of the routers, in forward order."""
+        """Return names of the routers, in forward order."""
         return iter(self._sites)
 
     def __len__(self) -> int:
-        """Number of sites."""
+        """Return number of sites."""
         return len(self._sites)
 
     def __hash__(self) -> int:
@@ -97,7 +97,7 @@ class BalancedModel(Mapping[str, Site]):
         return self is other
 
     def __getstate__(self) -> dict[str, Any]:
-        """Everything but the process group, which exists in one process only."""
+        """Return everything but the process group, which exists in one process only."""
         return self.__dict__ | {"process_group": None}
 
     @torch.no_grad()
@@ -156,7 +156,7 @@ class BalancedModel(Mapping[str, Site]):
         del self._model.__dict__[_ATTRIBUTE]
 
     def state_dict(self) -> dict[str, Any]:
-        """Biases, rule states and the update counter. Counts of a step that is not complete are left out."""
+        """Return biases, rule states and the update counter. Counts of a step that is not complete are left out."""
         sites = {
             name: {
                 "bias": site.bias.clone(),

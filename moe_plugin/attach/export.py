@@ -32,7 +32,7 @@ class Export:
     sidecar: Path | None = None
 
     def __str__(self) -> str:
-        """What inference has to do."""
+        """Return what inference has to do."""
         owned, ours = len(self.in_checkpoint), len(self.in_sidecar)
         own_words = f"{owned} of {owned + ours} biases lie in the model's own checkpoint"
         if not ours:
@@ -58,7 +58,7 @@ def export(
 
 
 def _prefix(root: nn.Module, model: nn.Module) -> str:
-    """What the names of the root's modules begin with where those of ``model`` do not."""
+    """Return what the names of the root's modules begin with where those of ``model`` do not."""
     for name, module in root.named_modules():
         if module is model:
             return f"{name}." if name else ""

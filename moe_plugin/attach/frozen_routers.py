@@ -25,7 +25,7 @@ def check_frozen_routers(value: FrozenRouters) -> FrozenRouters:
 
 
 def keeps_bias(site: Site, frozen_routers: FrozenRouters) -> bool:
-    """Whether this site's bias must stay as it is.
+    """Return whether this site's bias must stay as it is.
 
     With 'auto' it stays if the router is frozen and the model owns a bias that was trained: the two were trained
     together, and experts were chosen by their sum. Any other is balanced.

@@ -129,7 +129,7 @@ class Site:
         self.eval_tally.reset_()
 
     def tokens_in(self, slots_S: Tensor) -> Tensor:
-        """The tokens that slots of this site's tallies are of, int64 (..., S); int64 (...)."""
+        """Return the tokens that slots of this site's tallies are of, int64 (..., S); int64 (...)."""
         if self.dynamic is not None:
             return slots_S[..., self.num_experts + 2]
         return slots_S[..., : self.num_experts].sum(-1) // self.top_k

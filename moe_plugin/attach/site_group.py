@@ -60,7 +60,7 @@ class SiteGroup:
         return self.sites[0].num_experts
 
     def take(self) -> Counted:
-        """What this rank has counted since the last call; all counting restarts from zero."""
+        """Return what this rank has counted since the last call; all counting restarts from zero."""
         settle_([site.tally for site in self.sites])
         counts = [(site.tally.slots_S, site.gaps_EG, site.budget_1G) for site in self.sites]
         slots, gaps, budgets = (
@@ -71,19 +71,19 @@ class SiteGroup:
         return counted
 
     def num_rejected(self, counted: Counted) -> Tensor:
-        """How often something was NaN or infinite that must not be; int64 scalar."""
+        """Return how often something was NaN or infinite that must not be; int64 scalar."""
         return (counted.slots_LS[:, self.num_experts] + counted.slots_LS[:, self.num_experts + 4]).sum()
 
     def num_seen(self, counted: Counted) -> Tensor:
-        """Selections that each site saw, masked ones too; int64 (L,)."""
+        """Return selections that each site saw, masked ones too; int64 (L,)."""
         return counted.slots_LS[:, : self.num_experts + 2].sum(-1)
 
     def counts(self, counted: Counted) -> dict[str, Tensor]:
-        """Tokens per routed expert by site; int64 (E,)."""
+        """Return tokens per routed expert by site; int64 (E,)."""
         return self._by_name(counted.slots_LS[:, : self.sites[0].num_routed])
 
     def tokens(self, counted: Counted) -> dict[str, Tensor]:
-        """Tokens by site; int64 scalars."""
+        """Return tokens by site; int64 scalars."""
         return self._by_name(self.sites[0].tokens_in(counted.slots_LS))
 
     def measure_spread_(self, counted: Counted) -> None:

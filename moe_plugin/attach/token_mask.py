@@ -64,7 +64,7 @@ class TokenMask:
         self._watched.clear()
 
     def for_tokens(self, num_tokens: int, site: str) -> Tensor | None:
-        """The mask over the tokens of one router call; bool (T,) or None when all tokens are real.
+        """Return the mask over the tokens of one router call; bool (T,) or None when all tokens are real.
 
         Raises:
             EffectError: If the router sees more tokens than the mask describes.

@@ -97,7 +97,7 @@ def _observe(
     run: Callable[[nn.Module], object],
     process_group: dist.ProcessGroup | None,
 ) -> tuple[dict[str, Tensor], dict[str, float]]:
-    """Scores (T, E) of this rank, and MaxVio over all ranks, of each site in one pass over the batches."""
+    """Return scores (T, E) of this rank, and MaxVio over all ranks, of each site in one pass over the batches."""
     seen = {name: _Observed(site) for name, site in sites.items()}
     for name, site in sites.items():
         site.observer = seen[name]
@@ -127,7 +127,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _runner(batches: list[Any]) -> Callable[[nn.Module], None]:
-    """Gives the model each batch: mappings by keyword, tuples and lists by position, others as they are."""
+    """Give the model each batch: mappings by keyword, tuples and lists by position, others as they are."""
 
     def run(model: nn.Module) -> None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

@@ -20,7 +20,7 @@ RATE = 0.2
 
 
 def new_budget() -> Tensor:
-    """An empty histogram; int64 zeros (1, G)."""
+    """Return an empty histogram; int64 zeros (1, G)."""
     return new_gaps(1)
 
 

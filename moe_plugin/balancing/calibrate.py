@@ -16,7 +16,7 @@ TOLERANCE = 0.005
 
 @torch.no_grad()
 def solve_bias(scores_TE: Tensor, top_k: int, bias_E: Tensor) -> Tensor:
-    """The bias under which the top-k of ``scores_TE + bias_E`` uses every expert equally often.
+    """Return the bias under which the top-k of ``scores_TE + bias_E`` uses every expert equally often.
 
     Solves the dual of balanced assignment: the bias that minimises ``sum_t topk_sum(s_t + b) - (T K / E) sum_e b_e``, a
     convex function whose gradient is the load error. In each round every expert looks for the quantile of its margins,
@@ -52,7 +52,7 @@ def solve_bias(scores_TE: Tensor, top_k: int, bias_E: Tensor) -> Tensor:
 
 
 def _shares(open_TE: Tensor, top_k: int) -> Tensor:
-    """Tokens per expert if all that compete share evenly; fp32 (E,).
+    """Return tokens per expert if all that compete share evenly; fp32 (E,).
 
     Where groups of experts are masked, experts that are never open to one token do not compete, even over others.
     """
@@ -65,7 +65,7 @@ def _shares(open_TE: Tensor, top_k: int) -> Tensor:
 
 
 def _counts(ranked_TE: Tensor, top_k: int) -> Tensor:
-    """Tokens per expert; int64 (E,)."""
+    """Return tokens per expert; int64 (E,)."""
     ids_TK = ranked_TE.topk(top_k).indices
     return torch.bincount(ids_TK.flatten(), minlength=ranked_TE.shape[-1])
 
@@ -80,7 +80,7 @@ def _margins(ranked_TE: Tensor, top_k: int) -> Tensor:
 
 
 def _quantile(margins_TE: Tensor, share_E: Tensor) -> Tensor:
-    """The step that lets about ``share_E`` tokens in, between two margins; fp32 (E,), 0 where none is finite."""
+    """Return the step that lets about ``share_E`` tokens in, between two margins; fp32 (E,), 0 where none is finite."""
     finite_TE = margins_TE.isfinite()
     least_E = margins_TE.where(finite_TE, torch.inf).amin(0)
     most_E = margins_TE.where(finite_TE, -torch.inf).amax(0)

@@ -37,7 +37,7 @@ _LIBRARY.define(
 
 
 def new_tally(num_experts: int) -> Tensor:
-    """An empty tally: int64 zeros of ``num_experts + EXTRA_SLOTS``."""
+    """Return an empty tally: int64 zeros of ``num_experts + EXTRA_SLOTS``."""
     return torch.zeros(num_experts + EXTRA_SLOTS, dtype=torch.int64)
 
 
@@ -81,7 +81,7 @@ def count_(
 
 
 def finite_ids(expert_ids: Tensor, selected: Tensor, num_slots: int) -> Tensor:
-    """The slots in which selections count: E where the score was NaN or infinite, else the expert's."""
+    """Return the slots in which selections count: E where the score was NaN or infinite, else the expert's."""
     return expert_ids.where(selected.isfinite(), num_slots - EXTRA_SLOTS)
 
 
@@ -103,14 +103,14 @@ def _count(
 
 @lru_cache(maxsize=256)
 def _ones(count: int, device: torch.device) -> Tensor:
-    """Ones that take the room of one."""
+    """Return ones that take the room of one."""
     return torch.ones(1, dtype=torch.int64, device=device).expand(count)
 
 
 def _extra(
     expert_ids_TK: Tensor, scores_TE: Tensor | None, valid_T: Tensor | None, used_TK: Tensor | None
 ) -> Tensor | None:
-    """What is added to slots E + 1 to E + 3; int64, None for nothing."""
+    """Return what is added to slots E + 1 to E + 3; int64, None for nothing."""
     if scores_TE is None and valid_T is None and used_TK is None:
         return None
     num_selections = expert_ids_TK.new_full((), 0 if valid_T is None else expert_ids_TK.numel())
@@ -132,7 +132,7 @@ def _weights(top_k: int, valid_T: Tensor | None, used_TK: Tensor | None) -> Tens
 
 
 def _spread(scores_TE: Tensor) -> Tensor:
-    """Standard deviation over the experts of each token, int64 in units of 1 / SPREAD_UNIT.
+    """Return standard deviation over the experts of each token, int64 in units of 1 / SPREAD_UNIT.
 
     Experts that a group limit has masked (infinite, or exactly zero in some hosts) are left out.
     """

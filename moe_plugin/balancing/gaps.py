@@ -26,19 +26,19 @@ _LIBRARY.define("count_gaps_(Tensor(a!) gaps_EG, Tensor gap_TE, Tensor? valid_T,
 
 @cache
 def gap_edges(device: torch.device) -> Tensor:
-    """The edges between bins, rising, 0 among them; fp32 (G - 1,)."""
+    """Return the edges between bins, rising, 0 among them; fp32 (G - 1,)."""
     steps = torch.arange(_OCTAVES * _PER_OCTAVE + 1, dtype=torch.float64)
     sizes = (SMALLEST * 2 ** (steps / _PER_OCTAVE)).float()
     return torch.cat([-sizes.flip(0), torch.zeros(1, dtype=torch.float32), sizes]).to(device)
 
 
 def new_gaps(num_experts: int) -> Tensor:
-    """An empty histogram for each expert; int64 zeros (E, G)."""
+    """Return an empty histogram for each expert; int64 zeros (E, G)."""
     return torch.zeros(num_experts, gap_edges(torch.device("cpu")).numel() + 1, dtype=torch.int64)
 
 
 def gaps_of(biased_TE: Tensor, top_k: int) -> Tensor:
-    """The gap of each score, see above; fp32 (T, E).
+    """Return the gap of each score, see above; fp32 (T, E).
 
     Args:
         biased_TE: Scores plus bias, not finite where a token may not select an expert; any leading shape.
@@ -74,7 +74,7 @@ def _count_gaps(gaps_EG: Tensor, gap_TE: Tensor, valid_T: Tensor | None, grad_en
 
 
 def balanced_gap(gaps_EG: Tensor, expected_E: Tensor) -> Tensor:
-    """The biased gap above which each expert has ``expected_E`` tokens, nearest to 0 where there are several.
+    """Return the biased gap above which each expert has ``expected_E`` tokens, nearest to 0 where there are several.
 
     Args:
         gaps_EG: Histogram; int64 (..., E, G).

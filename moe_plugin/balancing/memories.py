@@ -14,7 +14,7 @@ from moe_plugin.balancing.rules.rule import Memory
 
 
 def stacked(memories: Sequence[Memory]) -> Memory:
-    """One memory with a leading dimension (L, ...); what a site lacks stands for zero."""
+    """Return one memory with a leading dimension (L, ...); what a site lacks stands for zero."""
     found = {key: value for memory in memories for key, value in memory.items()}
     return {
         key: torch.stack(

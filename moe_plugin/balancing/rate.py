@@ -26,7 +26,7 @@ def check_rate(rate: float | str) -> None:
 
 
 def resolve_rate(rule: Rule, spread: Tensor) -> float | Tensor:
-    """The rate of a rule in units of the scores.
+    """Return the rate of a rule in units of the scores.
 
     Args:
         rule: Its rate is a number in score units (the papers' meaning), or 'auto'.

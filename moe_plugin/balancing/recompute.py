@@ -21,7 +21,7 @@ _REENTRANT_FORWARD = CheckpointFunction.forward.__code__
 
 
 def is_training_forward(grad_enabled: bool) -> bool:
-    """True in a forward pass that a backward will follow, once per pass whatever the checkpointing.
+    """Return True in a forward pass that a backward will follow, once per pass whatever the checkpointing.
 
     Args:
         grad_enabled: The grad mode where the forward was written, which compiled code no longer shows.

@@ -51,7 +51,7 @@ class RateSchedule:
             )
 
     def __call__(self, step: int) -> float:
-        """The factor, 0 to 1, for update number ``step`` (the first is 1)."""
+        """Return the factor, 0 to 1, for update number ``step`` (the first is 1)."""
         if self.freeze_after is not None and step > self.freeze_after:
             return 0.0
         factor = min(1.0, step / self.warmup_steps) if self.warmup_steps else 1.0

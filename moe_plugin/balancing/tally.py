@@ -51,7 +51,7 @@ class Tally:
             settle_([self])
 
     def settled(self) -> Tensor:
-        """All slots, with what was kept; int64 (S,), live until the next call."""
+        """Return all slots, with what was kept; int64 (S,), live until the next call."""
         settle_([self])
         return self.slots_S
 
@@ -69,11 +69,11 @@ class Tally:
         self.slots_S = self.settled().to(device)
 
     def kept_ids(self) -> list[Tensor]:
-        """Kept ids of each call; int32 (N,)."""
+        """Return kept ids of each call; int32 (N,)."""
         return [ids_TK.reshape(-1) for ids_TK in self._ids]
 
     def kept_selected(self) -> list[Tensor]:
-        """Kept scores of each call, floating (N,); zeros where the host has changed them since."""
+        """Return kept scores of each call, floating (N,); zeros where the host has changed them since."""
         return [
             (selected_TK if selected_TK._version == version else torch.zeros_like(selected_TK)).reshape(-1)
             for selected_TK, version in self._selected
@@ -99,7 +99,7 @@ def settle_(tallies: Sequence[Tally]) -> None:
 
 
 def _kept_counts(tallies: Sequence[Tally]) -> Tensor:
-    """The slots that kept selections fill; int64 (L, S). All keep as many."""
+    """Return the slots that kept selections fill; int64 (L, S). All keep as many."""
     num_slots = len(tallies[0].slots_S)
     ids_LN = _rows(tallies, [ids for tally in tallies for ids in tally.kept_ids()]).long()
     selected = [selected for tally in tallies for selected in tally.kept_selected()]

@@ -95,7 +95,7 @@ def builds_itself(pl_module: LightningModule) -> bool:
 
 
 def data_parallel_group(trainer: Trainer) -> dist.ProcessGroup | None:
-    """The ranks that see different tokens; None for all of them.
+    """Return the ranks that see different tokens; None for all of them.
 
     With tensor parallelism the world would count each token once per shard.
     """

@@ -167,7 +167,7 @@ class LoadMonitor(Callback):
             self.training.clock.go()
 
     def state_dict(self) -> dict[str, Any]:
-        """The load of the first step, so that a resumed run still knows how it began."""
+        """Return the load of the first step, so that a resumed run still knows how it began."""
         if self.first_record is None:
             return {}
         return {"first_record": vars(self.first_record)}

@@ -126,7 +126,7 @@ class LossFreeBalancing(Callback):
         self._attachment.stop()
 
     def state_dict(self) -> dict[str, Any]:
-        """Biases, rule states and the update counter, for Lightning's checkpoint."""
+        """Return biases, rule states and the update counter, for Lightning's checkpoint."""
         return self._attachment.balanced.state_dict() if self._attachment.is_attached else {}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -64,7 +64,7 @@ class StepClock:
 
 
 def optimizer_of(parameters: Sequence[torch.nn.Parameter], optimizers: Sequence[Optimizer]) -> Optimizer:
-    """The optimizer that trains the most of ``parameters``; the first one if none does."""
+    """Return the optimizer that trains the most of ``parameters``; the first one if none does."""
     wanted = {id(parameter) for parameter in parameters}
 
     def trained(optimizer: Optimizer) -> int:

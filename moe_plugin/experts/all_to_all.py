@@ -29,16 +29,16 @@ class Exchange(NamedTuple):
     group: dist.ProcessGroup
 
     def to_experts(self, rows_PD: Tensor) -> Tensor:
-        """Sends rows sorted by expert to the ranks of their experts: (Q, D)."""
+        """Send rows sorted by expert to the ranks of their experts: (Q, D)."""
         return _AllToAll.apply(rows_PD, self.sent_R, self.received_R, self.group)
 
     def to_tokens(self, rows_QD: Tensor) -> Tensor:
-        """Sends rows back to the ranks that they came from: (P, D)."""
+        """Send rows back to the ranks that they came from: (P, D)."""
         return _AllToAll.apply(rows_QD, self.received_R, self.sent_R, self.group)
 
 
 def plan_exchange(rows_per_expert_E: Tensor, group: dist.ProcessGroup) -> Exchange:
-    """Tells the ranks how many rows they will receive for each of their experts; all of them must call it.
+    """Tell the ranks how many rows they will receive for each of their experts; all of them must call it.
 
     Args:
         rows_per_expert_E: Rows of this rank for each expert, any integer dtype.

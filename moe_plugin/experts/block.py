@@ -20,7 +20,7 @@ class MoEBlock(nn.Module):
         shared: nn.Module | None = None,
         zero_experts: nn.Module | None = None,
     ) -> None:
-        """Composes the block.
+        """Compose the block.
 
         Args:
             router: Maps x_TD to a `Routing`, usually a `moe_plugin.routing.Router`.
@@ -35,7 +35,7 @@ class MoEBlock(nn.Module):
         self.zero_experts = zero_experts
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps `(..., D)` to `(..., D)`; tokens are all leading dimensions flattened."""
+        """Map `(..., D)` to `(..., D)`; tokens are all leading dimensions flattened."""
         x_TD = x.flatten(0, -2)
         routing = self.router(x_TD)
         y_TD = self.experts(x_TD, routing)

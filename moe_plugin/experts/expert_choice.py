@@ -19,7 +19,7 @@ class ExpertChoiceBlock(nn.Module):
     def __init__(
         self, router: ExpertChoiceRouter, experts: GroupedExperts, shared: nn.Module | None = None
     ) -> None:
-        """Composes the block.
+        """Compose the block.
 
         Args:
             router: Chooses the tokens of each expert.
@@ -32,7 +32,7 @@ class ExpertChoiceBlock(nn.Module):
         self.shared = shared
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps `(..., D)` to `(..., D)`; tokens are all leading dimensions flattened."""
+        """Map `(..., D)` to `(..., D)`; tokens are all leading dimensions flattened."""
         x_TD = x.flatten(0, -2)
         ids_EC, weights_EC = self.router(x_TD)
         experts_E1 = torch.arange(len(ids_EC), device=x.device)[:, None]

@@ -32,7 +32,7 @@ _LIBRARY.define(
 
 
 def fused_experts(x_TD: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
-    """``y_t = sum_k weight_tk * (silu(x_t G) * (x_t U)) W`` with G, U and W those of expert k of token t.
+    """Return ``y_t = sum_k weight_tk * (silu(x_t G) * (x_t U)) W`` with G, U and W those of expert k of token t.
 
     Kept for the backward are the input, the gate weights, the order of the pairs, and gate and up projection before the
     activation: 2H numbers per pair. All else is computed again. Gradients have no gradient of their own, and those that
@@ -104,7 +104,7 @@ def _backward_on_cpu(*inputs: Any) -> Sequence[Tensor]:
 
 
 def _makes_kernels(x_TD: Tensor) -> bool:
-    """Whether products are oneDNN's, which are made anew for each number of rows."""
+    """Return whether products are oneDNN's, which are made anew for each number of rows."""
     return x_TD.device.type == "cpu" and product_dtype(x_TD.dtype, x_TD.device) in HALVES
 
 

@@ -24,7 +24,7 @@ class GroupedExperts(nn.Module):
     """
 
     def __init__(self, num_experts: int, dim: int, hidden_dim: int, *, residual_gain: float = 1.0) -> None:
-        """Creates the experts.
+        """Create the experts.
 
         Args:
             num_experts: Experts.
@@ -45,12 +45,12 @@ class GroupedExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws new weights of variance gain**2 / input width."""
+        """Draw new weights of variance gain**2 / input width."""
         nn.init.normal_(self.gate_up, std=self.gate_up.shape[1] ** -0.5)
         nn.init.normal_(self.down, std=self.residual_gain * self.down.shape[1] ** -0.5)
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """Applies the selected experts to each token.
+        """Apply the selected experts to each token.
 
         Args:
             x_TD: Hidden states.
@@ -62,6 +62,6 @@ class GroupedExperts(nn.Module):
         return fused_experts(x_TD.to(compute_dtype(x_TD)), routing, self.gate_up, self.down)
 
     def extra_repr(self) -> str:
-        """Sizes, for `print(model)`."""
+        """Return sizes, for `print(model)`."""
         num_experts, hidden_dim, dim = self.down.shape
         return f"num_experts={num_experts}, dim={dim}, hidden_dim={hidden_dim}"

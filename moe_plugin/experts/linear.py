@@ -24,7 +24,7 @@ class Linear(nn.Linear):
     """
 
     def __init__(self, in_features: int, out_features: int, *, gain: float = 1.0) -> None:
-        """Creates the layer.
+        """Create the layer.
 
         Args:
             in_features: Input width.
@@ -35,16 +35,16 @@ class Linear(nn.Linear):
         super().__init__(in_features, out_features, bias=False)
 
     def reset_parameters(self) -> None:
-        """Draws new weights."""
+        """Draw new weights."""
         nn.init.normal_(self.weight, std=self.gain * self.in_features**-0.5)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps `(..., in_features)` to `(..., out_features)`."""
+        """Map `(..., in_features)` to `(..., out_features)`."""
         return linear(x, self.weight)
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """`functional.linear` without bias."""
+    """Return `functional.linear` without bias."""
     dtype = compute_dtype(x)
     if product_dtype(dtype, x.device) == dtype:
         return functional.linear(x, weight)

@@ -74,7 +74,7 @@ def parallelize_experts_(module: nn.Module, mesh: DeviceMesh) -> set[nn.Paramete
 
 
 def find_expert_layers(module: nn.Module, expert_parallel_size: int) -> list[nn.Module]:
-    """Finds the layers of experts that `parallelize_experts_` spreads.
+    """Find the layers of experts that `parallelize_experts_` spreads.
 
     Args:
         module: A model or a part of it, on any device including meta.
@@ -100,7 +100,7 @@ def find_expert_layers(module: nn.Module, expert_parallel_size: int) -> list[nn.
 
 
 def _is_expert_layer(module: nn.Module) -> bool:
-    """Whether all parameters are stacked by expert, and the forward takes what `_unpack` does."""
+    """Return whether all parameters are stacked by expert, and the forward takes what `_unpack` does."""
     if isinstance(module, GroupedExperts):
         return True
     num_experts, own = getattr(module, "num_experts", None), list(module.parameters(recurse=False))

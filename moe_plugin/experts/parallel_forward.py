@@ -29,7 +29,7 @@ class ExpertParallelForward:
     """Takes the place of the forward of a layer of experts of which this rank holds some."""
 
     def __init__(self, experts: nn.Module, ranks: DeviceMesh) -> None:
-        """Remembers the layer as it is, before any wrapper.
+        """Remember the layer as it is, before any wrapper.
 
         Args:
             experts: The layer.
@@ -43,7 +43,7 @@ class ExpertParallelForward:
 
     @torch.compiler.disable
     def __call__(self, *args: Any, **kwargs: Any) -> Tensor:
-        """Applies the selected experts to each token: (T, D), as the layer's own forward does."""
+        """Apply the selected experts to each token: (T, D), as the layer's own forward does."""
         x_TD, routing = self._unpack(*self._signature.bind(*args, **kwargs).args)
         dispatch = plan_dispatch(routing.expert_ids_TK, self._num_experts, routing.used_TK)
         rows_per_expert_E = dispatch.offsets_E.diff(prepend=dispatch.offsets_E.new_zeros(1))
@@ -77,7 +77,7 @@ class ExpertParallelForward:
         return local.forward(rows_QD, ids_Q1, ones_Q1)
 
     def _own_experts(self) -> nn.Module:
-        """The experts of this rank as a layer of their own, for one forward: the same code on fewer experts."""
+        """Return the experts of this rank as a layer of their own, for one forward: the same code on fewer experts."""
         local = self._class.__new__(self._class)
         state = {name: value for name, value in vars(self._experts).items() if name != "forward"}
         parameters = {name: self._own_part(p) for name, p in self._experts.named_parameters(recurse=False)}

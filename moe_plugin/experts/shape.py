@@ -25,7 +25,7 @@ class ExpertShape:
     num_shared: int = 0
 
     def __post_init__(self) -> None:
-        """Checks the numbers.
+        """Check the numbers.
 
         Raises:
             ConfigError: A number is out of range.

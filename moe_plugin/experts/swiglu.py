@@ -15,7 +15,7 @@ class SwiGLU(nn.Module):
     """`down(silu(gate(x)) * up(x))`, gate and up in one matrix product."""
 
     def __init__(self, dim: int, hidden_dim: int, *, residual_gain: float = 1.0) -> None:
-        """Creates the network.
+        """Create the network.
 
         Args:
             dim: Width of input and output.
@@ -27,6 +27,6 @@ class SwiGLU(nn.Module):
         self.down = Linear(hidden_dim, dim, gain=residual_gain)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps `(..., D)` to `(..., D)`."""
+        """Map `(..., D)` to `(..., D)`."""
         gate, up = self.gate_up(x).chunk(2, dim=-1)
         return self.down(functional.silu(gate) * up)

@@ -24,7 +24,7 @@ class ZeroExperts(nn.Module):
     """
 
     def __init__(self, first: int, dim: int, counts: ZeroExpertCounts) -> None:
-        """Creates the experts.
+        """Create the experts.
 
         Args:
             first: Id of the first of them: the number of routed experts.
@@ -39,7 +39,7 @@ class ZeroExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Sets the vectors to zero, and draws the gates."""
+        """Set the vectors to zero, and draws the gates."""
         nn.init.zeros_(self.vectors)
         nn.init.normal_(self.mixing, std=self.mixing.shape[-1] ** -0.5)
 
@@ -57,5 +57,5 @@ class ZeroExperts(nn.Module):
 
 
 def _total(weights_TK: Tensor, picked_TK: Tensor) -> Tensor:
-    """The gate weights of these picks together; (T, 1)."""
+    """Return the gate weights of these picks together; (T, 1)."""
     return weights_TK.masked_fill(~picked_TK, 0.0).sum(-1, keepdim=True)

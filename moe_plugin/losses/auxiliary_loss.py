@@ -18,7 +18,7 @@ class AuxiliaryLoss(Protocol):
     """A loss on what routers decided, added to the cross-entropy."""
 
     def __call__(self, layers: Sequence[LoadStatistics]) -> Tensor:
-        """The loss of one micro-batch: the sum over the layers, a scalar, fp32.
+        """Return the loss of one micro-batch: the sum over the layers, a scalar, fp32.
 
         A mean over tokens, so that its gradient has the same size whatever the accumulation and the number of ranks.
         """
@@ -39,7 +39,7 @@ def check_coefficient(coefficient: float) -> None:
 
 
 def load_times_probability(counts_BE: Tensor, probability_BE: Tensor) -> Tensor:
-    """``E * sum_e f_e * P_e``, with f_e the share of selections that went to expert e, without gradient.
+    """Return ``E * sum_e f_e * P_e``, with f_e the share of selections that went to expert e, without gradient.
 
     It is 1 for even loads and up to E where one expert takes all. arXiv 2101.03961, equation 4.
 

@@ -24,7 +24,7 @@ class GlobalBatchLoss(AuxiliaryLoss):
     """
 
     def __init__(self, coefficient: float, process_group: dist.ProcessGroup | None = None) -> None:
-        """Starts with an empty window.
+        """Start with an empty window.
 
         Args:
             coefficient: Weight beside the cross-entropy.
@@ -43,7 +43,7 @@ class GlobalBatchLoss(AuxiliaryLoss):
         self._window = None
 
     def __call__(self, layers: Sequence[LoadStatistics]) -> Tensor:
-        """The loss, see `AuxiliaryLoss`. In training every rank must call it equally often."""
+        """Return the loss, see `AuxiliaryLoss`. In training every rank must call it equally often."""
         counts = torch.cat([s.counts_BE.sum(0) for s in layers])
         if torch.is_grad_enabled():
             counts = self._in_window(counts)
@@ -55,7 +55,7 @@ class GlobalBatchLoss(AuxiliaryLoss):
         return self.coefficient * torch.stack(losses).sum()
 
     def _in_window(self, counts: Tensor) -> Tensor:
-        """The counts of all ranks and of the window's micro-batches so far, these included."""
+        """Return the counts of all ranks and of the window's micro-batches so far, these included."""
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts, group=self.process_group)
         self._window = counts if self._window is None else self._window + counts

@@ -23,7 +23,7 @@ class RouterZLoss(AuxiliaryLoss):
     coefficient: float = 1e-3
 
     def __post_init__(self) -> None:
-        """Checks the coefficient.
+        """Check the coefficient.
 
         Raises:
             ConfigError: It is negative, infinite or NaN.
@@ -31,5 +31,5 @@ class RouterZLoss(AuxiliaryLoss):
         check_coefficient(self.coefficient)
 
     def __call__(self, layers: Sequence[LoadStatistics]) -> Tensor:
-        """The loss, see `AuxiliaryLoss`."""
+        """Return the loss, see `AuxiliaryLoss`."""
         return self.coefficient * torch.stack([s.square_log_z_B.mean() for s in layers]).sum()

@@ -27,7 +27,7 @@ class SequenceLoss(AuxiliaryLoss):
     coefficient: float = 1e-4
 
     def __post_init__(self) -> None:
-        """Checks the coefficient.
+        """Check the coefficient.
 
         Raises:
             ConfigError: It is negative, infinite or NaN.
@@ -35,6 +35,6 @@ class SequenceLoss(AuxiliaryLoss):
         check_coefficient(self.coefficient)
 
     def __call__(self, layers: Sequence[LoadStatistics]) -> Tensor:
-        """The loss, see `AuxiliaryLoss`."""
+        """Return the loss, see `AuxiliaryLoss`."""
         losses = [load_times_probability(s.counts_BE, s.probability_BE).mean() for s in layers]
         return self.coefficient * torch.stack(losses).sum()

@@ -15,7 +15,7 @@ class TotalLoss(AuxiliaryLoss):
     """The sum of losses, each with its own coefficient."""
 
     def __init__(self, losses: Mapping[str, AuxiliaryLoss]) -> None:
-        """Takes the losses by name."""
+        """Take the losses by name."""
         self.losses = dict(losses)
 
     def start_window_(self) -> None:
@@ -24,5 +24,5 @@ class TotalLoss(AuxiliaryLoss):
             loss.start_window_()
 
     def __call__(self, layers: Sequence[LoadStatistics]) -> Tensor:
-        """The loss, see `AuxiliaryLoss`."""
+        """Return the loss, see `AuxiliaryLoss`."""
         return torch.stack([loss(layers) for loss in self.losses.values()]).sum()

@@ -67,11 +67,11 @@ class LoadMetric(Metric, ABC):
         self.add_(rectangle.long().reshape(-1, *shape))
 
     def compute(self) -> Tensor:
-        """The mean over the layers; a scalar."""
+        """Return the mean over the layers; a scalar."""
         return self.by_layer().mean()
 
     def per_layer(self) -> Tensor:
-        """The metric of each layer, over all ranks; shape (L,)."""
+        """Return the metric of each layer, over all ranks; shape (L,)."""
         with self.sync_context(should_sync=self.sync_on_compute):
             return self.by_layer()
 
@@ -81,7 +81,7 @@ class LoadMetric(Metric, ABC):
 
     @abstractmethod
     def by_layer(self) -> Tensor:
-        """The metric of each layer from the state as it is; shape (L,)."""
+        """Return the metric of each layer from the state as it is; shape (L,)."""
 
 
 class TotalLoadMetric(LoadMetric):
@@ -106,7 +106,7 @@ class MaxViolationGlobal(TotalLoadMetric):
     higher_is_better = False
 
     def by_layer(self) -> Tensor:
-        """MaxVio of each layer; float64 (L,)."""
+        """Return MaxVio of each layer; float64 (L,)."""
         return max_violation(self.tokens_per_expert_LE, self.num_experts_L)
 
 
@@ -116,7 +116,7 @@ class LoadEntropy(TotalLoadMetric):
     higher_is_better = True
 
     def by_layer(self) -> Tensor:
-        """Normalised entropy of each layer; float64 (L,)."""
+        """Return normalised entropy of each layer; float64 (L,)."""
         return load_entropy(self.tokens_per_expert_LE, self.num_experts_L)
 
 
@@ -126,11 +126,11 @@ class DeadExperts(TotalLoadMetric):
     higher_is_better = False
 
     def compute(self) -> Tensor:
-        """The number of dead experts in all layers; an int64 scalar."""
+        """Return the number of dead experts in all layers; an int64 scalar."""
         return self.by_layer().sum()
 
     def by_layer(self) -> Tensor:
-        """Dead experts of each layer; int64 (L,)."""
+        """Return dead experts of each layer; int64 (L,)."""
         return dead_experts(self.tokens_per_expert_LE, self.num_experts_L)
 
 
@@ -158,5 +158,5 @@ class MaxViolationBatch(LoadMetric):
         self.batches_L += (tokens_NLE.sum(-1) > 0).sum(0)
 
     def by_layer(self) -> Tensor:
-        """Mean MaxVio of each layer over its batches, 0 without any; float64 (L,)."""
+        """Return mean MaxVio of each layer over its batches, 0 without any; float64 (L,)."""
         return self.violation_L / self.batches_L.clamp(min=1)

@@ -59,14 +59,14 @@ class Alarm:
     cure: str
 
     def __str__(self) -> str:
-        """One paragraph for a person."""
+        """Return one paragraph for a person."""
         first, *rest = self.sites
         others = f" and {len(rest)} more router{'s' * (len(rest) > 1)}" if rest else ""
         return f"{self.kind} at step {self.step}: {first}{others}: {self.finding}. {self.cure}"
 
 
 def dead_expert(site: SiteHistory, limits: Limits) -> str | None:
-    """Experts without a token for `limits.dead_steps` steps."""
+    """Return experts without a token for `limits.dead_steps` steps."""
     dead = (site.idle_steps_E >= limits.dead_steps).nonzero().flatten().tolist()
     if not dead:
         return None
@@ -75,7 +75,7 @@ def dead_expert(site: SiteHistory, limits: Limits) -> str | None:
 
 
 def collapse(site: SiteHistory, limits: Limits) -> str | None:
-    """The load lies on hardly more experts than one token takes."""
+    """Return the load lies on hardly more experts than one token takes."""
     load, least = site.last.load, site.top_k
     if site.num_experts <= least or not any(load.tokens_per_expert):
         return None
@@ -86,7 +86,7 @@ def collapse(site: SiteHistory, limits: Limits) -> str | None:
 
 
 def swinging_bias(site: SiteHistory, limits: Limits) -> str | None:
-    """The bias overshoots: whoever is overloaded in one step is underloaded in the next."""
+    """Return the bias overshoots: whoever is overloaded in one step is underloaded in the next."""
     load = site.last.load
     if load.steps < 8 or load.step_correlation > SWINGING or load.max_violation_batch <= _tolerated(site):
         return None
@@ -99,7 +99,7 @@ def swinging_bias(site: SiteHistory, limits: Limits) -> str | None:
 
 
 def saturated_bias(site: SiteHistory, limits: Limits) -> str | None:
-    """The range of the bias is beyond that of the scores, for two windows."""
+    """Return the range of the bias is beyond that of the scores, for two windows."""
     windows = site.windows[-2:]
     if len(windows) < 2 or any(
         not window.score_range or window.bias_range < SATURATED * window.score_range for window in windows
@@ -112,7 +112,7 @@ def saturated_bias(site: SiteHistory, limits: Limits) -> str | None:
 
 
 def runaway_bias(site: SiteHistory, limits: Limits) -> str | None:
-    """The bias only ever grows, twofold over `limits.trend_steps`, and balance is bad all the same."""
+    """Return the bias only ever grows, twofold over `limits.trend_steps`, and balance is bad all the same."""
     windows = site.since(limits.trend_steps)
     ranges = [window.bias_range for window in windows]
     grows = len(ranges) > 3 and ranges[-1] >= 2 * ranges[0] > 0 and ranges == sorted(ranges)
@@ -122,7 +122,7 @@ def runaway_bias(site: SiteHistory, limits: Limits) -> str | None:
 
 
 def no_improvement(site: SiteHistory, limits: Limits) -> str | None:
-    """A bias that moves, but in `limits.trend_steps` steps does not make the load better."""
+    """Return a bias that moves, but in `limits.trend_steps` steps does not make the load better."""
     windows = site.since(limits.trend_steps)
     moves = len({window.bias_range for window in windows}) > 1
     if not moves or not _stays_unbalanced(site, limits) or runaway_bias(site, limits):
@@ -131,7 +131,7 @@ def no_improvement(site: SiteHistory, limits: Limits) -> str | None:
 
 
 def no_tokens(site: SiteHistory, limits: Limits) -> str | None:
-    """A site without a token, while others counted some."""
+    """Return a site without a token, while others counted some."""
     load = site.last.load
     if any(load.tokens_per_expert) or load.steps <= site.last.rejected_steps:
         return None
@@ -139,19 +139,19 @@ def no_tokens(site: SiteHistory, limits: Limits) -> str | None:
 
 
 def diverging_ranks(site: SiteHistory, limits: Limits) -> str | None:
-    """Ranks with different biases."""
+    """Return ranks with different biases."""
     return None if site.last.ranks_agree else "its bias is not the same on every rank"
 
 
 def not_finite(site: SiteHistory, limits: Limits) -> str | None:
-    """Scores that are NaN."""
+    """Return scores that are NaN."""
     if site.last.scores_are_finite:
         return None
     return f"its scores are NaN; {site.last.rejected_steps} of {site.last.load.steps} steps moved no bias"
 
 
 def rejected_steps(site: SiteHistory, limits: Limits) -> str | None:
-    """Steps that were thrown away although no NaN was seen in the scores that were looked at."""
+    """Return steps that were thrown away although no NaN was seen in the scores that were looked at."""
     rejected = site.last.rejected_steps
     if not rejected or not site.last.scores_are_finite:
         return None
@@ -170,7 +170,7 @@ def _stays_unbalanced(site: SiteHistory, limits: Limits) -> bool:
 
 
 def _tolerated(site: SiteHistory) -> float:
-    """MaxVio of a step above which balance is bad, whatever chance does to batches of this size."""
+    """Return MaxVio of a step above which balance is bad, whatever chance does to batches of this size."""
     load = site.last.load
     choices = sum(load.tokens_per_expert) / max(load.steps - load.empty_steps, 1)
     chance = math.sqrt(2 * math.log(max(site.num_experts, 2)) * site.num_experts / max(choices, 1))
@@ -237,7 +237,7 @@ class LoadAlarms:
         self._raised: set[tuple[str, str]] = set()
 
     def new(self, sites: Mapping[str, SiteHistory]) -> list[Alarm]:
-        """What is wrong since the last window, the sites of a kind together."""
+        """Return what is wrong since the last window, the sites of a kind together."""
         alarms = []
         for kind, (find, cure) in CHECKS.items():
             found = {

@@ -11,7 +11,7 @@ from moe_plugin.metrics.layers import experts_per_layer
 
 
 def dead_experts(tokens_per_expert: Tensor, num_experts: Tensor | None = None) -> Tensor:
-    """Number of experts without a single token in the window the counts were taken over.
+    """Return number of experts without a single token in the window the counts were taken over.
 
     Args:
         tokens_per_expert: Counts of routed tokens; an integer dtype, shape (..., E). Rows of layers with

@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 def router_confidence(scores_TE: Tensor, expert_ids_TK: Tensor, used_TK: Tensor) -> Tensor:
-    """Correlation between a token's scores and its selection, mean over tokens.
+    """Return correlation between a token's scores and its selection, mean over tokens.
 
     It is 1 if the selected experts share one score and all others another, about 0 if the selection has nothing to
     do with the scores (the bias alone decides), and means the same for every score function and any E and K.
@@ -33,7 +33,7 @@ def router_confidence(scores_TE: Tensor, expert_ids_TK: Tensor, used_TK: Tensor)
 
 
 def flip_rate(scores_TE: Tensor, expert_ids_TK: Tensor, used_TK: Tensor) -> Tensor:
-    """Share of the selections that the bias made against the scores: without it another expert would have won.
+    """Return share of the selections that the bias made against the scores: without it another expert would have won.
 
     Args:
         scores_TE: Unbiased scores, (T, E).
@@ -50,7 +50,7 @@ def flip_rate(scores_TE: Tensor, expert_ids_TK: Tensor, used_TK: Tensor) -> Tens
 
 
 def score_range(scores_TE: Tensor) -> Tensor:
-    """Largest less smallest finite score of a token, mean over tokens; fp32 scalar."""
+    """Return largest less smallest finite score of a token, mean over tokens; fp32 scalar."""
     open_TE = scores_TE.isfinite()
     scores_TE = scores_TE.float()
     highest_T = scores_TE.where(open_TE, -torch.inf).amax(-1)

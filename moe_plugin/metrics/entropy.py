@@ -12,7 +12,7 @@ from moe_plugin.metrics.layers import experts_per_layer
 
 
 def load_entropy(tokens_per_expert: Tensor, num_experts: Tensor | None = None) -> Tensor:
-    """Entropy of the load in nats divided by `ln E`, the entropy of an even load.
+    """Return entropy of the load in nats divided by `ln E`, the entropy of an even load.
 
     Between 0 (one expert takes every token) and 1 (perfectly even).
 

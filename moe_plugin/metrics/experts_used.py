@@ -75,19 +75,19 @@ class ExpertsUsed:
 
 
 def mean_used(tokens_U: Tensor) -> Tensor:
-    """Mean number of experts of a token, from counts of tokens (..., U); float64 (...), NaN without tokens."""
+    """Return mean number of experts of a token, from counts of tokens (..., U); float64 (...), NaN without tokens."""
     numbers_U = torch.arange(tokens_U.shape[-1], dtype=torch.float64)
     return (tokens_U * numbers_U).sum(-1) / tokens_U.sum(-1)
 
 
 def loss_bins(losses_T: Tensor) -> Tensor:
-    """The range of loss that each token falls into; int64."""
+    """Return the range of loss that each token falls into; int64."""
     octaves_T = losses_T.double().clamp(min=2.0**LOSS_FROM).log2()
     return ((octaves_T - LOSS_FROM) * LOSS_STEPS).long().clamp(max=LOSS_BINS - 1)
 
 
 def position_bins(positions_T: Tensor) -> Tensor:
-    """The range of positions that each token falls into; int64."""
+    """Return the range of positions that each token falls into; int64."""
     return (positions_T + 1).double().log2().long().clamp(max=POSITION_BINS - 1)
 
 
@@ -118,7 +118,7 @@ def rank_correlation(table_UB: Tensor) -> Tensor:
 
 
 def used_by_loss(by_loss_LPUB: Tensor, parts: int = 10) -> tuple[Tensor, Tensor]:
-    """Mean number of experts from the tokens of the lowest losses to those of the highest.
+    """Return mean number of experts from the tokens of the lowest losses to those of the highest.
 
     Args:
         by_loss_LPUB: Counts of tokens.
@@ -140,11 +140,11 @@ def used_by_loss(by_loss_LPUB: Tensor, parts: int = 10) -> tuple[Tensor, Tensor]
 
 
 def _mean_ranks(counts: Tensor) -> Tensor:
-    """The mean rank of the items in each cell of a line of counts, from 0."""
+    """Return the mean rank of the items in each cell of a line of counts, from 0."""
     return counts.cumsum(-1) - counts / 2
 
 
 def _count(cells_LT: Tensor, layers: int, cells: int) -> Tensor:
-    """How often each cell occurs in each layer; int64 (L, cells)."""
+    """Return how often each cell occurs in each layer; int64 (L, cells)."""
     offsets_L1 = torch.arange(layers).unsqueeze(1) * cells
     return (cells_LT + offsets_L1).flatten().bincount(minlength=layers * cells).view(layers, cells)

@@ -77,7 +77,7 @@ class SiteHistory:
         self.idle_steps_E = torch.where(tokens_E > 0, 0, self.idle_steps_E + counted)
 
     def since(self, steps: int) -> list[SiteWindow]:
-        """The windows of the last `steps` steps, if the history reaches back that far, else none."""
+        """Return the windows of the last `steps` steps, if the history reaches back that far, else none."""
         first = next((i for i in reversed(range(len(self.windows))) if self._age(i) >= steps), None)
         return [] if first is None else self.windows[first:]
 
@@ -86,5 +86,5 @@ class SiteHistory:
 
 
 def mean_violation(windows: Sequence[SiteWindow]) -> float:
-    """Mean over windows of the MaxVio of a step."""
+    """Return mean over windows of the MaxVio of a step."""
     return fmean(window.load.max_violation_batch for window in windows)

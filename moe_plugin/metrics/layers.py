@@ -27,7 +27,7 @@ def stack_layers(counts: Mapping[str, Tensor] | Iterable[Tensor]) -> Tensor:
 
 
 def experts_per_layer(tokens_per_expert: Tensor, num_experts: Tensor | None) -> Tensor:
-    """How many experts each row of a rectangle of counts really has.
+    """Return how many experts each row of a rectangle of counts really has.
 
     Args:
         tokens_per_expert: Counts, shape (..., E).

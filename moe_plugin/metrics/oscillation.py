@@ -44,13 +44,13 @@ class StepCorrelation:
         self._last_1LE = errors_NLE[-1:]
 
     def by_layer(self) -> Tensor:
-        """The correlation of each layer, 0 where there was no error or one batch only; float64 (L,)."""
+        """Return the correlation of each layer, 0 where there was no error or one batch only; float64 (L,)."""
         products_L, before_L, after_L = self._sums_3L
         scale_L = (before_L * after_L).sqrt()
         return torch.where(scale_L > 0, products_L / scale_L.clamp(min=1e-300), 0.0)
 
     def _errors(self, tokens_NLE: Tensor) -> Tensor:
-        """Load over ideal less one; 0 for a layer without tokens, and where a layer has no expert."""
+        """Return load over ideal less one; 0 for a layer without tokens, and where a layer has no expert."""
         total_NL1 = tokens_NLE.sum(-1, keepdim=True)
         errors_NLE = self._sizes_L1 * tokens_NLE.double() / total_NL1.clamp(min=1) - 1
         present_LE = torch.arange(tokens_NLE.shape[-1]) < self._sizes_L1

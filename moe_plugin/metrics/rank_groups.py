@@ -16,7 +16,7 @@ RANKS = (8, 16, 64)
 
 
 def rank_violation(tokens_NLE: Tensor, num_experts: Sequence[int], ranks: int) -> Tensor:
-    """MaxVio of the tokens per rank, each rank holding `E / ranks` neighbouring experts.
+    """Return MaxVio of the tokens per rank, each rank holding `E / ranks` neighbouring experts.
 
     Args:
         tokens_NLE: Counts; int64, rows of smaller layers end in zeros.

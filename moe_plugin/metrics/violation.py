@@ -12,7 +12,7 @@ from moe_plugin.metrics.layers import experts_per_layer
 
 
 def max_violation(tokens_per_expert: Tensor, num_experts: Tensor | None = None) -> Tensor:
-    """Maximal violation of the ideal load, `(max load - mean load) / mean load`.
+    """Return maximal violation of the ideal load, `(max load - mean load) / mean load`.
 
     arXiv 2408.15664, equation 4. It is 0 for a perfectly even load and `E - 1` when one expert takes
     every token. Both the numerator and the denominator are integers (`E * max - sum` and `sum`), so the

@@ -102,7 +102,7 @@ class LoadWindow:
         self.batches = 0
 
     def layer_loads(self) -> dict[str, LayerLoad]:
-        """The load of each layer over the window."""
+        """Return the load of each layer over the window."""
         self._settle_()
         total_LE, sizes_L = self._total.tokens_per_expert_LE, self._total.num_experts_L
         measures = zip(
@@ -141,7 +141,7 @@ class LoadWindow:
 
 
 def layer_loads(counts: Mapping[str, Tensor]) -> dict[str, LayerLoad]:
-    """The load of each layer in a single batch; int64 (E,) for each layer."""
+    """Return the load of each layer in a single batch; int64 (E,) for each layer."""
     window = LoadWindow({name: len(tokens) for name, tokens in counts.items()})
     window.add_(counts)
     return window.layer_loads()

@@ -44,29 +44,29 @@ _TO_LAB = np.array(
 
 
 def diverging_scale(shades: int = _SHADES) -> np.ndarray:
-    """The scale from an eighth of the ideal load to eight times the ideal; uint8 (shades, 3), RGB."""
+    """Return the scale from an eighth of the ideal load to eight times the ideal; uint8 (shades, 3), RGB."""
     return _mixed(_ANCHORS, shades)
 
 
 def amount_scale(shades: int = _SHADES) -> np.ndarray:
-    """The scale from nothing, near white, to all, dark blue: lightness alone tells; uint8 (shades, 3), RGB."""
+    """Return the scale from nothing, near white, to all, dark blue: lightness alone tells; uint8 (shades, 3), RGB."""
     return _mixed(_AMOUNTS, shades)
 
 
 def amount_colors(shares: np.ndarray) -> np.ndarray:
-    """The colours of shares from 0 to 1 of any shape, white for NaN; uint8 (..., 3), RGB."""
+    """Return the colours of shares from 0 to 1 of any shape, white for NaN; uint8 (..., 3), RGB."""
     colors = _AMOUNT_SCALE[np.rint(np.nan_to_num(shares).clip(0, 1) * (_SHADES - 1)).astype(np.int64)]
     colors[np.isnan(shares)] = ABSENT
     return colors
 
 
 def ink_on(colors: np.ndarray) -> np.ndarray:
-    """Whether text on each background should be white; bool (...)."""
+    """Return whether text on each background should be white; bool (...)."""
     return _linear(colors / 255) @ np.array([0.2126, 0.7152, 0.0722]) < 0.19
 
 
 def load_octaves(tokens_per_expert: Tensor, num_experts: Tensor | None = None) -> np.ndarray:
-    """How far each expert is from the ideal load, `log2(load / ideal)`.
+    """Return how far each expert is from the ideal load, `log2(load / ideal)`.
 
     Args:
         tokens_per_expert: Counts; integer (L, E). Rows of layers with fewer experts end in any values.
@@ -85,7 +85,7 @@ def load_octaves(tokens_per_expert: Tensor, num_experts: Tensor | None = None) -
 
 
 def load_colors(octaves: np.ndarray) -> np.ndarray:
-    """The colours of loads.
+    """Return the colours of loads.
 
     Args:
         octaves: `log2(load / ideal)` of any shape, as made by `load_octaves`.

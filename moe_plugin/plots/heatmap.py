@@ -60,7 +60,7 @@ class Grid:
 
     @classmethod
     def fit(cls, rows: int, columns: int, left: int = 52) -> Grid:
-        """The largest cells with which the picture stays near 800 x 500, and never too small to see."""
+        """Return the largest cells with which the picture stays near 800 x 500, and never too small to see."""
         cell = (_within(800 // columns, 4, 44), _within(480 // rows, 4 if rows > 60 else 8, 36))
         return cls(rows, columns, cell, origin=(left, 30))
 
@@ -81,7 +81,7 @@ class Grid:
         return max(x + width + 92, 380), max(y + height, 190) + 40
 
     def center(self, row: int, column: int) -> tuple[int, int]:
-        """The middle of a cell, x and y."""
+        """Return the middle of a cell, x and y."""
         return (
             self.origin[0] + column * self.cell[0] + (self.cell[0] - self.gap) // 2,
             self.origin[1] + row * self.cell[1] + (self.cell[1] - self.gap) // 2,
@@ -225,7 +225,7 @@ def _color_bar_(
 
 @cache
 def font() -> FreeTypeFont | ImageFont:
-    """The font of all pictures that are drawn without matplotlib."""
+    """Return the font of all pictures that are drawn without matplotlib."""
     from PIL import ImageFont
 
     return ImageFont.load_default(FONT_PIXELS)

@@ -16,7 +16,7 @@ LIFT_BAR = {3.0: "8x", 2.0: "4x", 1.0: "2x", 0.0: "chance", -1.0: "1/2", -2.0: "
 
 
 def lift(counts_GE: np.ndarray) -> np.ndarray:
-    """log2 of the share of an expert among a kind's choices over its share among all; -inf where it has none.
+    """Return log2 of the share of an expert among a kind's choices over its share among all; -inf where it has none.
 
     Args:
         counts_GE: How often tokens of each kind chose each expert; integers.

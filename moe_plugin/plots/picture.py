@@ -213,7 +213,7 @@ def _label_ends(ax: Axes, ends: list[tuple[float, str, str]]) -> None:
 
 
 def _spread(heights: list[float], least: float) -> list[float]:
-    """Rising heights moved so that neighbours are `least` apart and the last is at most 1."""
+    """Return rising heights moved so that neighbours are `least` apart and the last is at most 1."""
     apart = list(heights)
     for place in range(1, len(apart)):
         apart[place] = max(apart[place], apart[place - 1] + least)

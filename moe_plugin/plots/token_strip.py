@@ -37,16 +37,16 @@ class TokenStrip:
     losses: list[float]
 
     def means(self) -> list[float]:
-        """Experts of each token, mean over layers (S)."""
+        """Return experts of each token, mean over layers (S)."""
         return [fmean(of_token) for of_token in zip(*self.used, strict=True)]
 
     def as_json(self) -> dict[str, Any]:
-        """All fields by name."""
+        """Return all fields by name."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> TokenStrip:
-        """What `as_json` gave."""
+        """Return what `as_json` gave."""
         return cls(**fields)
 
 
@@ -64,12 +64,12 @@ class Scale:
         return cls(min(means), max(means))
 
     def level(self, number: float) -> int:
-        """The ground of a number, from 0 to `LEVELS` - 1."""
+        """Return the ground of a number, from 0 to `LEVELS` - 1."""
         width = self.high - self.low
         return min(LEVELS - 1, max(0, int(LEVELS * (number - self.low) / width))) if width else 0
 
     def ends(self) -> list[float]:
-        """Where the grounds begin, and where the last one ends."""
+        """Return where the grounds begin, and where the last one ends."""
         return [self.low + (self.high - self.low) * place / LEVELS for place in range(LEVELS + 1)]
 
 
@@ -121,7 +121,7 @@ def _draw_legend_(draw: Any, scale: Scale, grounds: np.ndarray) -> None:
 
 
 def _places(pieces: Sequence[str]) -> Iterator[tuple[int, int, tuple[str, int]]]:
-    """Line and column of each character, and the token that it is of; a line's end takes a cell, as a space."""
+    """Yield line and column of each character, and the token that it is of; a line's end takes a cell, as a space."""
     line, column = 0, 0
     for token, piece in enumerate(pieces):
         for character in piece:

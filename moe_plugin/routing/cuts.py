@@ -37,7 +37,7 @@ class TopP:
     start: ClassVar[float] = 0.5
 
     def needs(self, shares_TK: Tensor, biased_TK: Tensor) -> Tensor:
-        """The share of the experts before: one more is used while they do not suffice."""
+        """Return the share of the experts before: one more is used while they do not suffice."""
         return shares_TK.cumsum(-1) - shares_TK
 
 
@@ -52,5 +52,5 @@ class Threshold:
     start: ClassVar[float] = 0.0
 
     def needs(self, shares_TK: Tensor, biased_TK: Tensor) -> Tensor:
-        """The biased score, with the other sign."""
+        """Return the biased score, with the other sign."""
         return -biased_TK

@@ -43,7 +43,7 @@ class DynamicRouter(Router):
         normalize: bool = False,
         scale: float = 1.0,
     ) -> None:
-        """Creates the router.
+        """Create the router.
 
         Args:
             dim: Width of the hidden states.
@@ -74,13 +74,13 @@ class DynamicRouter(Router):
         self.register_buffer("level", torch.tensor(cut.start, dtype=torch.float32))
 
     def reset_parameters(self) -> None:
-        """Draws new weights, and sets the selection bias to zero and the level to where its cut starts."""
+        """Draw new weights, and sets the selection bias to zero and the level to where its cut starts."""
         super().reset_parameters()
         if "level" in self._buffers:  # not yet while `Router` is created
             nn.init.constant_(self.level, self.cut.start)
 
     def forward(self, x_TD: Tensor) -> Routing:
-        """Routes each token; see `Router.forward`. Experts that a token does not use have gate weight 0."""
+        """Route each token; see `Router.forward`. Experts that a token does not use have gate weight 0."""
         with torch.autocast(x_TD.device.type, enabled=False):
             logits_TE, scores_TE = self._score(x_TD)
             biased_TE = scores_TE.detach() + self.expert_bias
@@ -91,7 +91,7 @@ class DynamicRouter(Router):
         return Routing(weights_TK, expert_ids_TK, scores_TE, logits_TE, used_TK, slack_TK)
 
     def extra_repr(self) -> str:
-        """Sizes, score and cut, for `print(model)`."""
+        """Return sizes, score and cut, for `print(model)`."""
         return f"{super().extra_repr()}, cut={self.cut}, target_k={self.target_k}, min_k={self.min_k}"
 
     def _slack(self, scores_TE: Tensor, biased_TE: Tensor, expert_ids_TK: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class ExpertChoiceRouter(nn.Module):
     """
 
     def __init__(self, dim: int, num_experts: int, top_k: int, *, score: Score) -> None:
-        """Creates the router.
+        """Create the router.
 
         Args:
             dim: Width of the hidden states.
@@ -60,11 +60,11 @@ class ExpertChoiceRouter(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws new weights."""
+        """Draw new weights."""
         nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
 
     def forward(self, x_TD: Tensor) -> Choice:
-        """Lets each expert choose, in fp32 whatever the autocast."""
+        """Let each expert choose, in fp32 whatever the autocast."""
         with torch.autocast(x_TD.device.type, enabled=False):
             scores_TE = self.score.scores(functional.linear(x_TD.float(), self.weight.float()))
             capacity = max(1, len(x_TD) * self.top_k // self.num_experts)

@@ -46,7 +46,7 @@ class Router(nn.Module):
         top_k_groups: int = 1,
         ranking: Ranking | None = None,
     ) -> None:
-        """Creates the router.
+        """Create the router.
 
         Args:
             dim: Width of the hidden states.
@@ -79,12 +79,12 @@ class Router(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draws new weights and sets the selection bias to zero."""
+        """Draw new weights and sets the selection bias to zero."""
         nn.init.normal_(self.weight, std=self.dim**-0.5)
         nn.init.zeros_(self.expert_bias)
 
     def forward(self, x_TD: Tensor) -> Routing:
-        """Routes each token.
+        """Route each token.
 
         Args:
             x_TD: Hidden states, any floating dtype.
@@ -102,7 +102,7 @@ class Router(nn.Module):
         return Routing(weights_TK, expert_ids_TK, scores_TE, logits_TE)
 
     def extra_repr(self) -> str:
-        """Sizes and score, for `print(model)`."""
+        """Return sizes and score, for `print(model)`."""
         return f"dim={self.dim}, num_experts={self.num_experts}, top_k={self.top_k}, score={self.score}"
 
     def _score(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:

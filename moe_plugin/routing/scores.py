@@ -20,15 +20,15 @@ class Score(Protocol):
     """What a router needs to know about its score function."""
 
     def scores(self, logits_TE: Tensor) -> Tensor:
-        """The scores_TE that selection compares, to which the selection bias is added."""
+        """Return the scores_TE that selection compares, to which the selection bias is added."""
         ...
 
     def weights(self, selected_scores_TK: Tensor) -> Tensor:
-        """Gate weights_TK of the selected experts, before normalisation and scaling."""
+        """Return gate weights_TK of the selected experts, before normalisation and scaling."""
         ...
 
     def probabilities(self, scores_TE: Tensor) -> Tensor:
-        """The scores as a distribution over the experts, as load-balancing losses want it."""
+        """Return the scores as a distribution over the experts, as load-balancing losses want it."""
         ...
 
 
@@ -37,15 +37,15 @@ class Sigmoid:
     """Each expert scored on its own, in (0, 1): DeepSeek-V3, arXiv 2412.19437, equation 15."""
 
     def scores(self, logits_TE: Tensor) -> Tensor:
-        """Sigmoid of the logits."""
+        """Return sigmoid of the logits."""
         return logits_TE.sigmoid()
 
     def weights(self, selected_scores_TK: Tensor) -> Tensor:
-        """The selected scores themselves."""
+        """Return the selected scores themselves."""
         return selected_scores_TK
 
     def probabilities(self, scores_TE: Tensor) -> Tensor:
-        """Scores divided by their sum over the experts: arXiv 2412.19437, equation 19."""
+        """Return scores divided by their sum over the experts: arXiv 2412.19437, equation 19."""
         return _normalized(scores_TE)
 
 
@@ -54,15 +54,15 @@ class LogSigmoid:
     """As `Sigmoid`, but selection compares logarithms: a selection bias is then the logarithm of a factor."""
 
     def scores(self, logits_TE: Tensor) -> Tensor:
-        """Logarithm of the sigmoid of the logits."""
+        """Return logarithm of the sigmoid of the logits."""
         return functional.logsigmoid(logits_TE)
 
     def weights(self, selected_scores_TK: Tensor) -> Tensor:
-        """The sigmoids."""
+        """Return the sigmoids."""
         return selected_scores_TK.exp()
 
     def probabilities(self, scores_TE: Tensor) -> Tensor:
-        """The sigmoids divided by their sum over the experts."""
+        """Return the sigmoids divided by their sum over the experts."""
         return scores_TE.softmax(dim=-1)
 
 
@@ -71,16 +71,16 @@ class SqrtSoftplus:
     """Each expert scored on its own, in (0, inf): the square root of the logit's softplus."""
 
     def scores(self, logits_TE: Tensor) -> Tensor:
-        """Square root of the softplus of the logits."""
+        """Return square root of the softplus of the logits."""
         # Below about -87 softplus underflows to 0, where the square root's gradient is infinite.
         return functional.softplus(logits_TE.clamp(min=-80.0)).sqrt()
 
     def weights(self, selected_scores_TK: Tensor) -> Tensor:
-        """The selected scores themselves."""
+        """Return the selected scores themselves."""
         return selected_scores_TK
 
     def probabilities(self, scores_TE: Tensor) -> Tensor:
-        """Scores divided by their sum over the experts."""
+        """Return scores divided by their sum over the experts."""
         return _normalized(scores_TE)
 
 
@@ -89,15 +89,15 @@ class SoftmaxBeforeTopK:
     """Experts compete for one unit of score: Switch, arXiv 2101.03961, equation 1, and Qwen3."""
 
     def scores(self, logits_TE: Tensor) -> Tensor:
-        """Softmax of the logits over all experts."""
+        """Return softmax of the logits over all experts."""
         return logits_TE.softmax(dim=-1)
 
     def weights(self, selected_scores_TK: Tensor) -> Tensor:
-        """The selected scores themselves."""
+        """Return the selected scores themselves."""
         return selected_scores_TK
 
     def probabilities(self, scores_TE: Tensor) -> Tensor:
-        """The scores, which already sum to one."""
+        """Return the scores, which already sum to one."""
         return scores_TE
 
 
@@ -106,15 +106,15 @@ class SoftmaxAfterTopK:
     """Selection on the logits, softmax over the selected ones: Mixtral, arXiv 2401.04088, section 2.1."""
 
     def scores(self, logits_TE: Tensor) -> Tensor:
-        """The logits, unchanged."""
+        """Return the logits, unchanged."""
         return logits_TE
 
     def weights(self, selected_scores_TK: Tensor) -> Tensor:
-        """Softmax over the selected logits."""
+        """Return softmax over the selected logits."""
         return selected_scores_TK.softmax(dim=-1)
 
     def probabilities(self, scores_TE: Tensor) -> Tensor:
-        """Softmax of the logits over all experts."""
+        """Return softmax of the logits over all experts."""
         return scores_TE.softmax(dim=-1)
 
 

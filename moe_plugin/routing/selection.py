@@ -11,7 +11,7 @@ from torch.nn import functional
 
 
 def select_top_k(biased_scores_TE: Tensor, top_k: int) -> Tensor:
-    """Selects the experts with the highest biased scores.
+    """Select the experts with the highest biased scores.
 
     Args:
         biased_scores_TE: Scores plus selection bias. NaN counts as the highest score, as in `torch.topk`, so
@@ -27,7 +27,7 @@ def select_top_k(biased_scores_TE: Tensor, top_k: int) -> Tensor:
 
 
 def limit_to_groups(biased_scores_TE: Tensor, num_groups: int, top_k_groups: int) -> Tensor:
-    """Sets the scores outside each token's best groups of experts to -inf.
+    """Set the scores outside each token's best groups of experts to -inf.
 
     Experts are grouped by consecutive id. A group's score is the sum of its two best biased scores:
     arXiv 2412.19437, section 2.1.2.

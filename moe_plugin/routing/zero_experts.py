@@ -30,7 +30,7 @@ class ZeroExpertCounts:
     constant: int = 0
 
     def __post_init__(self) -> None:
-        """Checks the numbers.
+        """Check the numbers.
 
         Raises:
             ConfigError: One is negative, or there are no experts at all.
@@ -67,7 +67,7 @@ class ZeroExpertRouter(Router):
         normalize: bool = False,
         scale: float = 1.0,
     ) -> None:
-        """Creates the router.
+        """Create the router.
 
         Args:
             dim: Width of the hidden states.
@@ -103,6 +103,6 @@ class ZeroExpertRouter(Router):
         return [routed / self.num_routed] * self.num_routed + [(1 - routed) / num_zero] * num_zero
 
     def forward(self, x_TD: Tensor) -> Routing:
-        """Routes each token; see `Router.forward`. Picks of experts that cost nothing are marked as unused."""
+        """Route each token; see `Router.forward`. Picks of experts that cost nothing are marked as unused."""
         routing = super().forward(x_TD)
         return routing._replace(used_TK=routing.expert_ids_TK < self.num_routed)

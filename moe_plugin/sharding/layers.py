@@ -11,7 +11,7 @@ CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 
 
 def find_layers(model: nn.Module) -> list[nn.Module]:
-    """Finds the blocks that the model repeats, in the order in which it holds them.
+    """Find the blocks that the model repeats, in the order in which it holds them.
 
     Those are the members of a `ModuleList`, `ModuleDict` or `Sequential` that hold modules themselves and whose class
     occurs there again, or the only member of a `ModuleList`. Lists inside of a layer are part of it. What is named

@@ -15,7 +15,7 @@ from moe_plugin.errors import ConfigError
 
 @torch.no_grad()
 def materialize_(model: nn.Module, device: torch.device) -> None:
-    """Gives each tensor of ``model`` that is on the meta device storage and its initial value, in place.
+    """Give each tensor of ``model`` that is on the meta device storage and its initial value, in place.
 
     A module draws its parameters in full, one module after another, and keeps its own shard. What it draws follows
     from `torch.initial_seed` and its name alone: it is the same bit for bit with any strategy and any number of

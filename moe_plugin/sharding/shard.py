@@ -13,7 +13,7 @@ from moe_plugin.sharding.layers import find_layers
 
 
 def shard_(model: nn.Module, mesh: DeviceMesh, *, expert_parallel_size: int = 1) -> None:
-    """Shards the parameters of ``model`` over the data-parallel ranks, in place; doing it twice does no harm.
+    """Shard the parameters of ``model`` over the data-parallel ranks, in place; doing it twice does no harm.
 
     Parameters, gradients and optimizer states are spread layer by layer (FSDP2, `torch.distributed.fsdp.fully_shard`).
     To be called where Lightning's `ModelParallelStrategy` wants it, before the optimizer is made:

@@ -24,7 +24,7 @@ from moe_plugin.errors import ConfigError
 
 
 def main(arguments: list[str]) -> None:
-    """Builds the corpus in a fresh folder, loads it again, and prints domains, sizes and seconds."""
+    """Build the corpus in a fresh folder, loads it again, and prints domains, sizes and seconds."""
     source = _source(arguments)
     with tempfile.TemporaryDirectory() as folder:
         cold, corpus = _timed_load(source, Path(folder))
@@ -35,7 +35,7 @@ def main(arguments: list[str]) -> None:
 
 
 def table(corpus: Corpus) -> Table:
-    """Files, bytes and tokens of each domain by split, and the share held out."""
+    """Return files, bytes and tokens of each domain by split, and the share held out."""
     result = Table("domain", title="Corpus")
     for column in (
         *(f"{split} {what}" for split in SPLITS for what in ("files", "bytes", "tokens")),

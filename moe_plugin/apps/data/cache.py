@@ -22,7 +22,7 @@ _FORMAT = 1  # raise it when the same settings would give other tokens
 
 
 def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path:
-    """Where corpora lie: `folder`, else `$MOE_PLUGIN_CACHE`, else the user's cache folder."""
+    """Return where corpora lie: `folder`, else `$MOE_PLUGIN_CACHE`, else the user's cache folder."""
     if folder is not None:
         return Path(folder).expanduser()
     if named := os.environ.get("MOE_PLUGIN_CACHE"):
@@ -31,7 +31,7 @@ def cache_folder(folder: str | os.PathLike[str] | None = None) -> Path:
 
 
 def load_or_build(source: Source, tokenizer: Tokenizer, validation_fraction: float, folder: Path) -> Corpus:
-    """Loads the corpus of these settings, or builds and keeps it.
+    """Load the corpus of these settings, or builds and keeps it.
 
     Both files are put in place whole, the tokens last: a process beside this one never reads half a corpus.
 
@@ -70,7 +70,7 @@ def _writable(folder: Path) -> Iterator[None]:
 
 
 def _put(target: Path, write: Callable[[Path], object]) -> None:
-    """Writes beside the target and renames: a reader finds the whole file or none."""
+    """Write beside the target and renames: a reader finds the whole file or none."""
     with tempfile.TemporaryDirectory(dir=target.parent, prefix=".writing-") as folder:
         written = Path(folder) / target.name
         write(written)

@@ -88,7 +88,7 @@ def _garbage_uncollected() -> Iterator[None]:
 
 
 def _distinct(documents: Iterable[Document]) -> list[Document]:
-    """The first of identical texts, so that no copy of a training text is validated on; blank ones go."""
+    """Return the first of identical texts, so that no copy of a training text is validated on; blank ones go."""
     distinct: dict[str, Document] = {}
     for document in documents:
         if document.text.strip():

@@ -39,7 +39,7 @@ _KINDS = {"number": 2, "punctuation": 3, "space": 4}
 
 
 def difficulty_of(text: bytes) -> dict[str, np.ndarray]:
-    """The labels of each byte; int64 (N,) for each of `DIFFICULTY_NAMES`."""
+    """Return the labels of each byte; int64 (N,) for each of `DIFFICULTY_NAMES`."""
     characters = text.decode("latin-1")  # one character a byte
     words_N = np.full(len(text), 5)
     branches = 0
@@ -58,7 +58,7 @@ def difficulty_of(text: bytes) -> dict[str, np.ndarray]:
 
 
 def label_tokens(tokens_BS: Tensor, token_bytes: Sequence[bytes]) -> dict[str, Tensor]:
-    """The labels of the first byte of each token, in the text of its sequence; int64 (B, S), on the host.
+    """Return the labels of the first byte of each token, in the text of its sequence; int64 (B, S), on the host.
 
     Args:
         tokens_BS: Token ids.

@@ -18,7 +18,7 @@ class _Cut(NamedTuple):
 
 
 def split_docstrings(source: str) -> tuple[str, str]:
-    """Takes the docstrings out of a module, so that no text is in both domains.
+    """Take the docstrings out of a module, so that no text is in both domains.
 
     Args:
         source: Python source with LF newlines.
@@ -46,7 +46,7 @@ def split_docstrings(source: str) -> tuple[str, str]:
 
 
 def _documented(node: ast.AST) -> Iterator[_Documented]:
-    """The nodes that have a docstring, in the order of the source; expressions are not visited."""
+    """Yield the nodes that have a docstring, in the order of the source; expressions are not visited."""
     if isinstance(node, _Documented) and _is_string(node.body):
         yield node
     for child in ast.iter_child_nodes(node):
@@ -75,7 +75,7 @@ def _line_starts(encoded: bytes) -> list[int]:
 
 
 def _cut(node: _Documented, encoded: bytes, starts: list[int]) -> _Cut:
-    """Whole lines when the docstring stands alone and is not the only statement, else just the string."""
+    """Return whole lines when the docstring stands alone and is not the only statement, else just the string."""
     string = node.body[0]
     assert string.end_lineno is not None
     assert string.end_col_offset is not None

@@ -22,16 +22,16 @@ class Source(Protocol):
     """Where documents come from. Bad settings raise `ConfigError` in the constructor."""
 
     def fingerprint(self) -> str:
-        """A text that changes whenever `documents` would give something else; cheap to make."""
+        """Return a text that changes whenever `documents` would give something else; cheap to make."""
         ...
 
     def documents(self) -> Iterable[Document]:
-        """Every document, in an order that is the same on every machine."""
+        """Return every document, in an order that is the same on every machine."""
         ...
 
 
 def read_text(content: bytes) -> str | None:
-    """Decodes a file's content, with newlines as LF.
+    """Decode a file's content, with newlines as LF.
 
     Args:
         content: The file's bytes.

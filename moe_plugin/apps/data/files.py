@@ -15,7 +15,7 @@ class Files:
     """One document per file that a domain's globs match; files that are not UTF-8 text are left out."""
 
     def __init__(self, sources: Mapping[str, str | Sequence[str]], root: str = ".") -> None:
-        """Lists the files; nothing is read yet.
+        """List the files; nothing is read yet.
 
         Args:
             sources: Domain -> a glob, or several, relative to `root`; `**` goes through folders.
@@ -63,14 +63,14 @@ class Files:
                 )
 
     def fingerprint(self) -> str:
-        """Names, sizes and modification times."""
+        """Return names, sizes and modification times."""
         stamps = {
             domain: file_stamps(self.root / name for name in names) for domain, names in self.files.items()
         }
         return f"files {json.dumps(stamps)}"
 
     def documents(self) -> Iterator[Document]:
-        """Domain by domain, files by name."""
+        """Yield domain by domain, files by name."""
         for domain, names in self.files.items():
             for name in names:
                 text = read_text((self.root / name).read_bytes())
@@ -79,18 +79,18 @@ class Files:
 
 
 def matching_files(pattern: str, root: Path) -> list[str]:
-    """Names of the files a glob matches, relative to `root` (as they are for an absolute glob)."""
+    """Return names of the files a glob matches, relative to `root` (as they are for an absolute glob)."""
     names = glob.glob(pattern, root_dir=root, recursive=True)
     return sorted({Path(name).as_posix() for name in names if (root / name).is_file()})
 
 
 def file_stamps(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
-    """Absolute name, size and modification time (ns) of each file."""
+    """Return absolute name, size and modification time (ns) of each file."""
     return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
 
 def _why_nothing(pattern: str, root: Path) -> str:
-    """Names the first folder of a glob that does not exist, else says that no file matches."""
+    """Return names the first folder of a glob that does not exist, else says that no file matches."""
     folder = root
     for part in Path(pattern).parts[:-1]:
         folder = folder / part

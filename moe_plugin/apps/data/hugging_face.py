@@ -31,7 +31,7 @@ class HuggingFace:
         streaming: bool = False,
         max_bytes: int | None = None,
     ) -> None:
-        """Checks the settings; nothing is loaded yet.
+        """Check the settings; nothing is loaded yet.
 
         Args:
             path: A folder written by `save_to_disk`, a builder (`json`, `parquet`, `text`) for `data_files`, or a
@@ -76,12 +76,12 @@ class HuggingFace:
         return files
 
     def fingerprint(self) -> str:
-        """Settings, and sizes and times of local files; a dataset on the Hub counts as unchanging."""
+        """Return settings, and sizes and times of local files; a dataset on the Hub counts as unchanging."""
         settings = {k: v for k, v in vars(self).items() if k != "local_files"}
         return f"hugging face {json.dumps([settings, file_stamps(self.local_files)])}"
 
     def documents(self) -> Iterator[Document]:
-        """Rows in order, up to `max_bytes`.
+        """Yield rows in order, up to `max_bytes`.
 
         Raises:
             ConfigError: If the dataset cannot be loaded, or a column is missing or holds no text.

@@ -15,7 +15,7 @@ class DomainsInTurn(CorpusDataModule):
     """`CorpusDataModule` whose training batches are of one domain first, and then of another one only."""
 
     def __init__(self, *, first: str, then: str, change_after: int, **settings: Any) -> None:
-        """Takes the domains; what they are is known when the text has been read.
+        """Take the domains; what they are is known when the text has been read.
 
         Args:
             first: Domain at the start.

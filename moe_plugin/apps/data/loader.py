@@ -26,7 +26,7 @@ class TrainingLoader:
     """
 
     def __init__(self, sequences: Sequences, batch_sampler: StepOrder, digest: str) -> None:
-        """Creates the training loader.
+        """Create the training loader.
 
         Args:
             sequences: What to train on.
@@ -36,21 +36,21 @@ class TrainingLoader:
         self.sequences, self.batch_sampler, self.digest = sequences, batch_sampler, digest
 
     def __len__(self) -> int:
-        """Micro-batches of an epoch."""
+        """Return micro-batches of an epoch."""
         return len(self.batch_sampler)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yields batches from the current position to the end of the epoch."""
+        """Yield batches from the current position to the end of the epoch."""
         for ids_B in self.batch_sampler:
             yield self.sequences.batch(ids_B)
 
     def state_dict(self) -> dict[str, Any]:
-        """The position, in units that do not depend on ranks or accumulation."""
+        """Return the position, in units that do not depend on ranks or accumulation."""
         order = self.batch_sampler
         return {"epoch": order.epoch, "sequences_seen": order.sequences_seen, "digest": self.digest}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Goes to a saved position.
+        """Go to a saved position.
 
         Raises:
             ConfigError: If it lies in mid-epoch of other data.
@@ -68,7 +68,7 @@ class ValidationLoader:
     """All sequences once, in one fixed mixed order; every rank has equally many whole batches."""
 
     def __init__(self, sequences: Sequences, batch_size: int, share: Share) -> None:
-        """Creates the validation loader.
+        """Create the validation loader.
 
         Args:
             sequences: What to validate on; its number must be a multiple of `batch_size`.
@@ -85,10 +85,10 @@ class ValidationLoader:
         self.ids_NB = steps[:, share.rank]
 
     def __len__(self) -> int:
-        """Batches on this rank, the same on every rank."""
+        """Return batches on this rank, the same on every rank."""
         return len(self.ids_NB)
 
     def __iter__(self) -> Iterator[Batch]:
-        """Yields every batch of this rank."""
+        """Yield every batch of this rank."""
         for ids_B in torch.unbind(self.ids_NB):
             yield self.sequences.batch(ids_B)

@@ -44,7 +44,7 @@ class CorpusDataModule(LightningDataModule):
         max_val_tokens: int | None = None,
         cache: str | None = None,
     ) -> None:
-        """Checks the settings; nothing is read or written yet.
+        """Check the settings; nothing is read or written yet.
 
         Args:
             source: Where the text comes from.
@@ -121,7 +121,7 @@ class CorpusDataModule(LightningDataModule):
         return {} if self.token_bytes is None else DIFFICULTY_NAMES
 
     def difficulty(self, tokens_BS: Tensor) -> dict[str, Tensor]:
-        """The labels of each token; int64 (B, S), on the host."""
+        """Return the labels of each token; int64 (B, S), on the host."""
         assert self.token_bytes is not None
         return label_tokens(tokens_BS, self.token_bytes)
 
@@ -162,7 +162,7 @@ class CorpusDataModule(LightningDataModule):
         return sequences.thinned(keep)
 
     def validate(self) -> None:
-        """Checks everything the text can be wrong in; writes nothing but the cache.
+        """Check everything the text can be wrong in; writes nothing but the cache.
 
         Raises:
             ConfigError: If text is missing or too short, or the ranks do not divide a batch size.
@@ -173,15 +173,15 @@ class CorpusDataModule(LightningDataModule):
         _ = self.train_sequences, self.val_sequences
 
     def prepare_data(self) -> None:
-        """Fills the cache, in one process."""
+        """Fill the cache, in one process."""
         _ = self.corpus
 
     def setup(self, stage: str | None = None) -> None:
-        """Loads the tokens and checks them, before the model is set up."""
+        """Load the tokens and checks them, before the model is set up."""
         self.validate()
 
     def train_dataloader(self) -> TrainingLoader:
-        """A stateful loader of `batch_size / (ranks x accumulation)` sequences per micro-batch."""
+        """Return a stateful loader of `batch_size / (ranks x accumulation)` sequences per micro-batch."""
         num_sequences = len(self.train_sequences.domain)
         order = StepOrder(num_sequences, self.batch_size, partial(self._order, num_sequences), self._share())
         self._train_loader = TrainingLoader(self.train_sequences, order, self._digest())
@@ -191,15 +191,15 @@ class CorpusDataModule(LightningDataModule):
         return self._train_loader
 
     def val_dataloader(self) -> ValidationLoader:
-        """Every validation sequence once, in a fixed order."""
+        """Return every validation sequence once, in a fixed order."""
         return ValidationLoader(self.val_sequences, self.val_batch_size, self._share())
 
     def test_dataloader(self) -> ValidationLoader:
-        """The validation text: there is no third split."""
+        """Return the validation text: there is no third split."""
         return self.val_dataloader()
 
     def state_dict(self) -> dict[str, Any]:
-        """The position in training, empty before it."""
+        """Return the position in training, empty before it."""
         return {} if self._train_loader is None else self._train_loader.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

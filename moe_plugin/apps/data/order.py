@@ -30,7 +30,7 @@ class Share:
     accumulation: int = 1
 
     def micro_batch(self, key: str, batch_size: int) -> int:
-        """Sequences per forward on this rank.
+        """Return sequences per forward on this rank.
 
         Raises:
             ConfigError: If ranks and accumulation do not divide `batch_size`.
@@ -46,7 +46,7 @@ class Share:
 
 
 def shuffled(num_sequences: int, seed: int, epoch: int) -> Tensor:
-    """The order of one epoch: int64 (N,), the same on every machine for the same arguments."""
+    """Return the order of one epoch: int64 (N,), the same on every machine for the same arguments."""
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.randperm(num_sequences, generator=generator)
@@ -64,7 +64,7 @@ class StepOrder:
     def __init__(
         self, num_sequences: int, batch_size: int, order: Callable[[int], Tensor], share: Share
     ) -> None:
-        """Starts at epoch 0.
+        """Start at epoch 0.
 
         Args:
             num_sequences: N.
@@ -86,7 +86,7 @@ class StepOrder:
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Goes to the start of `epoch`; stays in place when already in it (a resume in mid-epoch)."""
+        """Go to the start of `epoch`; stays in place when already in it (a resume in mid-epoch)."""
         if epoch != self.epoch:
             self.epoch, self.position = epoch, 0
 
@@ -96,16 +96,16 @@ class StepOrder:
         return self.position * self.micro_batch * self.share.world_size
 
     def seek(self, epoch: int, sequences_seen: int) -> None:
-        """Continues after `sequences_seen` sequences of `epoch` (over all ranks)."""
+        """Continue after `sequences_seen` sequences of `epoch` (over all ranks)."""
         self.epoch = epoch
         self.position = sequences_seen // (self.micro_batch * self.share.world_size)
 
     def __len__(self) -> int:
-        """Micro-batches of an epoch on this rank, the same on every rank."""
+        """Return micro-batches of an epoch on this rank, the same on every rank."""
         return self.num_sequences // self.batch_size * self.share.accumulation
 
     def __iter__(self) -> Iterator[Tensor]:
-        """Yields int64 (B,) from the current position to the end of the epoch."""
+        """Yield int64 (B,) from the current position to the end of the epoch."""
         if self.position >= len(self):
             self.set_epoch(self.epoch + 1)
         while self.position < len(self):

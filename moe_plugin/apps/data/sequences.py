@@ -24,7 +24,7 @@ class Sequences(NamedTuple):
     domain: Tensor
 
     def batch(self, ids_B: Tensor) -> dict[str, Tensor]:
-        """Returns `{"tokens": int64 (B, S+1), "domain": int64 (B,)}`."""
+        """Return `{"tokens": int64 (B, S+1), "domain": int64 (B,)}`."""
         return {"tokens": self.tokens[ids_B].long(), "domain": self.domain[ids_B]}
 
     def thinned(self, keep: int) -> Sequences:
@@ -41,7 +41,7 @@ class Sequences(NamedTuple):
 
 
 def cut(streams: Mapping[str, Tensor], domains: Sequence[str], context_length: int) -> Sequences:
-    """Cuts each domain's stream into sequences of `context_length + 1` tokens; a rest is left out.
+    """Cut each domain's stream into sequences of `context_length + 1` tokens; a rest is left out.
 
     Args:
         streams: Domain -> flat token ids.

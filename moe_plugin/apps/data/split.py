@@ -14,7 +14,7 @@ Sizes = Mapping[str, Mapping[str, int]]
 
 
 def file_sizes(documents: Iterable[Document]) -> dict[str, dict[str, int]]:
-    """Bytes of each file by domain, in the documents' order."""
+    """Return bytes of each file by domain, in the documents' order."""
     sizes: dict[str, dict[str, int]] = {}
     for document in documents:
         domains = sizes.setdefault(document.file, {})
@@ -23,7 +23,7 @@ def file_sizes(documents: Iterable[Document]) -> dict[str, dict[str, int]]:
 
 
 def validation_files(sizes: Sizes, fraction: float) -> frozenset[str]:
-    """Chooses the files held out for validation.
+    """Choose the files held out for validation.
 
     In the order of a hash of their names, a file is taken when that brings the domains' held-out shares closer to
     `fraction` (in the sum of squares); then files are moved across as long as that still brings them closer. A
@@ -54,7 +54,7 @@ def validation_files(sizes: Sizes, fraction: float) -> frozenset[str]:
 def _move(
     file: str, size: Mapping[str, int], chosen: set[str], missing: dict[str, float], total: Counter[str]
 ) -> bool:
-    """Moves `file` to the other side if the shares `missing` from validation get smaller, and says so."""
+    """Move `file` to the other side if the shares `missing` from validation get smaller, and says so."""
     sign = -1 if file not in chosen else 1
     moved = {domain: missing[domain] + sign * size[domain] for domain in size}
     before = {domain: missing[domain] for domain in size}

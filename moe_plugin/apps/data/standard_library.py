@@ -44,7 +44,7 @@ class StandardLibrary:
     """
 
     def __init__(self, header_bytes: int = 3_000_000) -> None:
-        """Finds the standard library.
+        """Find the standard library.
 
         Args:
             header_bytes: Upper limit for the `headers` domain, in bytes; 0 leaves the domain out.
@@ -63,12 +63,12 @@ class StandardLibrary:
             )
 
     def fingerprint(self) -> str:
-        """Versions and settings: installed files do not change within a version."""
+        """Return versions and settings: installed files do not change within a version."""
         versions = f"python {platform.python_version()}, torch {torch.__version__}"
         return f"{versions}, {self.header_bytes} header bytes, {self.root}"
 
     def documents(self) -> Iterator[Document]:
-        """Library modules by name, then headers by name."""
+        """Yield library modules by name, then headers by name."""
         for name in library_files(self.root):
             text = read_text((self.root / name).read_bytes())
             if text is not None:
@@ -77,7 +77,7 @@ class StandardLibrary:
 
 
 def library_files(root: Path) -> list[str]:
-    """Names of the standard library's modules, relative to `root`, sorted."""
+    """Return names of the standard library's modules, relative to `root`, sorted."""
     return [
         name
         for name in _walk(root, ".py")
@@ -86,7 +86,7 @@ def library_files(root: Path) -> list[str]:
 
 
 def module_documents(name: str, text: str) -> Iterator[Document]:
-    """One module's documents: a table, topics, or code with its prose."""
+    """Yield one module's documents: a table, topics, or code with its prose."""
     if name == _TOPICS:
         yield Document(name, "prose", _topics(text))
     elif name in _TABLES or (name.startswith("encodings/") and _CHARACTER_MAP.search(text)):
@@ -98,7 +98,7 @@ def module_documents(name: str, text: str) -> Iterator[Document]:
 
 
 def _topics(text: str) -> str:
-    """The texts of the dictionary that the module consists of."""
+    """Return the texts of the dictionary that the module consists of."""
     (topics,) = [node.value for node in ast.parse(text).body if isinstance(node, ast.Assign)]
     return "\n\n".join(ast.literal_eval(topics).values())
 

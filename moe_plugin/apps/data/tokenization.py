@@ -25,11 +25,11 @@ class Tokenizer(Protocol):
     vocab_size: int
 
     def fingerprint(self) -> str:
-        """A text that changes whenever the encoding would."""
+        """Return a text that changes whenever the encoding would."""
         ...
 
     def fit(self, texts: Iterable[str]) -> Encode:
-        """Learns from the training texts how to encode."""
+        """Learn from the training texts how to encode."""
         ...
 
 
@@ -39,7 +39,7 @@ class Bytes:
     vocab_size = 256
 
     def fingerprint(self) -> str:
-        """The name is all there is."""
+        """Return the name is all there is."""
         return "bytes"
 
     @property
@@ -53,7 +53,7 @@ class Bytes:
         return [bytes([byte]) for byte in range(256)]
 
     def fit(self, texts: Iterable[str]) -> Encode:
-        """Returns the encoding, the same for any `texts`."""
+        """Return the encoding, the same for any `texts`."""
         return _encode_bytes
 
 
@@ -84,7 +84,7 @@ class BytePairs:
     """
 
     def __init__(self, vocab_size: int = 4096) -> None:
-        """Creates the tokenizer, not yet trained.
+        """Create the tokenizer, not yet trained.
 
         Args:
             vocab_size: The 256 bytes, the separator, and the merges.
@@ -103,13 +103,13 @@ class BytePairs:
         self.vocab_size = vocab_size
 
     def fingerprint(self) -> str:
-        """The settings and the trainer's version."""
+        """Return the settings and the trainer's version."""
         import tokenizers
 
         return f"byte pairs {self.vocab_size} by tokenizers {tokenizers.__version__}"
 
     def fit(self, texts: Iterable[str]) -> Encode:
-        """Trains on `texts` and returns the encoding."""
+        """Train on `texts` and returns the encoding."""
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
         tokenizer = Tokenizer(models.BPE())

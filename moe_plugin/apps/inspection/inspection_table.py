@@ -15,7 +15,7 @@ from moe_plugin.apps.inspection.sites import BiasStatistics, Inspection, Routing
 
 
 def inspection_table(inspection: Inspection, *, every_layer: bool = False) -> Group:
-    """Everything that was found, to be printed by a `rich.console.Console`.
+    """Return everything that was found, to be printed by a `rich.console.Console`.
 
     Args:
         inspection: What to show.
@@ -37,7 +37,7 @@ def inspection_table(inspection: Inspection, *, every_layer: bool = False) -> Gr
 
 
 def verdict(inspection: Inspection) -> str:
-    """What balancing would do with the model, in a sentence."""
+    """Return what balancing would do with the model, in a sentence."""
     if inspection.strangers:
         return "balance_() refuses this model: write an Adapter for what is not understood, or name 'sites' without it."
     if not inspection.sites:
@@ -67,7 +67,7 @@ def _sites(inspection: Inspection, every_layer: bool) -> Table:
 
 
 def alike(sites: Sequence[RoutingSite]) -> list[list[RoutingSite]]:
-    """Neighbouring routers that differ in nothing but their layer and the values of their bias."""
+    """Return neighbouring routers that differ in nothing but their layer and the values of their bias."""
     return [list(group) for _, group in groupby(sites, _kind)]
 
 

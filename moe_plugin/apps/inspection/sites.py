@@ -89,7 +89,7 @@ class Inspection:
     strangers: Mapping[str, str] = field(default_factory=dict)
 
     def with_biases(self, biases: Mapping[str, Tensor]) -> Inspection:
-        """The same with the statistics of these biases, by router name."""
+        """Return the same with the statistics of these biases, by router name."""
         sites = (
             replace(site, bias=BiasStatistics.of(biases[site.name])) if site.name in biases else site
             for site in self.sites
@@ -160,7 +160,7 @@ def _attached(model: nn.Module, balanced: BalancedModel) -> tuple[RoutingSite, .
 
 
 def score_of(router: nn.Module) -> str:
-    """What a router makes its scores by: what it says itself, or the functions that its code names."""
+    """Return what a router makes its scores by: what it says itself, or the functions that its code names."""
     score = getattr(router, "score", None)
     if score is not None and hasattr(score, "probabilities"):
         return type(score).__name__
@@ -178,7 +178,7 @@ def score_of(router: nn.Module) -> str:
 
 
 def groups_of(model: nn.Module, name: str) -> int:
-    """Groups of experts that limit a token's choice; 1 for none."""
+    """Return groups of experts that limit a token's choice; 1 for none."""
     return Surroundings.of(model, name).number(GROUP_COUNT_NAMES) or 1
 
 

@@ -55,7 +55,7 @@ def of_checkpoint(path: Path) -> Inspection:
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
-    """What Lightning saved, its tensors still on disk.
+    """Return what Lightning saved, its tensors still on disk.
 
     It may run code of whoever wrote the file, as any Lightning checkpoint may.
 
@@ -71,7 +71,7 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
 
 
 def saved_biases(checkpoint: Mapping[str, Any], inspection: Inspection) -> dict[str, Tensor]:
-    """The bias of each router: from the balancing callback's state, or from the model's own weights."""
+    """Return the bias of each router: from the balancing callback's state, or from the model's own weights."""
     weights = checkpoint.get("state_dict", {})
     biases = {site.name: weights[site.bias_key] for site in inspection.sites if site.bias_key in weights}
     for state in checkpoint.get("callbacks", {}).values():

@@ -23,7 +23,7 @@ class AgreementInterval:
         self._since = time.monotonic()
 
     def is_due(self) -> bool:
-        """Counts an occasion, and says whether to agree on it."""
+        """Return counts an occasion, and says whether to agree on it."""
         self._left -= 1
         return self._left == 0
 
@@ -33,6 +33,6 @@ class AgreementInterval:
         return max(1, min(2 * self._stride, int(self._stride * SECONDS / max(elapsed, 1e-9))))
 
     def agreed(self, stride: int) -> None:
-        """Takes the number on which all ranks agreed."""
+        """Take the number on which all ranks agreed."""
         self._stride = self._left = stride
         self._since = time.monotonic()

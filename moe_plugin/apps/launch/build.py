@@ -20,12 +20,12 @@ from moe_plugin.sharding import find_layers
 
 
 def build_model(config: DictConfig) -> LightningModule:
-    """Returns the model, on the device that is torch's default here."""
+    """Return the model, on the device that is torch's default here."""
     return instantiate(config.model)
 
 
 def build_model_for(config: DictConfig) -> LightningModule:
-    """Returns the model as the strategy wants it: with storage or without yet, its layers checkpointed or not."""
+    """Return the model as the strategy wants it: with storage or without yet, its layers checkpointed or not."""
     strategy = config.strategy
     model = build_model_on_meta(config) if strategy.get("meta_init") else build_model(config)
     for layer in find_layers(model) if strategy.get("activation_checkpointing") else []:
@@ -34,18 +34,18 @@ def build_model_for(config: DictConfig) -> LightningModule:
 
 
 def build_model_on_meta(config: DictConfig) -> LightningModule:
-    """Returns the model without storage: its shapes and nothing else."""
+    """Return the model without storage: its shapes and nothing else."""
     with torch.device("meta"):
         return build_model(config)
 
 
 def build_data(config: DictConfig) -> LightningDataModule:
-    """Returns the data module."""
+    """Return the data module."""
     return instantiate(config.data)
 
 
 def build_callbacks(config: DictConfig) -> list[Callback]:
-    """Returns the balancing callback, if there is one, and the others; no progress bar where none is wanted."""
+    """Return the balancing callback, if there is one, and the others; no progress bar where none is wanted."""
     nodes = [config.balancing.callback, *(config.callbacks or {}).values()]
     callbacks = [instantiate(node) for node in nodes if node is not None]
     if config.strategy.get("compile") is not None:
@@ -55,17 +55,17 @@ def build_callbacks(config: DictConfig) -> list[Callback]:
 
 
 def to_plain(value: Any) -> Any:
-    """Returns a value of the configuration without omegaconf's types."""
+    """Return a value of the configuration without omegaconf's types."""
     return OmegaConf.to_container(value) if OmegaConf.is_config(value) else value
 
 
 def build_loggers(config: DictConfig) -> list[Logger]:
-    """Returns the loggers, the first of them the one that metrics' x-axes come from."""
+    """Return the loggers, the first of them the one that metrics' x-axes come from."""
     return [instantiate(node) for node in (config.logger or {}).values() if node is not None]
 
 
 def build_trainer(config: DictConfig, *, callbacks: Sequence[Callback], **objects: Any) -> Trainer:
-    """Returns the trainer.
+    """Return the trainer.
 
     Args:
         config: The run's configuration.

@@ -12,7 +12,7 @@ from moe_plugin.errors import CheckpointError
 
 
 def check_checkpoint_experts(model: nn.Module, path: str | Path) -> None:
-    """Checks that each layer of the model has as many experts as in the checkpoint.
+    """Check that each layer of the model has as many experts as in the checkpoint.
 
     Args:
         model: The model, the meta device is enough.

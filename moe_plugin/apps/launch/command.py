@@ -24,7 +24,7 @@ FAILED, WRONG_USE = 1, 2
 
 
 def run(arguments: Sequence[str], task: Callable[[DictConfig], object]) -> None:
-    """Runs a task on the configuration that the arguments stand for, or on each of a sweep.
+    """Run a task on the configuration that the arguments stand for, or on each of a sweep.
 
     With ``count_only=true`` the models' sizes are printed and that is all.
 
@@ -48,7 +48,7 @@ def run(arguments: Sequence[str], task: Callable[[DictConfig], object]) -> None:
 
 
 def single_job(task: Callable[[DictConfig], object]) -> Callable[[DictConfig], object]:
-    """Returns the task with a user's errors in one line."""
+    """Return the task with a user's errors in one line."""
 
     @functools.wraps(task)
     def job(config: DictConfig) -> object:
@@ -59,17 +59,17 @@ def single_job(task: Callable[[DictConfig], object]) -> Callable[[DictConfig], o
 
 
 def is_run(args: Namespace) -> bool:
-    """Says whether jobs will run, rather than help or a configuration be shown."""
+    """Return whether jobs will run, rather than help or a configuration be shown."""
     return not (args.help or args.hydra_help or args.cfg or args.info or args.shell_completion)
 
 
 def is_sweep(args: Namespace) -> bool:
-    """Says whether the command line asks for several jobs."""
+    """Return whether the command line asks for several jobs."""
     return is_run(args) and (args.multirun or "hydra.mode=MULTIRUN" in args.overrides)
 
 
 def switches(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
-    """Returns the words that are not overrides: Hydra wants them first, people type ``-m`` anywhere."""
+    """Return the words that are not overrides: Hydra wants them first, people type ``-m`` anywhere."""
     remaining = list(arguments)
     for word in overrides:
         remaining.remove(word)
@@ -77,7 +77,7 @@ def switches(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
 
 
 def quote_option(word: str) -> str:
-    """Puts options that are numbers in quotes, as Hydra wants them: ``experts=8,16`` becomes ``experts="8","16"``."""
+    """Put options that are numbers in quotes, as Hydra wants them: ``experts=8,16`` becomes ``experts="8","16"``."""
     group, equals, options = word.partition("=")
     if not equals or not re.fullmatch(r"\w+", group) or not (conf_dir() / group).is_dir():
         return word
@@ -85,7 +85,7 @@ def quote_option(word: str) -> str:
 
 
 def check_all(args: Namespace) -> list[DictConfig]:
-    """Composes and checks each job, and returns their configurations; the first that is wrong ends the program."""
+    """Compose and checks each job, and returns their configurations; the first that is wrong ends the program."""
     with one_line_errors():
         if is_sweep(args) and is_launched():
             raise ConfigError(
@@ -101,7 +101,7 @@ def check_all(args: Namespace) -> list[DictConfig]:
 
 
 def is_counted(config: DictConfig) -> bool:
-    """Prints the model's size if that is all that is asked for, and says whether it was."""
+    """Print the model's size if that is all that is asked for, and says whether it was."""
     if config.count_only:
         from moe_plugin.apps.launch.build import build_model_on_meta
         from moe_plugin.apps.models.size import measure, print_size_table
@@ -112,7 +112,7 @@ def is_counted(config: DictConfig) -> bool:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turns a user's errors in its block into one line on stderr and exit code 2."""
+    """Turn a user's errors in its block into one line on stderr and exit code 2."""
     try:
         yield
     except MoEPluginError as error:
@@ -124,7 +124,7 @@ def one_line_errors() -> Iterator[None]:
 
 @contextmanager
 def command_line(arguments: Sequence[str]) -> Iterator[None]:
-    """Makes the arguments those of the program within its block: Hydra reads them there."""
+    """Make the arguments those of the program within its block: Hydra reads them there."""
     before = sys.argv
     sys.argv = [before[0], *arguments]
     try:

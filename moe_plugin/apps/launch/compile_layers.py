@@ -13,7 +13,7 @@ class CompileLayers(Callback):
     """Compiles each repeated layer in place when training begins; one layer's code serves all of them."""
 
     def __init__(self, backend: str) -> None:
-        """Checks the backend.
+        """Check the backend.
 
         Args:
             backend: Of `torch.compile`.

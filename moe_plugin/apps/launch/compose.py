@@ -19,7 +19,7 @@ HYDRA_VERSION = "1.3"
 
 
 def conf_dir() -> Path:
-    """Returns the folder of our config groups: inside an installed package, beside it in a checkout."""
+    """Return the folder of our config groups: inside an installed package, beside it in a checkout."""
     package = Path(__file__).parents[2]
     inside = package / "conf"
     return inside if inside.is_dir() else package.parent / "conf"
@@ -28,7 +28,7 @@ def conf_dir() -> Path:
 def compose_jobs(
     overrides: Sequence[str], *, multirun: bool, config_dir: str | None = None
 ) -> Iterator[DictConfig]:
-    """Yields the configuration (with its ``hydra`` node) of a run, or that of every job of a grid sweep.
+    """Yield the configuration (with its ``hydra`` node) of a run, or that of every job of a grid sweep.
 
     A sampler such as Optuna chooses its values as it goes: then the one yielded leaves out the swept keys.
 
@@ -52,7 +52,7 @@ def compose_jobs(
 
 
 def split_sweep(overrides: Sequence[str]) -> list[list[str]]:
-    """Returns the words of each job of a sweep.
+    """Return the words of each job of a sweep.
 
     Raises:
         ConfigError: A range is given and nothing that samples it.

@@ -11,12 +11,12 @@ from omegaconf import DictConfig
 
 
 def is_launched() -> bool:
-    """Says whether torchrun (ours or the user's) has started this process as one of several."""
+    """Return whether torchrun (ours or the user's) has started this process as one of several."""
     return "WORLD_SIZE" in os.environ and "RANK" in os.environ
 
 
 def is_first_node(config: DictConfig) -> bool:
-    """Says whether this is the machine that writes the run's folder; SLURM starts a command on each."""
+    """Return whether this is the machine that writes the run's folder; SLURM starts a command on each."""
     return config.trainer.num_nodes == 1 or os.environ.get("SLURM_NODEID", "0") == "0"
 
 

@@ -28,7 +28,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
         expert_parallel_size: int | Literal["auto"] = "auto",
         save_distributed_checkpoint: bool = False,
     ) -> None:
-        """Checks the numbers.
+        """Check the numbers.
 
         Args:
             devices: Processes per node.
@@ -54,7 +54,7 @@ class ExpertParallelStrategy(ModelParallelStrategy):
 
 
 def check_experts(config: DictConfig) -> None:
-    """Checks that the experts of the model can be divided as the strategy says.
+    """Check that the experts of the model can be divided as the strategy says.
 
     Raises:
         ConfigError: They cannot.

@@ -17,7 +17,7 @@ from moe_plugin.apps.launch.signature import unknown_key
 def explain_composition(
     error: HydraException | OmegaConfBaseException, overrides: Sequence[str], config_name: str = "config"
 ) -> str:
-    """Returns one line for an error raised while composing."""
+    """Return one line for an error raised while composing."""
     text = str(error)
     found = re.match(r"Could not override '([^']+)'", text)
     if found and found[1] in {override.key_or_group for override in parse(overrides)}:
@@ -33,7 +33,7 @@ def explain_composition(
 
 
 def explain_key(key: str, overrides: Sequence[str], reason: str, config_name: str) -> str:
-    """Returns the line for a key that the configuration doesn't have, with the nearest that it has.
+    """Return the line for a key that the configuration doesn't have, with the nearest that it has.
 
     Args:
         key: What could not be set.
@@ -51,7 +51,7 @@ def explain_key(key: str, overrides: Sequence[str], reason: str, config_name: st
 
 
 def locate(message: str, config: DictConfig, near: str) -> str:
-    """Puts the full key before a message about an argument: ``'top_k' must be`` becomes ``'experts.top_k' must be``.
+    """Put the full key before a message about an argument: ``'top_k' must be`` becomes ``'experts.top_k' must be``.
 
     Args:
         message: What the constructor said, beginning with the argument's name in quotes.
@@ -65,7 +65,7 @@ def locate(message: str, config: DictConfig, near: str) -> str:
 
 
 def leaves(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    """Yields the full key of each value that isn't itself a mapping or an interpolation."""
+    """Yield the full key of each value that isn't itself a mapping or an interpolation."""
     for name in map(str, config):
         key = f"{prefix}{name}"
         if OmegaConf.is_interpolation(config, name) or OmegaConf.is_missing(config, name) or key == "hydra":
@@ -77,5 +77,5 @@ def leaves(config: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def one_line(text: str) -> str:
-    """Returns the text with every run of white space as one blank."""
+    """Return the text with every run of white space as one blank."""
     return " ".join(text.split())

@@ -11,7 +11,7 @@ from moe_plugin.apps.report.summary import SUMMARY_FILE
 
 
 def prepare_(folder: Path, config: DictConfig) -> None:
-    """Writes the resolved ``config.yaml``; what an earlier run came to here must not pass for this one's."""
+    """Write the resolved ``config.yaml``; what an earlier run came to here must not pass for this one's."""
     for name in (SUMMARY_FILE, STOPPED_FILE):
         (folder / name).unlink(missing_ok=True)
     for table in folder.glob("*/metrics.csv"):
@@ -20,7 +20,7 @@ def prepare_(folder: Path, config: DictConfig) -> None:
 
 
 def keep_(table: Path) -> None:
-    """Moves a table out of the way, to ``metrics.1.csv`` and so on: Lightning's CSV logger starts by deleting it."""
+    """Move a table out of the way, to ``metrics.1.csv`` and so on: Lightning's CSV logger starts by deleting it."""
     number = 1
     while (kept := table.with_suffix(f".{number}.csv")).exists():
         number += 1

@@ -12,7 +12,7 @@ from moe_plugin.errors import ConfigError
 
 
 def check_fused_experts(config: DictConfig) -> None:
-    """Checks that our experts can take the place of the model's, where the balancing callback is told so.
+    """Check that our experts can take the place of the model's, where the balancing callback is told so.
 
     Raises:
         ConfigError: The strategy spreads the experts over processes before they could be replaced.

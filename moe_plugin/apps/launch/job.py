@@ -37,7 +37,7 @@ from moe_plugin.callbacks.load_monitor import LoadMonitor
 
 
 def train(config: DictConfig) -> None:
-    """Trains and validates; the first process leaves checkpoints, logs and ``summary.json`` in the run's folder.
+    """Train and validates; the first process leaves checkpoints, logs and ``summary.json`` in the run's folder.
 
     Args:
         config: A run's resolved configuration; ``paths.output`` is its folder.
@@ -64,7 +64,7 @@ def train(config: DictConfig) -> None:
 def fit_and_validate(
     trainer: Trainer, model: LightningModule, data: LightningDataModule, config: DictConfig
 ) -> Mapping[str, float]:
-    """Returns the metrics of the whole validation split after training; none after a dry run."""
+    """Return the metrics of the whole validation split after training; none after a dry run."""
     log_hyperparameters(trainer.loggers, Path(config.paths.output), config.seed)
     trainer.fit(model, data, ckpt_path=config.ckpt_path)
     if config.trainer.fast_dev_run:
@@ -76,7 +76,7 @@ def fit_and_validate(
 
 
 def validate_checkpoint(config: DictConfig) -> tuple[dict[str, Any], Trainer]:
-    """Returns the validation measures of the checkpoint ``ckpt_path``, over the whole split, and what measured them."""
+    """Return the validation measures of the checkpoint ``ckpt_path``, over the whole split, and what measured them."""
     with quiet():
         seed_everything(config.seed, workers=True, verbose=False)
         fit_only = (Checkpoint, LearningRateMonitor)
@@ -89,7 +89,7 @@ def validate_checkpoint(config: DictConfig) -> tuple[dict[str, Any], Trainer]:
 
 
 def summarise(config: DictConfig, metrics: Mapping[str, float], clock: Throughput) -> RunSummary:
-    """Returns the run in numbers."""
+    """Return the run in numbers."""
     model = build_model_on_meta(config)
     size, measures = measure(model), validation_measures(metrics, model)
     used = measures["mean_experts_per_token"]
@@ -106,7 +106,7 @@ def summarise(config: DictConfig, metrics: Mapping[str, float], clock: Throughpu
 
 
 def validation_measures(metrics: Mapping[str, float], model: nn.Module) -> dict[str, Any]:
-    """Returns what a validation measured, under the names of ``summary.json``."""
+    """Return what a validation measured, under the names of ``summary.json``."""
     loss, dead = metrics.get("val/loss"), metrics.get("val/dead_experts")
     return {
         "val_loss": loss,
@@ -119,14 +119,14 @@ def validation_measures(metrics: Mapping[str, float], model: nn.Module) -> dict[
 
 
 def write_manifest(data: object, folder: Path) -> None:
-    """Writes down which files were read, if the data module knows."""
+    """Write down which files were read, if the data module knows."""
     manifest = getattr(data, "manifest", None)
     if manifest is not None:
         (folder / "data_manifest.json").write_text(json.dumps(manifest, indent=1))
 
 
 def print_report(summary: RunSummary, callbacks: list[Callback], folder: Path) -> None:
-    """Prints what the run came to, where its files are, and the command that shows its logs."""
+    """Print what the run came to, where its files are, and the command that shows its logs."""
     console, events = Console(), folder / "tensorboard"
     for callback in callbacks:
         if isinstance(callback, LoadMonitor):

@@ -28,28 +28,28 @@ class LastCheckpoint(Checkpoint):
     """
 
     def __init__(self, path: str) -> None:
-        """Takes the path; nothing is written yet."""
+        """Take the path; nothing is written yet."""
         self.path = path
         self.saved_step = -1
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Saves if that was the last step."""
+        """Save if that was the last step."""
         if trainer.should_stop or trainer.received_sigterm or trainer.global_step == trainer.max_steps:
             self._save(trainer)
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """Saves if a signal stops training in the middle of a validation."""
+        """Save if a signal stops training in the middle of a validation."""
         if trainer.received_sigterm:
             self._save_in_training(trainer)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves in the middle of training."""
+        """Save in the middle of training."""
         self._save_in_training(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Saves if training ended in another way, such as by ``max_epochs``."""
+        """Save if training ended in another way, such as by ``max_epochs``."""
         self._save(trainer)
 
     def _save_in_training(self, trainer: Trainer) -> None:
@@ -65,7 +65,7 @@ class LastCheckpoint(Checkpoint):
 
 
 def find_checkpoint(ckpt_path: str | None, run_folder: Path) -> str | None:
-    """Returns the checkpoint to go on from.
+    """Return the checkpoint to go on from.
 
     Args:
         ckpt_path: A path; ``"last"`` for the run folder's own last checkpoint, None if there is none yet, so that a

@@ -12,7 +12,7 @@ from moe_plugin.errors import ConfigError
 
 
 def parse(words: Sequence[str]) -> list[Override]:
-    """Returns Hydra's reading of each word.
+    """Return Hydra's reading of each word.
 
     Raises:
         ConfigError: A word is malformed.
@@ -21,7 +21,7 @@ def parse(words: Sequence[str]) -> list[Override]:
 
 
 def parse_word(word: str) -> Override:
-    """Returns Hydra's reading of one word.
+    """Return Hydra's reading of one word.
 
     Raises:
         ConfigError: It is malformed.
@@ -36,7 +36,7 @@ def parse_word(word: str) -> Override:
 
 
 def choices(words: Sequence[str]) -> Iterator[list[str]]:
-    """Yields the words that each word stands for: itself, or one per swept value (none for a range to sample)."""
+    """Yield the words that each word stands for: itself, or one per swept value (none for a range to sample)."""
     for word, override in zip(words, parse(words), strict=True):
         if not override.is_sweep_override():
             yield [word]

@@ -26,7 +26,7 @@ from moe_plugin.errors import ConfigError, RunError
 
 
 def number_of_processes(config: DictConfig) -> int:
-    """Returns how many processes the job wants on each machine: one per device."""
+    """Return how many processes the job wants on each machine: one per device."""
     devices = config.strategy.devices
     if devices != "auto":
         return devices
@@ -34,7 +34,7 @@ def number_of_processes(config: DictConfig) -> int:
 
 
 def check_processes(config: DictConfig) -> None:
-    """Checks that the processes that a job wants can be had here.
+    """Check that the processes that a job wants can be had here.
 
     Raises:
         ConfigError: More than there are GPUs, others than torchrun has started, or machines without a launcher.
@@ -57,7 +57,7 @@ def check_processes(config: DictConfig) -> None:
 
 
 def run_in_processes(run_folder: Path, config: DictConfig) -> None:
-    """Runs the job whose ``config.yaml`` lies in the folder in several processes, and waits.
+    """Run the job whose ``config.yaml`` lies in the folder in several processes, and waits.
 
     Raises:
         RunError: A process failed; for its fault if it was the user's, otherwise its own trace is above.
@@ -80,7 +80,7 @@ def run_in_processes(run_folder: Path, config: DictConfig) -> None:
 
 
 def launch_config(config: DictConfig) -> LaunchConfig:
-    """Returns how torchrun's agent starts the processes of this machine and finds the others."""
+    """Return how torchrun's agent starts the processes of this machine and finds the others."""
     nodes = config.trainer.num_nodes
     endpoint, run_id = ("localhost:0", uuid.uuid4().hex) if nodes == 1 else slurm_rendezvous()
     return LaunchConfig(
@@ -96,7 +96,7 @@ def launch_config(config: DictConfig) -> LaunchConfig:
 
 
 def slurm_rendezvous() -> tuple[str, str]:
-    """Returns where the machines of a SLURM job meet, ``host:port``, and under what name."""
+    """Return where the machines of a SLURM job meet, ``host:port``, and under what name."""
     host = SLURMEnvironment.resolve_root_node_address(os.environ["SLURM_JOB_NODELIST"])
     job_id = os.environ["SLURM_JOB_ID"]
     return f"{host}:{15000 + int(job_id) % 10000}", job_id

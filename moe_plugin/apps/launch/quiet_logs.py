@@ -51,7 +51,7 @@ AGENT_LOGGERS = (
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Silences the messages above within its block, and no others."""
+    """Silence the messages above within its block, and no others."""
     with warnings.catch_warnings(), level(LOGGERS, logging.WARNING):
         for message in WARNINGS:
             warnings.filterwarnings("ignore", message=message)
@@ -59,13 +59,13 @@ def quiet() -> Iterator[None]:
 
 
 def quiet_agent() -> AbstractContextManager[None]:
-    """Silences torchrun's agent within its block."""
+    """Silence torchrun's agent within its block."""
     return level(AGENT_LOGGERS, logging.CRITICAL)
 
 
 @contextmanager
 def level(names: Sequence[str], minimum: int) -> Iterator[None]:
-    """Lets through only messages of at least a level within its block."""
+    """Let through only messages of at least a level within its block."""
     before = {name: logging.getLogger(name).level for name in names}
     for name in names:
         logging.getLogger(name).setLevel(minimum)

@@ -26,7 +26,7 @@ class RandomState(Callback):
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Adds the states of all ranks, which all take part in saving."""
+        """Add the states of all ranks, which all take part in saving."""
         states: list[Any] = [None] * trainer.world_size
         if trainer.world_size == 1:
             states = [random_state()]
@@ -37,20 +37,20 @@ class RandomState(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keeps the states until the first batch: what is set up before it may draw numbers too."""
+        """Keep the states until the first batch: what is set up before it may draw numbers too."""
         self._saved = checkpoint.get(KEY, [])
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
-        """Restores this rank's state once."""
+        """Restore this rank's state once."""
         if len(self._saved) == trainer.world_size:
             set_random_state_(self._saved[trainer.global_rank])
         self._saved = []
 
 
 def random_state() -> dict[str, Any]:
-    """Returns the state of this process's generators, in what ``torch.load(weights_only=True)`` reads."""
+    """Return the state of this process's generators, in what ``torch.load(weights_only=True)`` reads."""
     name, keys, *rest = np.random.get_state()
     return {
         "torch": torch.get_rng_state(),
@@ -61,7 +61,7 @@ def random_state() -> dict[str, Any]:
 
 
 def set_random_state_(state: dict[str, Any]) -> None:
-    """Puts this process's generators into a state of `random_state`."""
+    """Put this process's generators into a state of `random_state`."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["cuda"])

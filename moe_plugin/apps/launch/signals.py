@@ -27,13 +27,13 @@ class StopSignals:
     """
 
     def __init__(self) -> None:
-        """Handles nothing yet."""
+        """Handle nothing yet."""
         self.received = 0
         self.deferred = False
         self._before: dict[int, Callable[[int, FrameType | None], Any] | int | None] = {}
 
     def __enter__(self) -> StopSignals:
-        """Takes over the signals; only a main thread can."""
+        """Take over the signals; only a main thread can."""
         if threading.current_thread() is not threading.main_thread():
             return self
         handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
@@ -45,7 +45,7 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Gives the signals back; a launcher such as submitit then does its part for the one that came."""
+        """Give the signals back; a launcher such as submitit then does its part for the one that came."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
         before = self._before.get(self.received)

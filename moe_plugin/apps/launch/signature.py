@@ -15,7 +15,7 @@ HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
 
 
 def check_arguments(target: Callable[..., Any], arguments: Mapping[str, Any], key: str) -> None:
-    """Checks names and scalar types of keyword arguments; what a hint doesn't tell passes.
+    """Check names and scalar types of keyword arguments; what a hint doesn't tell passes.
 
     Args:
         target: The class or function that will be called.
@@ -42,7 +42,7 @@ def check_arguments(target: Callable[..., Any], arguments: Mapping[str, Any], ke
 
 
 def unknown_key(key: str, value: object, known: Iterable[str]) -> str:
-    """Returns the message for a key that isn't there, with the nearest that are."""
+    """Return the message for a key that isn't there, with the nearest that are."""
     parent, _, name = key.rpartition(".")
     known = [k for k in known if k != "self" and k not in HYDRA_KEYS]
     near = difflib.get_close_matches(name, known, n=1)
@@ -52,7 +52,7 @@ def unknown_key(key: str, value: object, known: Iterable[str]) -> str:
 
 
 def hints_of(target: Callable[..., Any]) -> dict[str, Any]:
-    """Returns the type hints of a callable's parameters; none if they name what isn't importable."""
+    """Return the type hints of a callable's parameters; none if they name what isn't importable."""
     function = target.__init__ if inspect.isclass(target) else target
     try:
         return get_type_hints(function)
@@ -61,7 +61,7 @@ def hints_of(target: Callable[..., Any]) -> dict[str, Any]:
 
 
 def mismatch(value: object, hint: Any) -> str | None:
-    """Returns what would be allowed if ``value`` is a scalar that the hint rules out, else None."""
+    """Return what would be allowed if ``value`` is a scalar that the hint rules out, else None."""
     if not isinstance(value, (bool, int, float, str, NoneType)):
         return None
     allowed = list(alternatives(hint))
@@ -71,7 +71,7 @@ def mismatch(value: object, hint: Any) -> str | None:
 
 
 def alternatives(hint: Any) -> Iterable[Any]:
-    """Yields the members of a union, each value of a literal; anything else as it is."""
+    """Yield the members of a union, each value of a literal; anything else as it is."""
     origin = get_origin(hint)
     if origin in (Union, UnionType):
         for member in get_args(hint):
@@ -85,7 +85,7 @@ def alternatives(hint: Any) -> Iterable[Any]:
 
 
 def accepts(choice: Any, value: object) -> bool:
-    """Says whether one alternative of a hint lets a scalar through; hints that aren't about scalars do."""
+    """Return whether one alternative of a hint lets a scalar through; hints that aren't about scalars do."""
     if get_origin(choice) is Literal:
         return value == get_args(choice)[0] and type(value) is type(get_args(choice)[0])
     if choice not in SCALARS:
@@ -96,7 +96,7 @@ def accepts(choice: Any, value: object) -> bool:
 
 
 def is_about_objects(choice: Any) -> bool:
-    """Says whether a hint asks for a class or container that no scalar of a configuration can be."""
+    """Return whether a hint asks for a class or container that no scalar of a configuration can be."""
     kind = get_origin(choice) or choice
     return (
         inspect.isclass(kind)
@@ -106,7 +106,7 @@ def is_about_objects(choice: Any) -> bool:
 
 
 def describe(choice: Any) -> str:
-    """Returns one alternative in words."""
+    """Return one alternative in words."""
     if get_origin(choice) is Literal:
         return repr(get_args(choice)[0])
     return SCALARS.get(choice) or getattr(choice, "__name__", str(choice))

@@ -6,7 +6,7 @@ from lightning.pytorch import Trainer
 
 
 def is_at_step_boundary(trainer: Trainer) -> bool:
-    """Says whether the micro-batch that was last trained on ended in an optimizer step.
+    """Return whether the micro-batch that was last trained on ended in an optimizer step.
 
     A checkpoint saved elsewhere loses the gradients gathered so far.
     """

@@ -34,12 +34,12 @@ class StopAtSignal(Callback):
     """
 
     def __init__(self, signals: StopSignals) -> None:
-        """Takes the signals."""
+        """Take the signals."""
         self.signals = signals
         self._pace = AgreementInterval()
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Puts our handler and our agreement in the place of Lightning's."""
+        """Put our handler and our agreement in the place of Lightning's."""
         trainer._signal_connector._sigterm_notifier_fn = self.signals.note
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
@@ -48,7 +48,7 @@ class StopAtSignal(Callback):
         self.signals.deferred = True
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """Agrees after an optimizer step."""
+        """Agree after an optimizer step."""
         if is_at_step_boundary(trainer):
             self._agree(trainer)
 
@@ -61,7 +61,7 @@ class StopAtSignal(Callback):
         self._pace.start()
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """Agrees after a batch of a validation, which may last longer than the grace period."""
+        """Agree after a batch of a validation, which may last longer than the grace period."""
         if self.signals.deferred:
             self._agree(trainer)
 
@@ -80,7 +80,7 @@ class StopAtSignal(Callback):
 
 @contextmanager
 def told_when_stopped(signals: StopSignals, trainer: Trainer, folder: Path) -> Iterator[None]:
-    """Says in one line where a run that a signal stopped can go on; also in ``stopped.txt`` of the run's folder.
+    """Say in one line where a run that a signal stopped can go on; also in ``stopped.txt`` of the run's folder.
 
     Raises:
         SystemExit: With code `STOPPED` if the last step is saved, with that of the signal if not.
@@ -98,7 +98,7 @@ def told_when_stopped(signals: StopSignals, trainer: Trainer, folder: Path) -> I
 
 
 def saved_last(trainer: Trainer) -> list[Path]:
-    """Returns where the latest step is saved."""
+    """Return where the latest step is saved."""
     return [
         Path(callback.path)
         for callback in trainer.checkpoint_callbacks

@@ -19,7 +19,7 @@ def fsdp2(
     tensor_parallel_size: int = 1,
     save_distributed_checkpoint: bool = False,
 ) -> ModelParallelStrategy:
-    """FSDP2 over all processes, or over those that a tensor-parallel dimension leaves.
+    """Return FSDP2 over all processes, or over those that a tensor-parallel dimension leaves.
 
     Args:
         devices: Processes per node.
@@ -46,7 +46,7 @@ def fsdp2(
 def fsdp1(
     accelerator: str, precision: Any, state_dict_type: Literal["full", "sharded"] = "full"
 ) -> FSDPStrategy:
-    """FSDP of the first generation, a unit per layer, with buffers in the precision they have.
+    """Return FSDP of the first generation, a unit per layer, with buffers in the precision they have.
 
     Args:
         accelerator: The trainer's.
@@ -72,6 +72,6 @@ def is_unit(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
 
 
 def mixed_precision(precision: str) -> MixedPrecision | None:
-    """Lightning's choice for FSDP, but for the buffers: cast to bf16 a selection bias would no longer move."""
+    """Return Lightning's choice for FSDP, but for the buffers: cast to bf16 a selection bias would no longer move."""
     compute = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision.partition("-")[0])
     return None if compute is None else MixedPrecision(param_dtype=compute, reduce_dtype=compute)

@@ -29,11 +29,11 @@ class SweepSummary(Callback):
     folders: ClassVar[list[Path]] = []
 
     def on_multirun_start(self, config: DictConfig, **kwargs: Any) -> None:
-        """Notes the folder, which is dated when it is first asked for."""
+        """Note the folder, which is dated when it is first asked for."""
         self.folders.append(Path(config.hydra.sweep.dir))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Writes the table anew."""
+        """Write the table anew."""
         if config.hydra.mode is not RunMode.MULTIRUN:
             return
         from moe_plugin.apps.report.stopped import write_stopped
@@ -46,7 +46,7 @@ class SweepSummary(Callback):
 
 
 def sweep_job(task: Callable[[DictConfig], object]) -> Callable[[DictConfig], object]:
-    """Returns the task for a sweep: a user's error is told in one line, kept in the job's folder, and is no result."""
+    """Return the task for a sweep: a user's error is told in one line, kept in the job's folder, and is no result."""
 
     @functools.wraps(task)
     def job(config: DictConfig) -> object:
@@ -66,7 +66,7 @@ def sweep_job(task: Callable[[DictConfig], object]) -> Callable[[DictConfig], ob
 
 @contextmanager
 def reported_sweep() -> Iterator[None]:
-    """Shows the jobs' table at the end of a sweep.
+    """Show the jobs' table at the end of a sweep.
 
     Raises:
         SystemExit: With code 1 if a job failed.
@@ -85,7 +85,7 @@ def reported_sweep() -> Iterator[None]:
 
 
 def show(folder: Path) -> list[dict[str, Any]]:
-    """Prints the table of a sweep and returns its rows."""
+    """Print the table of a sweep and returns its rows."""
     from rich.console import Console
 
     from moe_plugin.apps.report.sweep import gather_sweep, sweep_table

@@ -14,6 +14,6 @@ class TimeLimit(Timer):
     """Lightning's timer, asked at step boundaries only, so that the last checkpoint loses no gradient."""
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
-        """Looks at the clock after an optimizer step."""
+        """Look at the clock after an optimizer step."""
         if is_at_step_boundary(trainer):
             super().on_train_batch_end(trainer, *args, **kwargs)

@@ -19,28 +19,28 @@ NOTHING = "null"
 
 
 def is_follower() -> bool:
-    """Says whether this process takes its configuration from rank 0."""
+    """Return whether this process takes its configuration from rank 0."""
     return is_launched() and int(os.environ["RANK"]) > 0
 
 
 def share(config: DictConfig) -> None:
-    """Gives the run's resolved configuration to the other ranks."""
+    """Give the run's resolved configuration to the other ranks."""
     meeting_point().set(KEY, OmegaConf.to_yaml(config))
 
 
 def release() -> None:
-    """Lets the other ranks end if nothing was shared."""
+    """Let the other ranks end if nothing was shared."""
     meeting_point().compare_set(KEY, "", NOTHING)
 
 
 def receive() -> DictConfig | None:
-    """Waits for rank 0's configuration; None if there is nothing to run, as after ``--help``."""
+    """Wait for rank 0's configuration; None if there is nothing to run, as after ``--help``."""
     config = OmegaConf.create(meeting_point().get(KEY).decode())
     return config if isinstance(config, DictConfig) and config else None
 
 
 @functools.cache
 def meeting_point() -> Store:
-    """Returns the store that torchrun's environment variables name; kept, since rank 0 may be its host."""
+    """Return the store that torchrun's environment variables name; kept, since rank 0 may be its host."""
     store, _, _ = next(rendezvous("env://"))
     return store

@@ -18,7 +18,7 @@ class Throughput(Callback):
     """
 
     def __init__(self) -> None:
-        """Starts at nothing."""
+        """Start at nothing."""
         self.tokens = 0
         self.seconds = 0.0
         self._since: float | None = None
@@ -29,7 +29,7 @@ class Throughput(Callback):
         return self.tokens / self.seconds if self.seconds else 0.0
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Starts the clock."""
+        """Start the clock."""
         self._start()
 
     def on_train_batch_end(
@@ -41,16 +41,16 @@ class Throughput(Callback):
         self.tokens += batch["tokens"][:, 1:].numel() * replicas
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops the clock during a validation in the middle of training."""
+        """Stop the clock during a validation in the middle of training."""
         self._stop()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Lets the clock go on."""
+        """Let the clock go on."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._start()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Stops the clock."""
+        """Stop the clock."""
         self._stop()
 
     def _start(self) -> None:

@@ -30,7 +30,7 @@ USER_ERRORS = (MoEPluginError, MisconfigurationException, ValueError, TypeError,
 
 
 def without_hydra(config: DictConfig, output: Path) -> DictConfig:
-    """Returns the run's own configuration, resolved, with its folder filled in."""
+    """Return the run's own configuration, resolved, with its folder filled in."""
     run = OmegaConf.masked_copy(config, [key for key in map(str, config) if key != "hydra"])
     with open_dict(run):
         run.paths.output = str(output)
@@ -39,7 +39,7 @@ def without_hydra(config: DictConfig, output: Path) -> DictConfig:
 
 
 def check(config: DictConfig) -> None:
-    """Checks a run's configuration without creating anything.
+    """Check a run's configuration without creating anything.
 
     Args:
         config: As composed; its interpolations may be unresolved.
@@ -67,12 +67,12 @@ def check(config: DictConfig) -> None:
 
 
 def is_for_a_queue(config: DictConfig) -> bool:
-    """Says whether jobs will run on other machines than this one, through submitit."""
+    """Return whether jobs will run on other machines than this one, through submitit."""
     return "submitit" in str(OmegaConf.select(config, "hydra.launcher._target_"))
 
 
 def check_types(config: DictConfig) -> None:
-    """Checks every key and scalar against what takes it."""
+    """Check every key and scalar against what takes it."""
     groups = {"strategy": Strategy, "paths": Paths}
     if OmegaConf.is_list(config.strategy.devices):
         raise ConfigError(
@@ -88,7 +88,7 @@ def check_types(config: DictConfig) -> None:
 
 
 def nodes(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, DictConfig]]:
-    """Yields the full key and node of everything with a ``_target_``; what interpolations point to comes once."""
+    """Yield the full key and node of everything with a ``_target_``; what interpolations point to comes once."""
     for name in map(str, config):
         key = f"{prefix}{name}"
         if OmegaConf.is_interpolation(config, name) or OmegaConf.is_missing(config, name) or key == "hydra":
@@ -101,7 +101,7 @@ def nodes(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, DictConfi
 
 
 def present(node: DictConfig) -> Mapping[str, Any]:
-    """Returns the values of a node that are filled in and that can be resolved without a run."""
+    """Return the values of a node that are filled in and that can be resolved without a run."""
     return {
         str(name): node[name]
         for name in node
@@ -110,12 +110,12 @@ def present(node: DictConfig) -> Mapping[str, Any]:
 
 
 def nested(node: DictConfig, name: Any) -> bool:
-    """Says whether a value waits for the run's own folder."""
+    """Return whether a value waits for the run's own folder."""
     return "paths.output" in str(node._get_node(name))
 
 
 def locate_target(node: DictConfig, key: str) -> Callable[..., Any]:
-    """Returns what a node's ``_target_`` names."""
+    """Return what a node's ``_target_`` names."""
     try:
         module, _, name = node._target_.rpartition(".")
         return getattr(importlib.import_module(module), name)
@@ -127,19 +127,19 @@ def locate_target(node: DictConfig, key: str) -> Callable[..., Any]:
 
 
 def check_missing(run: DictConfig) -> None:
-    """Checks that what an option leaves open is given."""
+    """Check that what an option leaves open is given."""
     for key in sorted(OmegaConf.missing_keys(run)):
         raise ConfigError(f"'{key}' must be given: {key}=...")
 
 
 def check_checkpoint(path: str | None) -> None:
-    """Checks that the checkpoint to go on from is there; a run's own last one may be still to come."""
+    """Check that the checkpoint to go on from is there; a run's own last one may be still to come."""
     if path not in (None, LAST) and not Path(path).exists():
         raise ConfigError(f"'ckpt_path' must be an existing checkpoint or '{LAST}', got {path!r}.")
 
 
 def check_end(run: DictConfig) -> None:
-    """Checks that training ends: the learning rate decays over a known number of steps."""
+    """Check that training ends: the learning rate decays over a known number of steps."""
     if run.trainer.max_steps < 1 and run.trainer.max_epochs < 1:
         raise ConfigError(
             f"'trainer.max_steps' must be >= 1 unless trainer.max_epochs is, got {run.trainer.max_steps}; "
@@ -148,7 +148,7 @@ def check_end(run: DictConfig) -> None:
 
 
 def check_batch(run: DictConfig) -> None:
-    """Checks that a global batch divides into equal micro-batches."""
+    """Check that a global batch divides into equal micro-batches."""
     factors = {
         "strategy.devices": number_of_processes(run),
         "trainer.num_nodes": run.trainer.num_nodes,
@@ -167,7 +167,7 @@ def check_batch(run: DictConfig) -> None:
 
 
 def attempt(build: Callable[[DictConfig], object], run: DictConfig, config: DictConfig, key: str) -> None:
-    """Builds a part to see whether it can be built; what goes wrong names the key."""
+    """Build a part to see whether it can be built; what goes wrong names the key."""
     try:
         build(run)
     except InstantiationException as error:

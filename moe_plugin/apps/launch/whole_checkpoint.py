@@ -24,19 +24,19 @@ class WholeCheckpointIO(TorchCheckpointIO):
     """Lightning's reading and writing of files; a folder is put together while it is read."""
 
     def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
-        """Returns the checkpoint, whole and on the CPU."""
+        """Return the checkpoint, whole and on the CPU."""
         if is_sharded(path):
             return read_sharded(Path(path))
         return super().load_checkpoint(path, *arguments, **options)
 
 
 def is_sharded(path: str | Path) -> bool:
-    """Says whether a checkpoint is a folder with a file per process."""
+    """Return whether a checkpoint is a folder with a file per process."""
     return (Path(path) / LIGHTNINGS_PART).is_file()
 
 
 def shapes_in(path: str | Path) -> dict[str, torch.Size]:
-    """Returns the shape of each tensor of a checkpoint's model by its name, without reading the tensors.
+    """Return the shape of each tensor of a checkpoint's model by its name, without reading the tensors.
 
     Raises:
         CheckpointError: The file or folder is no checkpoint.
@@ -56,7 +56,7 @@ def shapes_in(path: str | Path) -> dict[str, torch.Size]:
 
 
 def read_sharded(folder: Path) -> dict[str, Any]:
-    """Returns what `ModelParallelStrategy` saved in a folder in the form that it has in a file."""
+    """Return what `ModelParallelStrategy` saved in a folder in the form that it has in a file."""
     metadata = _metadata(folder)
     values = {
         name: torch.empty(each.size, dtype=each.properties.dtype)
@@ -81,7 +81,7 @@ def _metadata(folder: Path) -> Metadata:
 
 
 def _nested(values: dict[str, Any], paths: dict[str, tuple]) -> dict[Any, Any]:
-    """The values as the tree they were saved from; lists come as mappings from their indices."""
+    """Return the values as the tree they were saved from; lists come as mappings from their indices."""
     tree: dict[Any, Any] = {}
     for name, value in values.items():
         *parents, last = paths[name]
@@ -93,7 +93,7 @@ def _nested(values: dict[str, Any], paths: dict[str, tuple]) -> dict[Any, Any]:
 
 
 def _numbered(optimizer: dict[str, Any]) -> dict[str, Any]:
-    """An optimizer's state with its parameters by number, in the order of its groups, instead of by name."""
+    """Return an optimizer's state with its parameters by number, in the order of its groups, instead of by name."""
     groups = [optimizer["param_groups"][i] for i in sorted(optimizer["param_groups"])]
     numbers = {name: i for i, name in enumerate(name for group in groups for name in group["params"])}
     state = {numbers[name]: values for name, values in optimizer.get("state", {}).items()}

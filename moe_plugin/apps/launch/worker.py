@@ -16,7 +16,7 @@ FAILED = 1
 
 
 def main(run_folder: Path) -> None:
-    """Trains what the folder's ``config.yaml`` says.
+    """Train what the folder's ``config.yaml`` says.
 
     Raises:
         SystemExit: The user's error is in ``stopped.txt``, for the parent to tell: all processes have the same.

@@ -17,7 +17,7 @@ Rotary = tuple[Tensor, Tensor]
 
 
 def rotary_table(length: int, head_dim: int, device: torch.device, base: float = 10000.0) -> Rotary:
-    """Cosines and sines of the rotation angles, each (S, A), fp32; the first half of a head turns backwards.
+    """Return cosines and sines of the rotation angles, each (S, A), fp32; the first half of a head turns backwards.
 
     Computed once per forward and not kept as a buffer: there is nothing to lose in a cast, a checkpoint or on
     the meta device.
@@ -29,7 +29,7 @@ def rotary_table(length: int, head_dim: int, device: torch.device, base: float =
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turns each pair (i, i + A/2) of a head by the angle of its position: (..., S, A)."""
+    """Turn each pair (i, i + A/2) of a head by the angle of its position: (..., S, A)."""
     cos_SA, sin_SA = (table.to(x.dtype) for table in rotary)
     return torch.addcmul(x * cos_SA, x.roll(x.shape[-1] // 2, -1), sin_SA)
 
@@ -38,7 +38,7 @@ class CausalSelfAttention(nn.Module):
     """Multi-head attention over the past."""
 
     def __init__(self, dim: int, num_heads: int, *, residual_gain: float = 1.0) -> None:
-        """Creates the projections.
+        """Create the projections.
 
         Args:
             dim: Width of input and output.
@@ -57,7 +57,7 @@ class CausalSelfAttention(nn.Module):
         self.out = Linear(dim, dim, gain=residual_gain)
 
     def forward(self, x_BSD: Tensor, rotary: Rotary) -> Tensor:
-        """Maps (B, S, D) to (B, S, D)."""
+        """Map (B, S, D) to (B, S, D)."""
         qkv = self.qkv(x_BSD)
         parts = qkv.to(product_dtype(qkv.dtype, qkv.device)).unflatten(-1, (3, -1, self.head_dim)).unbind(2)
         q_BNSA, k_BNSA, v_BNSA = (part.transpose(1, 2) for part in parts)

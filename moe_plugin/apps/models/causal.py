@@ -22,7 +22,7 @@ _BLOCK = 128
 
 
 def attend(q_BNSA: Tensor, k_BNSA: Tensor, v_BNSA: Tensor) -> Tensor:
-    """Each position's mean of the values up to it, weighted by the softmax of the scaled scores: (B, N, S, A).
+    """Return each position's mean of the values up to it, weighted by the softmax of the scaled scores: (B, N, S, A).
 
     In half precision on a CPU, products and a softmax for a block of positions at a time beat torch's fused kernel:
     docs/speed.md.
@@ -66,6 +66,6 @@ class _InBlocks(torch.autograd.Function):
 
 
 def _blocks(length: int) -> list[tuple[slice, slice]]:
-    """The positions of each block, and those that its last one sees."""
+    """Return the positions of each block, and those that its last one sees."""
     bounds = (*range(0, length, _BLOCK), length)
     return [(slice(begin, end), slice(end)) for begin, end in pairwise(bounds)]

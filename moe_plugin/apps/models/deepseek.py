@@ -11,7 +11,7 @@ from moe_plugin.errors import ConfigError
 
 
 def deepseek_v3(**sizes: Any) -> nn.Module:
-    """Hugging Face transformers' own DeepSeek-V3 on the meta device: shapes without memory.
+    """Return Hugging Face transformers' own DeepSeek-V3 on the meta device: shapes without memory.
 
     Args:
         **sizes: Keys of transformers' `DeepseekV3Config`, of which the defaults are the published geometry.

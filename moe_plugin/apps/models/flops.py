@@ -11,7 +11,7 @@ from moe_plugin.attach.discovery.routed_experts import RoutedExperts
 
 
 def matmul_flops(model: nn.Module, routed: Iterable[RoutedExperts]) -> int:
-    """Forward operations per token in matrix products with weights: two per weight that the token meets.
+    """Return forward operations per token in matrix products with weights: two per weight that the token meets.
 
     A weight is each parameter of two or more dimensions. Embedding look-ups cost nothing; the output projection
     counts, tied or not; of the routed experts, top_k of num_experts count.
@@ -29,7 +29,7 @@ def matmul_flops(model: nn.Module, routed: Iterable[RoutedExperts]) -> int:
 
 
 def attention_flops(model: nn.Module, context_length: int) -> int:
-    """Forward operations per token in attention scores and their weighted sum.
+    """Return forward operations per token in attention scores and their weighted sum.
 
     For causal attention over sequences of `context_length`, where a token sees (context_length + 1) / 2 positions in
     the mean. Attention modules are those that have a head width and a number of heads.
@@ -47,7 +47,7 @@ def _num_weights(module: nn.Module) -> int:
 
 
 def _attention_widths(module: nn.Module) -> tuple[int, int]:
-    """Width of all heads together in scores and in values; (0, 0) if the module is no attention."""
+    """Return width of all heads together in scores and in values; (0, 0) if the module is no attention."""
     config = getattr(module, "config", None)
     num_heads = getattr(module, "num_heads", None) or getattr(config, "num_attention_heads", None)
     score_width = getattr(module, "qk_head_dim", None) or getattr(module, "head_dim", None)

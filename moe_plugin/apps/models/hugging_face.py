@@ -41,7 +41,7 @@ class HuggingFaceModel(TokenModel):
         optimizer: AdamWWarmupCosine | None = None,
         auxiliary_loss: AuxiliaryLoss | None = None,
     ) -> None:
-        """Creates the model with random weights.
+        """Create the model with random weights.
 
         Args:
             config: The model's `PretrainedConfig`; its numbers of experts are those of `experts`.
@@ -73,7 +73,7 @@ class HuggingFaceNetwork(nn.Module):
     """Token ids to logits by a model of transformers."""
 
     def __init__(self, config: Any, router: partial[Router] | None, experts: ExpertShape) -> None:
-        """Creates the model and puts the router in."""
+        """Create the model and puts the router in."""
         from transformers import AutoModelForCausalLM
 
         super().__init__()
@@ -90,7 +90,7 @@ class HuggingFaceNetwork(nn.Module):
     def forward(
         self, tokens_BS: Tensor, auxiliary_loss: AuxiliaryLoss | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Logits (B, S, V), and the auxiliary losses of the layers added up."""
+        """Return logits (B, S, V), and the auxiliary losses of the layers added up."""
         tell_tokens_(self, tokens_BS)
         with _routings_in(self) as routings:
             logits_BSV = self.model(input_ids=tokens_BS, use_cache=False).logits
@@ -124,13 +124,13 @@ class HostRouter(nn.Module):
     """One of our routers with the outputs of those of transformers."""
 
     def __init__(self, router: Router) -> None:
-        """Wraps the router."""
+        """Wrap the router."""
         super().__init__()
         self.router = router
         self.top_k = router.top_k
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Scores (T, E) as they are, gate weights in the dtype of the hidden states, and expert ids."""
+        """Return scores (T, E) as they are, gate weights in the dtype of the hidden states, and expert ids."""
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         routing = self.router(x_TD)
         return routing.scores_TE, routing.weights_TK.to(x_TD.dtype), routing.expert_ids_TK

@@ -48,7 +48,7 @@ class TokenModel(lightning.LightningModule):
         optimizer: AdamWWarmupCosine | None = None,
         auxiliary_loss: AuxiliaryLoss | None = None,
     ) -> None:
-        """Takes the network.
+        """Take the network.
 
         Args:
             network: Called with token ids (B, S) and `auxiliary_loss`; returns logits (B, S, V) and the sum of the
@@ -64,7 +64,7 @@ class TokenModel(lightning.LightningModule):
         self.auxiliary_loss = auxiliary_loss
 
     def configure_model(self) -> None:
-        """Spreads the network over the strategy's device mesh, if any, and draws parameters without storage."""
+        """Spread the network over the strategy's device mesh, if any, and draws parameters without storage."""
         if self.device_mesh is not None:
             tensor_parallel_(self.network, self.device_mesh["tensor_parallel"])
             experts_over = getattr(self.trainer.strategy, "expert_parallel_size", 1)
@@ -72,16 +72,16 @@ class TokenModel(lightning.LightningModule):
         materialize_(self.network, self.trainer.strategy.root_device)
 
     def forward(self, token_ids_BS: Tensor) -> Tensor:
-        """Predicts the next token: logits (B, S, V)."""
+        """Predict the next token: logits (B, S, V)."""
         return self.network(token_ids_BS)[0]
 
     def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        """Tells the auxiliary loss where the micro-batches of an optimizer step begin."""
+        """Tell the auxiliary loss where the micro-batches of an optimizer step begin."""
         if self.auxiliary_loss is not None and batch_idx % self.trainer.accumulate_grad_batches == 0:
             self.auxiliary_loss.start_window_()
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        """Cross-entropy plus auxiliary loss."""
+        """Return cross-entropy plus auxiliary loss."""
         cross_entropy, auxiliary = self._losses(batch)
         self._log_step("train/loss", cross_entropy)
         if self.auxiliary_loss is None:
@@ -90,23 +90,23 @@ class TokenModel(lightning.LightningModule):
         return cross_entropy + auxiliary
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Logs `val/loss`; gives callbacks the loss of each token, in nats: `token_losses` (B, S)."""
+        """Log `val/loss`; gives callbacks the loss of each token, in nats: `token_losses` (B, S)."""
         losses_BS = self.token_losses(batch)
         self._log_token_mean("val/loss", losses_BS.mean(), batch)
         return {"token_losses": losses_BS}
 
     def test_step(self, batch: Batch, batch_idx: int) -> None:
-        """Logs `test/loss`."""
+        """Log `test/loss`."""
         self._log_token_mean("test/loss", self._losses(batch)[0], batch)
 
     def token_losses(self, batch: Batch) -> Tensor:
-        """Cross-entropy of the prediction of each token, in nats; fp32 (B, S)."""
+        """Return cross-entropy of the prediction of each token, in nats; fp32 (B, S)."""
         targets_BS = batch["tokens"][:, 1:]
         logits_TV = self._predict(batch)[0]
         return functional.cross_entropy(logits_TV, targets_BS.flatten(), reduction="none").view_as(targets_BS)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """AdamW, and its schedule over all steps of the fit.
+        """Return AdamW, and its schedule over all steps of the fit.
 
         Raises:
             ConfigError: The trainer does not know how many steps it will take.
@@ -128,7 +128,7 @@ class TokenModel(lightning.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clips as asked for. Lightning cannot, by norm, over several meshes or under FSDP1; nor, fused, in bf16."""
+        """Clip as asked for. Lightning cannot, by norm, over several meshes or under FSDP1; nor, fused, in bf16."""
         root = self.trainer.strategy.model
         if not gradient_clip_val:
             return
@@ -144,7 +144,7 @@ class TokenModel(lightning.LightningModule):
         return functional.cross_entropy(logits_TV, batch["tokens"][:, 1:].flatten()), auxiliary
 
     def _predict(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Logits in fp32, (B x S, V), and the auxiliary loss."""
+        """Return logits in fp32, (B x S, V), and the auxiliary loss."""
         tokens = batch["tokens"]
         if tokens.shape[1] - 1 > self.context_length:
             raise ConfigError(
@@ -193,7 +193,7 @@ class LanguageModel(TokenModel):
         optimizer: AdamWWarmupCosine | None = None,
         auxiliary_loss: AuxiliaryLoss | None = None,
     ) -> None:
-        """Creates the model.
+        """Create the model.
 
         Args:
             vocab_size: Token ids are in [0, vocab_size).
@@ -253,7 +253,7 @@ class LanguageModel(TokenModel):
 def moe_block(
     dim: int, router: partial[Router], experts: ExpertShape, residual_gain: float = 1.0
 ) -> MoEBlock | ExpertChoiceBlock:
-    """An expert layer of the given sizes, with its router and shared experts."""
+    """Return an expert layer of the given sizes, with its router and shared experts."""
     sizes: dict[str, Any] = {"top_k": experts.top_k, **router.keywords}
     shared = None
     if experts.num_shared:

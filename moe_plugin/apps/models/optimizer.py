@@ -32,7 +32,7 @@ class AdamWWarmupCosine:
     floor: float = 0.1
 
     def __post_init__(self) -> None:
-        """Checks the numbers.
+        """Check the numbers.
 
         Raises:
             ConfigError: A number is out of range.
@@ -49,7 +49,7 @@ class AdamWWarmupCosine:
             raise ConfigError(f"'floor' must be between 0 and 1, got {self.floor}.")
 
     def optimizer(self, parameters: Iterable[nn.Parameter], *, fused: bool) -> AdamW:
-        """The optimizer over the parameters that require a gradient.
+        """Return the optimizer over the parameters that require a gradient.
 
         Args:
             parameters: A model's parameters.
@@ -64,11 +64,11 @@ class AdamWWarmupCosine:
         return AdamW(groups, lr=self.learning_rate, betas=(self.betas[0], self.betas[1]), fused=fused)
 
     def schedule(self, optimizer: AdamW, total_steps: int) -> LambdaLR:
-        """The schedule, to be stepped once per optimizer step."""
+        """Return the schedule, to be stepped once per optimizer step."""
         return LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
 
     def factor(self, step: int, total_steps: int) -> float:
-        """The learning rate at a step, as a fraction of the peak."""
+        """Return the learning rate at a step, as a fraction of the peak."""
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         progress = (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps)

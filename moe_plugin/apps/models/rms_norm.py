@@ -19,7 +19,7 @@ class RMSNorm(nn.RMSNorm):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        """Maps (..., D) to (..., D) of the same dtype; computes in fp32 or wider."""
+        """Map (..., D) to (..., D) of the same dtype; computes in fp32 or wider."""
         if x.device.type != "cpu":
             return super().forward(x)
         return _RMSNorm.apply(x, self.weight, self.eps)

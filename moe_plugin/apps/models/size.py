@@ -76,14 +76,14 @@ class ModelSize:
         return 3 * self.forward_flops_per_token
 
     def active_flops(self, experts_per_token: float) -> float:
-        """Operations of one forward of a token that uses so many experts in every layer."""
+        """Return operations of one forward of a token that uses so many experts in every layer."""
         return self.forward_flops_per_token + self.expert_flops * (
             experts_per_token - (self.experts_per_token or 0)
         )
 
 
 def measure(model: nn.Module, *, context_length: int | None = None, num_devices: int = 8) -> ModelSize:
-    """Counts what a model costs.
+    """Return counts what a model costs.
 
     Args:
         model: Any model, on any device including meta. Nothing is run or allocated.
@@ -120,7 +120,7 @@ def fixed_experts_per_token(model: nn.Module) -> float | None:
 
 
 def size_table(size: ModelSize) -> Table:
-    """A table of all numbers, for a rich console."""
+    """Return a table of all numbers, for a rich console."""
     table = Table(title="Model size", show_header=False)
     table.add_column(style="bold")
     table.add_column(justify="right")
@@ -152,7 +152,7 @@ def size_table(size: ModelSize) -> Table:
 
 
 def print_size_table(size: ModelSize) -> None:
-    """Prints `size_table` on the terminal."""
+    """Print `size_table` on the terminal."""
     Console().print(size_table(size))
 
 

@@ -16,7 +16,7 @@ from moe_plugin.experts import SwiGLU
 
 
 def tensor_parallel_(network: nn.Module, mesh: DeviceMesh) -> None:
-    """Splits attention by heads, dense layers and shared experts by hidden units, in place; before sharding.
+    """Split attention by heads, dense layers and shared experts by hidden units, in place; before sharding.
 
     Routers, their biases, the routed experts, norms and embeddings stay whole on every rank, which all compute the same
     with them.
@@ -50,7 +50,7 @@ def _check(what: str, count: int, mesh: DeviceMesh) -> None:
 
 
 def _split_(module: nn.Module, entry: str, leave: str, parts: int, mesh: DeviceMesh) -> None:
-    """Splits the output features of the layer ``entry`` and the input features of ``leave``."""
+    """Split the output features of the layer ``entry`` and the input features of ``leave``."""
     plan = {entry: ColwiseParallel(use_local_output=False), leave: RowwiseParallel()}
     parallelize_module(module, mesh, plan, src_data_rank=None)
 

@@ -35,7 +35,7 @@ class TransformerLayer(nn.Module):
         feed_forward: nn.Module,
         activation_checkpointing: ActivationCheckpointing | None = None,
     ) -> None:
-        """Composes the layer.
+        """Compose the layer.
 
         Args:
             dim: Model width.
@@ -53,7 +53,7 @@ class TransformerLayer(nn.Module):
     def forward(
         self, x_BSD: Tensor, rotary: Rotary, *, measure: bool = False
     ) -> tuple[Tensor, LoadStatistics | None]:
-        """Runs the layer.
+        """Run the layer.
 
         Args:
             x_BSD: Residual stream.
@@ -105,7 +105,7 @@ class Transformer(nn.Module):
     def __init__(
         self, vocab_size: int, dim: int, layers: Sequence[TransformerLayer], *, tie_embeddings: bool = False
     ) -> None:
-        """Composes the network.
+        """Compose the network.
 
         Args:
             vocab_size: Token ids are in [0, vocab_size).
@@ -125,7 +125,7 @@ class Transformer(nn.Module):
     def forward(
         self, token_ids_BS: Tensor, auxiliary_loss: AuxiliaryLoss | None = None
     ) -> tuple[Tensor, Tensor]:
-        """Predicts the next token at each position.
+        """Predict the next token at each position.
 
         Args:
             token_ids_BS: Token ids, int64.
@@ -155,5 +155,5 @@ class Embedding(nn.Embedding):
     std = 0.02
 
     def reset_parameters(self) -> None:
-        """Draws new weights."""
+        """Draw new weights."""
         nn.init.normal_(self.weight, std=self.std)

@@ -18,21 +18,21 @@ class Curve:
     """Bytes over the moments of a timeline, added up piece by piece."""
 
     def __init__(self, moments: int) -> None:
-        """Starts at zero."""
+        """Start at zero."""
         self._changes = torch.zeros(moments + 2, dtype=torch.int64)
 
     def add(self, size: int, start: int, end: int) -> None:
-        """Adds bytes that are alive at the moments `start` to `end`, both included."""
+        """Add bytes that are alive at the moments `start` to `end`, both included."""
         self._changes[start] += size
         self._changes[min(end + 1, len(self._changes) - 1)] -= size
 
     def values(self) -> Tensor:
-        """Bytes at each moment; int64."""
+        """Return bytes at each moment; int64."""
         return self._changes.cumsum(0)[:-2]
 
 
 def kept_gradients(timeline: Timeline, units: set[int]) -> Tensor:
-    """Bytes of gradients that stay from where they are made to the optimizer."""
+    """Return bytes of gradients that stay from where they are made to the optimizer."""
     curve = Curve(len(timeline.activations_M))
     for mark in timeline.marks:
         if mark.kind == "gradient" and mark.unit in units:
@@ -41,7 +41,7 @@ def kept_gradients(timeline: Timeline, units: set[int]) -> Tensor:
 
 
 def sharded_gradients(timeline: Timeline, shards: Sequence[int]) -> Tensor:
-    """Bytes of the shards of gradients that each unit leaves when its backward ends.
+    """Return bytes of the shards of gradients that each unit leaves when its backward ends.
 
     Args:
         timeline: With marks of the units.
@@ -62,7 +62,7 @@ def fsdp_buffers(
     copies: int = 0,
     by_width: Collection[int] = (),
 ) -> Tensor:
-    """Bytes that FSDP2 holds beside the shards.
+    """Return bytes that FSDP2 holds beside the shards.
 
     Parameters are gathered into one buffer and copied out of it. In the forward the buffer is kept until the next unit
     has its own; in the backward a unit's is filled while the one before it is at work. Gradients are whole until their

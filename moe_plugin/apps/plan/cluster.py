@@ -33,7 +33,7 @@ class Hardware:
     gather_copies: int = 0
 
     def __post_init__(self) -> None:
-        """Checks the numbers.
+        """Check the numbers.
 
         Raises:
             ConfigError: A number is out of range.
@@ -86,7 +86,7 @@ class Cluster:
     expert_parallel: int = 1
 
     def __post_init__(self) -> None:
-        """Checks the numbers.
+        """Check the numbers.
 
         Raises:
             ConfigError: There is no node, or the ranks do not divide into groups of `expert_parallel`, or such a

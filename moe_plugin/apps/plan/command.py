@@ -29,7 +29,7 @@ Models, routers, experts and data are the groups of moe-train. Its own keys:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line.
+    """Run the command line.
 
     Args:
         arguments: Words after the program's name; by default the program's own.
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def read_config(words: Sequence[str]) -> DictConfig:
-    """The composed configuration.
+    """Return the composed configuration.
 
     Raises:
         ConfigError: A word names what is not there.
@@ -60,7 +60,7 @@ def read_config(words: Sequence[str]) -> DictConfig:
 
 
 def run(config: DictConfig) -> None:
-    """Makes the plan, prints it and writes it down.
+    """Make the plan, prints it and writes it down.
 
     Raises:
         ConfigError: A value is out of range, or the model cannot be laid out like that.

@@ -38,7 +38,7 @@ class RowExchange:
 
 
 def row_exchange(model: nn.Module, work: Workload, cluster: Cluster) -> RowExchange:
-    """The all-to-all of a step.
+    """Return the all-to-all of a step.
 
     A forward sends a row of hidden states per token and expert and gets one back; the backward does the same with
     gradients; with activation checkpointing the forward happens twice.
@@ -73,7 +73,7 @@ def row_exchange(model: nn.Module, work: Workload, cluster: Cluster) -> RowExcha
 
 
 def _row_item_bytes(model: nn.Module, experts: RoutedExperts, work: Workload) -> int:
-    """Bytes per number of a row: ours are cast before they travel, those of transformers are not."""
+    """Return bytes per number of a row: ours are cast before they travel, those of transformers are not."""
     autocast = autocast_of(work.precision)
     if autocast is not None:
         return (autocast if isinstance(experts.module, GroupedExperts) else torch.float32).itemsize

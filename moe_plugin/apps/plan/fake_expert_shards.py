@@ -20,7 +20,7 @@ from moe_plugin.types import Routing
 
 
 def spread_experts_(model: nn.Module, ranks: int, excess: float = 0.0) -> list[nn.Module]:
-    """Leaves each expert layer the experts of one rank, and makes it work on the rows that the rank would receive.
+    """Leave each expert layer the experts of one rank, and makes it work on the rows that the rank would receive.
 
     The memory is that of `moe_plugin.experts.parallel.parallelize_experts_`, of which this has no exchange: on fake
     tensors nobody knows how many rows would travel.

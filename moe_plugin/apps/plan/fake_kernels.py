@@ -20,7 +20,7 @@ from moe_plugin.experts.kernels.row_blocks import backward_in_blocks, forward_in
 
 @contextmanager
 def fused_kernels() -> Iterator[None]:
-    """Takes attention to be one kernel that never holds the scores, and products to be in the dtype asked for.
+    """Take attention to be one kernel that never holds the scores, and products to be in the dtype asked for.
 
     Functions are replaced, not caught by a `TorchFunctionMode`: that is closed while a backward recomputes.
     """
@@ -85,7 +85,7 @@ def _experts_backward(*inputs: Any) -> Sequence[Tensor]:
 
 
 def _even_ends(pair_ids_P: Tensor, offsets_E: Tensor) -> list[int]:
-    """Fake tensors have no loads: every expert gets the same."""
+    """Return fake tensors have no loads: every expert gets the same."""
     num_pairs, num_experts = len(pair_ids_P), len(offsets_E)
     return [num_pairs * (expert + 1) // num_experts for expert in range(num_experts)]
 

@@ -21,7 +21,7 @@ class Layout(Protocol):
     """A way to lay a model on ranks."""
 
     def memory(self, step: Timeline) -> RankMemory:
-        """The memory of a rank.
+        """Return the memory of a rank.
 
         Args:
             step: A micro-batch on this layout's model and units.
@@ -29,7 +29,7 @@ class Layout(Protocol):
         ...
 
     def traffic(self) -> list[Transfer]:
-        """Collectives for parameters and gradients."""
+        """Return collectives for parameters and gradients."""
         ...
 
 
@@ -46,7 +46,7 @@ class DistributedDataParallel:
     cluster: Cluster
 
     def memory(self, step: Timeline) -> RankMemory:
-        """Buckets take the gradients once more, unless there is only one rank."""
+        """Return buckets take the gradients once more, unless there is only one rank."""
         gradients = sum(unit.trained_size for unit in self.units)
         buckets = gradients if self.cluster.ranks > 1 else 0
         return at_peak(
@@ -58,7 +58,7 @@ class DistributedDataParallel:
         )
 
     def traffic(self) -> list[Transfer]:
-        """One all-reduce of the gradients, in buckets."""
+        """Return one all-reduce of the gradients, in buckets."""
         size = sum(unit.trained_size for unit in self.units)
         return [Transfer("gradients", "all_reduce", self.cluster.everyone, 1, size)]
 
@@ -76,7 +76,7 @@ class FullySharded:
     cluster: Cluster
 
     def memory(self, step: Timeline) -> RankMemory:
-        """The shards, and what is gathered."""
+        """Return the shards, and what is gathered."""
         ranks = self.cluster.ranks
         gathered = [ranks * unit.shard(ranks) for unit in self.units]
         shards = [unit.trained_shard(ranks) for unit in self.units]
@@ -90,7 +90,7 @@ class FullySharded:
         )
 
     def traffic(self) -> list[Transfer]:
-        """Parameters twice, but for those of the root, and gradients."""
+        """Return parameters twice, but for those of the root, and gradients."""
         return sharded_traffic("", self.units, self.cluster.everyone, stays_gathered=1)
 
 
@@ -111,7 +111,7 @@ class ExpertParallel:
     cluster: Cluster
 
     def memory(self, step: Timeline) -> RankMemory:
-        """The shards, and what is gathered."""
+        """Return the shards, and what is gathered."""
         everyone, replicas = self.cluster.ranks, self.cluster.replica_group.size
         shards = [unit.trained_shard(everyone) for unit in self.units]
         expert_shards = [unit.trained_shard(replicas) for unit in self.experts]
@@ -151,7 +151,7 @@ class ExpertParallel:
 def sharded_traffic(
     prefix: str, units: Sequence[Unit], group: Group, *, stays_gathered: int
 ) -> list[Transfer]:
-    """The collectives of FSDP2.
+    """Return the collectives of FSDP2.
 
     Args:
         prefix: Comes before each name.

@@ -50,7 +50,7 @@ class LiveBytes(TorchDispatchMode):
             self._watch_unit(number, unit)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        """Runs an operation and looks at what it made."""
+        """Run an operation and looks at what it made."""
         result = func(*args, **(kwargs or {}))
         for leaf in result if isinstance(result, tuple | list) else (result,):
             if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self._known:
@@ -58,7 +58,7 @@ class LiveBytes(TorchDispatchMode):
         return result
 
     def timeline(self) -> Timeline:
-        """All that was seen."""
+        """Return all that was seen."""
         activations, logits, marks = [], [], []
         for moment, event in enumerate(self._events):
             stored = self._storages[event.number] if event.kind is None else _Storage(0, False)
@@ -84,7 +84,7 @@ class LiveBytes(TorchDispatchMode):
         self._events.append(_Event(None, number, -1))
 
     def _mark(self, kind: Kind, unit: int) -> None:
-        """Notes the first time only: with checkpointing a unit runs again in its backward."""
+        """Note the first time only: with checkpointing a unit runs again in its backward."""
         if (kind, unit) not in self._marked:
             self._marked.add((kind, unit))
             self._events.append(_Event(kind, unit))

@@ -43,7 +43,7 @@ class RankMemory:
 def at_peak(
     step: Timeline, *, parameters: int, optimizer: int, gradients_M: Tensor, buffers_M: Tensor
 ) -> RankMemory:
-    """The memory at the worst moment of a step.
+    """Return the memory at the worst moment of a step.
 
     Args:
         step: Activations of the micro-batch.
@@ -65,7 +65,7 @@ def at_peak(
 
 
 def largest_that_fits(total: Callable[[int], int], limit: int) -> int:
-    """The largest number whose total is within the limit; 0 if that of 1 is not.
+    """Return the largest number whose total is within the limit; 0 if that of 1 is not.
 
     Args:
         total: Bytes, growing with the number.

@@ -24,7 +24,7 @@ _OPEN_GROUPS_NAMES = ("top_k_groups", "topk_group", "topk_groups")
 
 
 def prepare_(model: nn.Module, precision: Precision, *, activation_checkpointing: bool) -> nn.Module:
-    """Casts a model on the meta device as Lightning's precision would, and checkpoints its layers.
+    """Cast a model on the meta device as Lightning's precision would, and checkpoints its layers.
 
     Args:
         model: Changed in place.
@@ -45,12 +45,12 @@ def prepare_(model: nn.Module, precision: Precision, *, activation_checkpointing
 
 
 def autocast_of(precision: Precision) -> torch.dtype | None:
-    """The dtype of the autocast under a precision; None for none."""
+    """Return the dtype of the autocast under a precision; None for none."""
     return torch.bfloat16 if precision == "bf16-mixed" else None
 
 
 def routed_experts(model: nn.Module) -> list[RoutedExperts]:
-    """The expert layers.
+    """Return the expert layers.
 
     Raises:
         ConfigError: There are none.
@@ -72,18 +72,18 @@ def selection_of(model: nn.Module) -> Selection:
 
 
 def expert_share(model: nn.Module, forward_flops: int) -> float:
-    """The part of a forward's operations that are products with weights of routed experts."""
+    """Return the part of a forward's operations that are products with weights of routed experts."""
     routed = find_routed_experts(model)
     return sum(matmul_flops(e.module, []) * e.top_k // e.num_experts for e in routed) / forward_flops
 
 
 def bias_count_bytes(routed: Iterable[RoutedExperts]) -> int:
-    """Bytes of the one all-reduce of `BalancedModel.update`: the tallies of all layers, int64."""
+    """Return bytes of the one all-reduce of `BalancedModel.update`: the tallies of all layers, int64."""
     return 8 * sum(experts.num_experts + EXTRA_SLOTS for experts in routed)
 
 
 def width_of(model: nn.Module) -> int:
-    """Width of hidden states: that of the largest embedding."""
+    """Return width of hidden states: that of the largest embedding."""
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     return max(embeddings, key=lambda embedding: embedding.num_embeddings).embedding_dim
 

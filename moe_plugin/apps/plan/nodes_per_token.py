@@ -32,11 +32,11 @@ class Selection:
     top_k_groups: int = 1
 
     def without_limit(self) -> Selection:
-        """The same without groups."""
+        """Return the same without groups."""
         return Selection(self.num_experts, self.top_k)
 
     def expected_nodes(self, nodes: int) -> float:
-        """Mean number of nodes that hold at least one expert of a token, if scores are alike and independent.
+        """Return mean number of nodes that hold at least one expert of a token, if scores are alike and independent.
 
         Found by routing 16,384 random tokens (DeepSeek-V3's rule for groups: the sum of their two best scores), always
         the same ones. A node holds neighbouring experts.

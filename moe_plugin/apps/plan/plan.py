@@ -78,7 +78,7 @@ class ScalePlan:
 def make_plan(
     work: Workload, cluster: Cluster, layouts: Sequence[str], max_violations: Sequence[float]
 ) -> ScalePlan:
-    """Plans a workload on a cluster. Nothing is allocated; a trace takes some milliseconds per layer.
+    """Plan a workload on a cluster. Nothing is allocated; a trace takes some milliseconds per layer.
 
     Args:
         work: What is to be trained.

@@ -17,7 +17,7 @@ from moe_plugin.apps.plan.workload import Workload
 
 
 def plan_tables(plan: ScalePlan, cluster: Cluster, work: Workload) -> Group:
-    """All tables.
+    """Return all tables.
 
     Args:
         plan: What was planned.
@@ -31,7 +31,7 @@ def plan_tables(plan: ScalePlan, cluster: Cluster, work: Workload) -> Group:
 
 
 def as_json(plan: ScalePlan, cluster: Cluster, work: Workload) -> dict[str, Any]:
-    """The plan, what it is for, and what follows from its fields, as plain values."""
+    """Return the plan, what it is for, and what follows from its fields, as plain values."""
     written = asdict(plan)
     for name, layout in plan.layouts.items():
         written["layouts"][name]["memory"]["total"] = layout.memory.total

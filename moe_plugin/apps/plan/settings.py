@@ -38,7 +38,7 @@ class Settings:
     max_violations: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Checks the lists.
+        """Check the lists.
 
         Raises:
             ConfigError: A layout is unknown, or a violation negative.
@@ -53,7 +53,7 @@ class Settings:
 
 
 def check_settings(config: DictConfig) -> Settings:
-    """The settings, once every key and scalar fits what takes it.
+    """Return the settings, once every key and scalar fits what takes it.
 
     Raises:
         ConfigError: One does not.
@@ -67,7 +67,7 @@ def check_settings(config: DictConfig) -> Settings:
 
 
 def build_workload(config: DictConfig, settings: Settings) -> Workload:
-    """What is to be trained.
+    """Return what is to be trained.
 
     Raises:
         ConfigError: The model cannot be built, or a number is out of range.

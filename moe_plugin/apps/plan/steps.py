@@ -36,7 +36,7 @@ class Steps:
     unbalanced: Timeline | None = None
 
     def step(self, sequences: int, excess: float = 0.0) -> Timeline:
-        """The timeline of a micro-batch.
+        """Return the timeline of a micro-batch.
 
         Args:
             sequences: Sequences.
@@ -47,7 +47,7 @@ class Steps:
 
 
 def whole_steps(build: Callable[[], nn.Module], length: int, autocast: torch.dtype | None) -> Steps:
-    """Steps of the model with all experts on each rank.
+    """Return steps of the model with all experts on each rank.
 
     Args:
         build: Makes the model on the meta device; called once per trace.
@@ -61,7 +61,7 @@ def whole_steps(build: Callable[[], nn.Module], length: int, autocast: torch.dty
 def spread_steps(
     build: Callable[[], nn.Module], length: int, autocast: torch.dtype | None, ranks: int
 ) -> Steps:
-    """Steps of the model with its experts spread over `ranks` ranks."""
+    """Return steps of the model with its experts spread over `ranks` ranks."""
     units, balanced = _trace(build, ranks, (_SEQUENCES, length), autocast)
     _, unbalanced = _trace(build, ranks, (_SEQUENCES, length), autocast, excess=1.0)
     apart = sum(unit.by_width for unit in units)

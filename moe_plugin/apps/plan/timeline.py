@@ -46,7 +46,7 @@ class Timeline:
     marks: Sequence[Mark]
 
     def at(self, other: Timeline, position: float) -> Timeline:
-        """The timeline on the line through this one, at 0, and another of the same moments, at 1.
+        """Return the timeline on the line through this one, at 0, and another of the same moments, at 1.
 
         Bytes are affine in the number of sequences and in the rows that experts receive.
         """

@@ -27,7 +27,7 @@ def trace(
     *,
     autocast: torch.dtype | None = None,
 ) -> Timeline:
-    """Runs a forward and backward of cross-entropy over the next token, and notes what is alive when.
+    """Run a forward and backward of cross-entropy over the next token, and notes what is alive when.
 
     Attention is taken to be a fused kernel, which keeps queries, keys, values, outputs and one number per row.
 
@@ -56,12 +56,12 @@ def trace(
 
 
 def vocab_size(model: nn.Module) -> int:
-    """Rows of the largest embedding."""
+    """Return rows of the largest embedding."""
     return max(module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding))
 
 
 def next_token_loss(model: nn.Module, tokens_BS: Tensor) -> Tensor:
-    """Cross-entropy of a model of ours or of transformers, in fp32; the targets are the tokens themselves."""
+    """Return cross-entropy of a model of ours or of transformers, in fp32; the targets are the tokens themselves."""
     cacheless = {"use_cache": False} if hasattr(model, "config") else {}
     output = model(tokens_BS, **cacheless)
     logits_BSV = getattr(output, "logits", output)
@@ -69,7 +69,7 @@ def next_token_loss(model: nn.Module, tokens_BS: Tensor) -> Tensor:
 
 
 def make_fake_(model: nn.Module) -> None:
-    """Gives all parameters and buffers fake storage on the CPU; what was shared stays shared."""
+    """Give all parameters and buffers fake storage on the CPU; what was shared stays shared."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):

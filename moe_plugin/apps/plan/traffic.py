@@ -49,7 +49,7 @@ class Transfer:
         return self.sent - self.inter_node
 
     def seconds(self, hardware: Hardware) -> float:
-        """Time that the links need at least, both kinds at once."""
+        """Return time that the links need at least, both kinds at once."""
         return max(
             self.intra_node / hardware.intra_node_gb_s / 1e9, self.inter_node / hardware.inter_node_gb_s / 1e9
         )

@@ -55,17 +55,17 @@ class Unit:
         return sum(weight.size for weight in self.weights if weight.is_trained)
 
     def shard(self, ranks: int) -> int:
-        """Bytes of the largest shard."""
+        """Return bytes of the largest shard."""
         return sum(weight.shard(ranks, by_width=self.by_width) for weight in self.weights)
 
     def trained_shard(self, ranks: int) -> int:
-        """Bytes of the largest shard of the parameters that have gradients."""
+        """Return bytes of the largest shard of the parameters that have gradients."""
         trained = (weight for weight in self.weights if weight.is_trained)
         return sum(weight.shard(ranks, by_width=self.by_width) for weight in trained)
 
 
 def modules_of_units(model: nn.Module, experts: Sequence[nn.Module] = ()) -> list[nn.Module]:
-    """The model and its layers, of which `shard_` makes units, and experts that are units of their own.
+    """Return the model and its layers, of which `shard_` makes units, and experts that are units of their own.
 
     Args:
         model: Any model.

@@ -30,7 +30,7 @@ class Workload:
     activation_checkpointing: bool
 
     def __post_init__(self) -> None:
-        """Checks the numbers.
+        """Check the numbers.
 
         Raises:
             ConfigError: A number is not positive.

@@ -26,7 +26,7 @@ class Line:
 
 
 def line_chart(lines: Sequence[Line], x_title: str) -> str:
-    """Lines over a common x-axis; the logarithm of y if the largest is over twenty times the smallest."""
+    """Return lines over a common x-axis; the logarithm of y if the largest is over twenty times the smallest."""
     drawn = [_thinned(line) for line in lines if line.ys]
     if not drawn:
         return ""
@@ -109,7 +109,7 @@ def _svg(frame: _Frame, x_title: str, marks: Sequence[str]) -> str:
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Three to eight round numbers within a range."""
+    """Return three to eight round numbers within a range."""
     step = 10.0 ** math.floor(math.log10((high - low) / 4))
     step *= next((factor for factor in (5, 2) if (high - low) / (factor * step) >= 3), 1)
     first, last = math.ceil(low / step), math.floor(high / step)

@@ -16,7 +16,7 @@ ENVIRONMENT_FILE = "environment.json"
 
 
 def describe_environment(world_size: int, device: torch.device) -> dict[str, str]:
-    """Versions and machine of this process.
+    """Return versions and machine of this process.
 
     Args:
         world_size: Processes of the run.

@@ -56,13 +56,13 @@ class UsedView:
 
 
 def read_expert_use(folder: Path) -> dict[str, Any]:
-    """What the run wrote down last; empty for runs that wrote nothing."""
+    """Return what the run wrote down last; empty for runs that wrote nothing."""
     files = sorted(folder.rglob(EXPERT_USE_FILE))
     return json.loads(files[-1].read_text(encoding="utf-8")) if files else {}
 
 
 def used_view(use: Mapping[str, Any]) -> UsedView | None:
-    """How many experts tokens use; None where their number never varies."""
+    """Return how many experts tokens use; None where their number never varies."""
     record = use.get("experts_per_token")
     if not record:
         return None
@@ -80,7 +80,7 @@ def used_view(use: Mapping[str, Any]) -> UsedView | None:
 
 
 def profiles(uses: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
-    """The layers of each run with their experts, so many that the page stays small."""
+    """Return the layers of each run with their experts, so many that the page stays small."""
     room = PROFILES // max(len(uses), 1)
     shown = []
     for use in uses:
@@ -91,7 +91,7 @@ def profiles(uses: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def ground_rules() -> str:
-    """The grounds and inks of the text for the page's style: light, and dark where the page is."""
+    """Return the grounds and inks of the text for the page's style: light, and dark where the page is."""
     dark = np.array([[int(color[i : i + 2], 16) for i in (0, 2, 4)] for color in _DARK])
     light_rule, dark_rule = (f":root{{{_variables(colors)}}}" for colors in (amount_scale(LEVELS), dark))
     return f"{light_rule}\n@media (prefers-color-scheme: dark) {{ {dark_rule} }}"

@@ -124,7 +124,7 @@ def _flat(node: Any, prefix: str = "") -> dict[str, str]:
 
 
 def report_page(runs: Sequence[ReportedRun]) -> str:
-    """The page of at least one run, as text."""
+    """Return the page of at least one run, as text."""
     from jinja2 import Environment, PackageLoader
 
     pages = Environment(loader=PackageLoader("moe_plugin.apps.report", "."), autoescape=True)
@@ -190,7 +190,7 @@ def _cell(value: float | int | None) -> str:
 
 
 def _differences(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:
-    """Configuration keys whose values are not the same in all runs; all of them for a single one."""
+    """Return configuration keys whose values are not the same in all runs; all of them for a single one."""
     own = ("dirpath", "save_dir", "path")
     return {
         key: values
@@ -201,7 +201,7 @@ def _differences(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:
 
 
 def _rows_of(tables: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
-    """A row for each key, with its value in each of the tables."""
+    """Return a row for each key, with its value in each of the tables."""
     keys = dict.fromkeys(key for table in tables for key in table)
     return {key: [table.get(key, "–") for table in tables] for key in keys}  # noqa: RUF001
 
@@ -218,7 +218,7 @@ class Frame:
 
 
 def _strip(run: RunData) -> list[Frame]:
-    """The load at up to ten windows from the first to the last, then on the validation set."""
+    """Return the load at up to ten windows from the first to the last, then on the validation set."""
     loads = run.counts.get("load", [])
     kept = (
         sorted({round(place * (len(loads) - 1) / (FRAMES - 1)) for place in range(FRAMES)}) if loads else []

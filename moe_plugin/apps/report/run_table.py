@@ -17,7 +17,7 @@ from moe_plugin.metrics import LayerLoad, layer_loads
 
 
 def run_report(summary: RunSummary, monitor: LoadMonitor, logs: Path | None) -> Group:
-    """Everything to show at the end of a run; print it with a `rich.console.Console`.
+    """Return everything to show at the end of a run; print it with a `rich.console.Console`.
 
     Args:
         summary: The run's headline numbers.
@@ -42,7 +42,7 @@ def balance_table(
     bias_ranges: Mapping[str, float],
     window: str,
 ) -> Table:
-    """The load of each layer at the first step and at the end.
+    """Return the load of each layer at the first step and at the end.
 
     Args:
         before: The load of each layer in the first step.
@@ -64,7 +64,7 @@ def balance_table(
 
 
 def headline_table(summary: RunSummary) -> Table:
-    """The measures of a run, one in a line."""
+    """Return the measures of a run, one in a line."""
     table = Table(title="Summary", title_justify="left", title_style="bold", show_header=False)
     table.add_column(style="dim")
     table.add_column(justify="right")
@@ -89,7 +89,7 @@ def headline_table(summary: RunSummary) -> Table:
 
 
 def tensorboard_command(logs: Path) -> str:
-    """The command line that shows these logs, ready to be pasted into a shell."""
+    """Return the command line that shows these logs, ready to be pasted into a shell."""
     folder = logs.resolve()
     if folder.is_relative_to(Path.cwd()):
         folder = folder.relative_to(Path.cwd())

@@ -15,7 +15,7 @@ def write_stopped(folder: Path, line: str) -> None:
 
 
 def can_go_on(folder: Path) -> bool:
-    """Whether the run was stopped with a checkpoint to go on from."""
+    """Return whether the run was stopped with a checkpoint to go on from."""
     return "ckpt_path=" in (read_stopped(folder) or "")
 
 

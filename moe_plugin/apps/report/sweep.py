@@ -23,7 +23,7 @@ HIGHER_IS_BETTER = {"tokens_per_second"}
 
 
 def gather_sweep(folder: Path) -> list[dict[str, Any]]:
-    """One row for each job of a multirun folder that has ended, in the order of the jobs.
+    """Return one row for each job of a multirun folder that has ended, in the order of the jobs.
 
     Args:
         folder: Holds a folder per job, in each of them `summary.json` or, of a job that failed or was stopped,
@@ -69,7 +69,7 @@ def write_sweep_summary(folder: Path) -> Path | None:
 
 
 def sweep_table(folder: Path, metric: str = "val_loss") -> Table:
-    """The jobs of a sweep, best first, with the overrides in which they differ.
+    """Return the jobs of a sweep, best first, with the overrides in which they differ.
 
     Args:
         folder: The multirun folder.
@@ -107,7 +107,7 @@ def _measures(job: Path) -> dict[str, Any]:
 
 
 def overrides_of(job: Path) -> dict[str, str]:
-    """What was given on the command line of a run, or to a job by its sweep; without Hydra's signs."""
+    """Return what was given on the command line of a run, or to a job by its sweep; without Hydra's signs."""
     import yaml
 
     path = job / ".hydra" / "overrides.yaml"
@@ -118,7 +118,7 @@ def overrides_of(job: Path) -> dict[str, str]:
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    """A key that puts 2 before 10."""
+    """Return a key that puts 2 before 10."""
     return [(int(digits or 0), text) for digits, text in re.findall(r"(\d*)(\D*)", str(path))]
 
 

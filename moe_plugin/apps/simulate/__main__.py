@@ -24,12 +24,12 @@ from moe_plugin.errors import ConfigError
 
 
 def main() -> None:
-    """Runs the command line."""
+    """Run the command line."""
     hydra.main(config_path=str(conf_dir()), config_name="simulate", version_base=HYDRA_VERSION)(simulate)()
 
 
 def simulate(config: DictConfig) -> float:
-    """Tries every rule on every source; Hydra calls it.
+    """Try every rule on every source; Hydra calls it.
 
     Returns:
         What the rules settled at, mean over rules and sources: what a sweep with one rule can minimise.
@@ -50,7 +50,7 @@ def simulate(config: DictConfig) -> float:
 
 
 def check(config: DictConfig) -> None:
-    """Checks every key against what takes it.
+    """Check every key against what takes it.
 
     Raises:
         ConfigError: Names the key, the value and what is allowed.
@@ -60,7 +60,7 @@ def check(config: DictConfig) -> None:
 
 
 def build(config: DictConfig, key: str):
-    """Builds a part of the configuration.
+    """Build a part of the configuration.
 
     Raises:
         ConfigError: A value is not allowed.

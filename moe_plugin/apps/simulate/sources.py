@@ -21,7 +21,7 @@ class Source(Protocol):
     """Makes the streams of logits that rules are tried on."""
 
     def start(self, population: int, num_experts: int, generator: torch.Generator) -> Stream:
-        """A stream from its beginning; the same for the same generator."""
+        """Return a stream from its beginning; the same for the same generator."""
         ...
 
 
@@ -47,11 +47,11 @@ class Stream:
         self.weights_G = torch.ones(int(self.domain_N.max()) + 1)
 
     def logits_NE(self) -> Tensor:  # noqa: N802 (shape suffix)
-        """The logits of the whole population now."""
+        """Return the logits of the whole population now."""
         return self.noise_NE + self.taste_E
 
     def draw_N(self, tokens: int) -> Tensor:  # noqa: N802 (shape suffix)
-        """How often each token of the population is in a batch of ``tokens``; int64."""
+        """Return how often each token of the population is in a batch of ``tokens``; int64."""
         weights_N = self.weights_G[self.domain_N]
         ends_N = weights_N.double().cumsum(0)
         places = torch.rand(tokens, dtype=torch.float64, generator=self.generator) * ends_N[-1]
@@ -77,7 +77,7 @@ class Fixed:
     num_domains: int = 8
 
     def start(self, population: int, num_experts: int, generator: torch.Generator) -> Stream:
-        """A stream, see `Source.start`."""
+        """Return a stream, see `Source.start`."""
         return Stream(*self._parts(population, num_experts, generator))
 
     def _parts(
@@ -100,7 +100,7 @@ class Drifting(Fixed):
     period: int = 800
 
     def start(self, population: int, num_experts: int, generator: torch.Generator) -> Stream:
-        """A stream, see `Source.start`."""
+        """Return a stream, see `Source.start`."""
         parts = self._parts(population, num_experts, generator)
         other_E = self.taste * torch.randn(num_experts, generator=generator)
         return _DriftingStream(*parts, other_E=other_E, period=self.period)
@@ -131,7 +131,7 @@ class Bursty(Fixed):
     burst: float = 1.0
 
     def start(self, population: int, num_experts: int, generator: torch.Generator) -> Stream:
-        """A stream, see `Source.start`."""
+        """Return a stream, see `Source.start`."""
         return _BurstyStream(*self._parts(population, num_experts, generator), burst=self.burst)
 
 
@@ -158,7 +158,7 @@ class Collapsing(Fixed):
     feedback: float = 0.02
 
     def start(self, population: int, num_experts: int, generator: torch.Generator) -> Stream:
-        """A stream, see `Source.start`."""
+        """Return a stream, see `Source.start`."""
         return _CollapsingStream(*self._parts(population, num_experts, generator), feedback=self.feedback)
 
 

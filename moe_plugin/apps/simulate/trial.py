@@ -65,7 +65,7 @@ class Setting:
             raise ConfigError(f"'top_k' must be < num_experts ({self.num_experts}), got {self.top_k}.")
 
     def __str__(self) -> str:
-        """The setting in one line."""
+        """Return the setting in one line."""
         kind = type(self.score).__name__
         return f"{self.num_experts} experts, top-{self.top_k}, {self.tokens:,} tokens a batch, {kind} scores"
 
@@ -148,7 +148,7 @@ def _mean(values: list[float]) -> float:
 
 
 def _counts(ids_NK: Tensor, num_experts: int, drawn_N: Tensor | None = None) -> Tensor:
-    """Tokens per expert; int64 (E,)."""
+    """Return tokens per expert; int64 (E,)."""
     ones_NK = torch.ones_like(ids_NK) if drawn_N is None else drawn_N[:, None].expand_as(ids_NK)
     return ids_NK.new_zeros(num_experts).scatter_add_(0, ids_NK.flatten(), ones_NK.flatten())
 

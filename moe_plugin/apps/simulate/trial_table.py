@@ -21,7 +21,7 @@ Trials = Mapping[str, Mapping[str, Trial]]
 
 
 def trial_table(trials: Trials, setting: Setting) -> Table:
-    """One row per rule, one section per source; the smallest MaxVio of a section is bold."""
+    """Return one row per rule, one section per source; the smallest MaxVio of a section is bold."""
     table = Table(title=f"{setting}; sampling floor of MaxVio {setting.floor:.3f}")
     table.add_column("scores", no_wrap=True)
     table.add_column("rule", no_wrap=True)

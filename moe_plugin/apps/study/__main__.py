@@ -14,7 +14,7 @@ from moe_plugin.apps.study.run import LOG_FILE, is_finished, run_in_child
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Runs the command line.
+    """Run the command line.
 
     Args:
         arguments: Words after the program's name; by default the program's own.
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The command line's words."""
+    """Return the command line's words."""
     words = argparse.ArgumentParser(prog="moe-study", description=__doc__)
     words.add_argument("studies", nargs="+", help="options of conf/study, or YAML files like them")
     words.add_argument("--folder", type=Path, default=Path("runs/study"), help="default: %(default)s")
@@ -49,7 +49,7 @@ def parser() -> argparse.ArgumentParser:
 
 
 def run(study: Study, arm: Arm, seed: int, root: Path, changes: Sequence[str]) -> bool:
-    """Trains one arm with one seed, unless that run is there already; says whether it came to its end."""
+    """Train one arm with one seed, unless that run is there already; says whether it came to its end."""
     folder = run_folder(root, study.name, arm.name, seed)
     if is_finished(folder):
         return True

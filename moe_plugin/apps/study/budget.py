@@ -31,7 +31,7 @@ LOGGED = "load/experts_per_token"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints a Markdown table, means over the seeds of each arm.
+    """Print a Markdown table, means over the seeds of each arm.
 
     Args:
         arguments: Words after the program's name; by default the program's own.
@@ -59,12 +59,12 @@ def by_part(windows: Sequence[float]) -> list[float]:
 
 
 def worst(windows: Sequence[float], target: float) -> float:
-    """The largest error of a window in the last third, in percent."""
+    """Return the largest error of a window in the last third, in percent."""
     return max(100 * abs(value / target - 1) for value in windows[round(len(windows) * 2 / 3) :])
 
 
 def logged(folder: Path) -> list[float]:
-    """Experts per token of each window of training."""
+    """Return experts per token of each window of training."""
     with (folder / "csv" / "metrics.csv").open(newline="") as file:
         return [float(row[LOGGED]) for row in csv.DictReader(file) if row.get(LOGGED)]
 

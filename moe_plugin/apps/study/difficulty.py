@@ -24,7 +24,7 @@ from moe_plugin.metrics.experts_used import rank_correlation
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints a Markdown table, mean and standard deviation over the seeds.
+    """Print a Markdown table, mean and standard deviation over the seeds.
 
     Args:
         arguments: Words after the program's name; by default the program's own.
@@ -61,13 +61,13 @@ def correlations(dynamic: Path, fixed: Path, tokens: int) -> dict[str, tuple[flo
 
 
 def within_positions(a_T: Tensor, b_T: Tensor, length: int) -> float:
-    """Spearman's correlation at each position, mean over the positions where both vary."""
+    """Return Spearman's correlation at each position, mean over the positions where both vary."""
     a_S, b_S = a_T.view(-1, length).unbind(1), b_T.view(-1, length).unbind(1)
     return torch.tensor([spearman(a, b) for a, b in zip(a_S, b_S, strict=True)]).nanmean().item()
 
 
 def spearman(a_T: Tensor, b_T: Tensor) -> float:
-    """Spearman's rank correlation; equal values share their mean rank; NaN where one does not vary."""
+    """Return Spearman's rank correlation; equal values share their mean rank; NaN where one does not vary."""
     a_values, a_places_T = a_T.unique(return_inverse=True)
     b_values, b_places_T = b_T.unique(return_inverse=True)
     cells_T = a_places_T * len(b_values) + b_places_T

@@ -37,7 +37,7 @@ COLUMNS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints a Markdown table, mean and standard deviation over the seeds of each arm.
+    """Print a Markdown table, mean and standard deviation over the seeds of each arm.
 
     Args:
         arguments: Words after the program's name; by default the program's own.
@@ -63,7 +63,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def measure(run: Trained, num_batches: int) -> dict[str, float]:
-    """MaxVio of each of `COLUMNS`; none for a rule that settles where the run had no rule."""
+    """Return MaxVio of each of `COLUMNS`; none for a rule that settles where the run had no rule."""
     window, other = run.next_batches(0, num_batches), run.next_batches(num_batches, num_batches)
     held_out = run.held_out(num_batches * run.data.batch_size * run.data.context_length)
     measured = {"held-out": whole(run, held_out), "training": whole(run, other)}
@@ -82,34 +82,34 @@ def measure(run: Trained, num_batches: int) -> dict[str, float]:
 
 
 def settle_(run: Trained, batches: Sequence[Batch]) -> None:
-    """Lets the rule follow the load of one batch after another, without training: counting needs gradients on."""
+    """Let the rule follow the load of one batch after another, without training: counting needs gradients on."""
     for batch in batches:
         run.model(batch["tokens"][:, :-1])
         run.balanced.update()
 
 
 def whole(run: Trained, batches: Sequence[Batch]) -> float:
-    """MaxVio over all batches together, mean over layers."""
+    """Return MaxVio over all batches together, mean over layers."""
     return over_layers(run, look(run, batches)[0], violation)
 
 
 def over_layers(run: Trained, ids: Mapping[str, Tensor], measure: Measure) -> float:
-    """The mean of a measure over layers."""
+    """Return the mean of a measure over layers."""
     return fmean(measure(ids[name], site) for name, site in run.balanced.items())
 
 
 def violation(ids_TK: Tensor, site: Site) -> float:
-    """MaxVio of these tokens."""
+    """Return MaxVio of these tokens."""
     return max_violation(counts_of(ids_TK, site)).item()
 
 
 def by_batch(tokens: int) -> Measure:
-    """MaxVio of batches of so many tokens, mean over them."""
+    """Return MaxVio of batches of so many tokens, mean over them."""
     return lambda ids_TK, site: fmean(violation(part, site) for part in in_batches(ids_TK, tokens))
 
 
 def mixed(ids: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The tokens in another order, so that neighbours have nothing to do with each other."""
+    """Return the tokens in another order, so that neighbours have nothing to do with each other."""
     tokens = len(next(iter(ids.values())))
     order_T = torch.randperm(tokens, generator=torch.Generator().manual_seed(0))
     return {name: ids_TK[order_T] for name, ids_TK in ids.items()}

@@ -7,7 +7,7 @@ from statistics import mean, stdev
 
 
 def spread(values: Sequence[float], digits: int = 3, sign: str = "") -> str:
-    """Mean and standard deviation as text; the mean alone where there is one value.
+    """Return mean and standard deviation as text; the mean alone where there is one value.
 
     Args:
         values: One per seed.

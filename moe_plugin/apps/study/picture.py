@@ -20,7 +20,7 @@ ROW, MARGIN = 0.24, 0.8
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Draws the studies of a CSV one below the other.
+    """Draw the studies of a CSV one below the other.
 
     Args:
         arguments: Words after the program's name; by default the program's own.
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def draw(studies: dict[str, list[Result]], out: Path) -> Path:
-    """A row of two panels per study, a line per arm: small dots are runs, large ones the mean over seeds.
+    """Return a row of two panels per study, a line per arm: small dots are runs, large ones the mean over seeds.
 
     Returns:
         The file.

@@ -47,18 +47,18 @@ class Study:
     arms: tuple[Arm, ...]
 
     def runs(self) -> Iterator[tuple[Arm, int]]:
-        """Yields all arms with the first seed, then all with the next: every moment gives a matched comparison."""
+        """Yield all arms with the first seed, then all with the next: every moment gives a matched comparison."""
         for seed in range(max(arm.seeds for arm in self.arms)):
             yield from ((arm, seed) for arm in self.arms if seed < arm.seeds)
 
 
 def study_folder() -> Path:
-    """Where the studies that come with the package are."""
+    """Return where the studies that come with the package are."""
     return conf_dir() / "study"
 
 
 def read_study(name: str) -> Study:
-    """Reads a study.
+    """Read a study.
 
     Args:
         name: One of ``conf/study``, or the path of a YAML file of the same form.

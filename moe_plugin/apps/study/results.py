@@ -42,17 +42,17 @@ class Result:
 
 
 def run_folder(root: Path, study: str, arm: str, seed: int) -> Path:
-    """Where a run lies."""
+    """Return where a run lies."""
     return root / study / arm / f"{SEED_PREFIX}{seed}"
 
 
 def seed_of(folder: Path) -> int:
-    """The seed of the run that lies there."""
+    """Return the seed of the run that lies there."""
     return int(folder.name.removeprefix(SEED_PREFIX))
 
 
 def collect(study: Study, root: Path) -> list[Result]:
-    """The finished runs of a study, by arm and then by seed."""
+    """Return the finished runs of a study, by arm and then by seed."""
     return [
         read_result(study.name, arm.name, seed, root)
         for arm in study.arms
@@ -62,7 +62,7 @@ def collect(study: Study, root: Path) -> list[Result]:
 
 
 def read_result(study: str, arm: str, seed: int, root: Path) -> Result:
-    """Reads what a run left."""
+    """Read what a run left."""
     folder = run_folder(root, study, arm, seed)
     measured = asdict(read_summary(folder / SUMMARY_FILE)) | {"study": study, "arm": arm, "seed": seed}
     measured["commit"] = (folder / COMMIT_FILE).read_text().strip()
@@ -70,7 +70,7 @@ def read_result(study: str, arm: str, seed: int, root: Path) -> Result:
 
 
 def write_csv(results: Iterable[Result], path: Path) -> None:
-    """Writes one row per run, numbers to six digits."""
+    """Write one row per run, numbers to six digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -80,7 +80,7 @@ def write_csv(results: Iterable[Result], path: Path) -> None:
 
 
 def read_csv(path: Path) -> dict[str, list[Result]]:
-    """The rows of `write_csv` by study."""
+    """Return the rows of `write_csv` by study."""
     studies: dict[str, list[Result]] = {}
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
@@ -92,7 +92,7 @@ def read_csv(path: Path) -> dict[str, list[Result]]:
 
 
 def by_arm(results: Iterable[Result]) -> dict[str, dict[int, Result]]:
-    """The runs of each arm by seed."""
+    """Return the runs of each arm by seed."""
     arms: dict[str, dict[int, Result]] = {}
     for result in results:
         arms.setdefault(result.arm, {})[result.seed] = result

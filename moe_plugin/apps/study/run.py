@@ -15,7 +15,7 @@ LOG_FILE, COMMIT_FILE = "log.txt", "commit.txt"
 
 
 def is_finished(folder: Path) -> bool:
-    """Says whether a run has come to its end."""
+    """Return whether a run has come to its end."""
     return (folder / SUMMARY_FILE).exists()
 
 

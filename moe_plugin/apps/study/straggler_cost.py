@@ -22,7 +22,7 @@ from moe_plugin.metrics.rank_groups import RANKS, rank_violation
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints a Markdown table: MaxVio per rank and the step time, over the seeds of each arm.
+    """Print a Markdown table: MaxVio per rank and the step time, over the seeds of each arm.
 
     Args:
         arguments: Words after the program's name; by default the program's own.
@@ -52,7 +52,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def row(measured: Sequence[Sequence[float]], expert_share: float) -> list[str]:
-    """The cells of an arm; empty where there are fewer experts than ranks."""
+    """Return the cells of an arm; empty where there are fewer experts than ranks."""
     cells = []
     for values in zip(*measured, strict=True):
         known = values[0] == values[0]

@@ -18,7 +18,7 @@ HEADER = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Prints the table of each study in a CSV of ``moe-study``.
+    """Print the table of each study in a CSV of ``moe-study``.
 
     Args:
         arguments: Words after the program's name; by default the program's own.
@@ -34,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def markdown(results: Sequence[Result], reference: str) -> str:
-    """A row for each arm: mean ± standard deviation over seeds, and the paired difference of perplexity.
+    """Return a row for each arm: mean ± standard deviation over seeds, and the paired difference of perplexity.
 
     Args:
         results: Of one study.

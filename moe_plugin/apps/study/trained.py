@@ -47,20 +47,20 @@ class Trained:
     sequences_seen: int
 
     def next_batches(self, skip: int, number: int) -> list[Batch]:
-        """Batches as training would have gone on with, after leaving some out."""
+        """Return batches as training would have gone on with, after leaving some out."""
         loader = self.data.train_dataloader()
         loader.batch_sampler.seek(0, self.sequences_seen + skip * self.data.batch_size)
         return list(islice(loader, number))
 
     def held_out(self, tokens: int) -> list[Batch]:
-        """Validation batches of so many tokens."""
+        """Return validation batches of so many tokens."""
         return list(
             islice(self.data.val_dataloader(), tokens // self.data.context_length // self.data.val_batch_size)
         )
 
 
 def load_run(folder: Path) -> Trained:
-    """Reads a run's last checkpoint.
+    """Read a run's last checkpoint.
 
     Raises:
         ConfigError: There is none.
@@ -83,7 +83,7 @@ def load_run(folder: Path) -> Trained:
 
 
 def runs_of(arm: Path) -> dict[int, Path]:
-    """The finished runs of an arm's folder, by seed.
+    """Return the finished runs of an arm's folder, by seed.
 
     Raises:
         ConfigError: There are none.
@@ -108,7 +108,7 @@ class _Seen:
 
 @torch.no_grad()
 def look(trained: Trained, batches: Iterable[Batch]) -> tuple[dict[str, Tensor], Tensor]:
-    """Runs the model over batches in evaluation mode.
+    """Run the model over batches in evaluation mode.
 
     Returns:
         By router the selected experts of each token, int64 (T, K), -1 where a token does not use one; and the
@@ -134,11 +134,11 @@ def _observed(sites: BalancedModel, seen: dict[str, _Seen]) -> Iterator[None]:
 
 
 def counts_of(ids_TK: Tensor, site: Site) -> Tensor:
-    """Tokens per routed expert; int64 (E,)."""
+    """Return tokens per routed expert; int64 (E,)."""
     used = ids_TK[(ids_TK >= 0) & (ids_TK < site.num_routed)]
     return torch.bincount(used, minlength=site.num_routed)
 
 
 def in_batches(ids_TK: Tensor, tokens: int) -> Iterator[Tensor]:
-    """The selections of so many tokens each, the last incomplete batch left out."""
+    """Yield the selections of so many tokens each, the last incomplete batch left out."""
     yield from (part for part in ids_TK.split(tokens) if len(part) == tokens)

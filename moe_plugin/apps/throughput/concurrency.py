@@ -28,7 +28,7 @@ class Concurrency:
     rounds: int = 5
 
     def __post_init__(self) -> None:
-        """Checks the numbers.
+        """Check the numbers.
 
         Raises:
             ConfigError: One is not positive, or the numbers of sequences do not rise.
@@ -46,7 +46,7 @@ class Concurrency:
                 raise ConfigError(f"'{KEY}.{name}' must be >= 1, got {value}.")
 
     def length_for(self, context_length: int) -> int:
-        """Tokens of a sequence for a model.
+        """Return tokens of a sequence for a model.
 
         Raises:
             ConfigError: More are asked for than the model reads.
@@ -61,7 +61,7 @@ class Concurrency:
 
 
 def take_concurrency_(changes: dict[str, Any]) -> Concurrency | None:
-    """Takes what concerns throughput out of the values given on the command line.
+    """Take what concerns throughput out of the values given on the command line.
 
     Args:
         changes: Values by key; ``throughput`` and all keys below it are removed.

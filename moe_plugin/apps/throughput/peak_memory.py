@@ -18,12 +18,12 @@ class PeakMemory:
     """
 
     def __init__(self, device: torch.device) -> None:
-        """Remembers what is in use now."""
+        """Remember what is in use now."""
         self._device = device
         self._before = self._bytes("VmRSS", torch.cuda.memory_allocated)
 
     def of(self, work: Callable[[], object]) -> int | None:
-        """Does the work.
+        """Do the work.
 
         Returns:
             Bytes; None on a device or a system that does not tell.

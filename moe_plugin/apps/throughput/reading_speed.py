@@ -48,7 +48,7 @@ class Reading:
 
 
 def check_throughput(concurrency: Concurrency, config: DictConfig) -> None:
-    """Checks that a run's model and text can be read in this way, without creating anything.
+    """Check that a run's model and text can be read in this way, without creating anything.
 
     Raises:
         ConfigError: They can't, or sequences are longer than the model reads.
@@ -63,7 +63,7 @@ def check_throughput(concurrency: Concurrency, config: DictConfig) -> None:
 
 
 def measure_throughput(trainer: Trainer, concurrency: Concurrency) -> dict[str, Any]:
-    """Reads held-out text with the model that the trainer has validated, in the trainer's precision.
+    """Read held-out text with the model that the trainer has validated, in the trainer's precision.
 
     Args:
         trainer: After `validate`.
@@ -85,7 +85,7 @@ def measure_throughput(trainer: Trainer, concurrency: Concurrency) -> dict[str, 
 
 
 def cut_text(batches: Iterable[Mapping[str, Tensor]], number: int, length: int) -> Tensor:
-    """Cuts batches into sequences, int64 (number, length); from the beginning again where there is too little text."""
+    """Cut batches into sequences, int64 (number, length); from the beginning again where there is too little text."""
     parts, found = [], 0
     for batch in batches:
         tokens_BS = batch["tokens"][:, :-1]
@@ -144,7 +144,7 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 
 def reading(number: int, seconds: Mapping[int, Sequence[float]], peak: int | None, length: int) -> Reading:
-    """What a number of sequences came to beside the smallest."""
+    """Return what a number of sequences came to beside the smallest."""
     fewest = min(seconds)
     ratios = [
         (one / number) / (other / fewest) for one, other in zip(seconds[number], seconds[fewest], strict=True)
@@ -158,7 +158,7 @@ def reading(number: int, seconds: Mapping[int, Sequence[float]], peak: int | Non
 
 
 def throughput_table(throughput: Mapping[str, Any]) -> Table:
-    """What `measure_throughput` returned, for the terminal."""
+    """Return what `measure_throughput` returned, for the terminal."""
     readings = [Reading(**each) for each in throughput["readings"]]
     title = f"Reading held-out text at once, {throughput['length']} tokens a sequence, {throughput['device']}"
     table = Table(title=title, title_justify="left")

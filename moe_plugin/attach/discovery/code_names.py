@@ -15,12 +15,12 @@ CALL_DEPTH = 2
 
 @cache
 def uses(kind: type, wanted: frozenset[str]) -> bool:
-    """Whether the class's own code, or a plain function that it calls, uses one of these names."""
+    """Return whether the class's own code, or a plain function that it calls, uses one of these names."""
     return any(_reaches(function, wanted, CALL_DEPTH) for function in _functions(kind))
 
 
 def _functions(kind: type) -> Iterator[FunctionType]:
-    """The functions of a class and of its bases up to ``nn.Module``, decorators looked through."""
+    """Yield the functions of a class and of its bases up to ``nn.Module``, decorators looked through."""
     for base in kind.__mro__:
         if base is nn.Module:
             return

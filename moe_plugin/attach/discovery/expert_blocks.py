@@ -14,13 +14,13 @@ _TOP_K = frozenset({"topk"})
 
 
 def may_route(module: nn.Module) -> bool:
-    """Whether it looks like a block of experts, although it was not seen to select any."""
+    """Return whether it looks like a block of experts, although it was not seen to select any."""
     named = Surroundings((("", module),)).has_experts()
     return has_gate_for_a_stack(module) or (named and uses(type(module), _TOP_K))
 
 
 def experts_of(module: nn.Module) -> list[nn.Module]:
-    """Children that are two or more experts."""
+    """Return children that are two or more experts."""
     return [
         child
         for name, child in module.named_children()
@@ -29,13 +29,13 @@ def experts_of(module: nn.Module) -> list[nn.Module]:
 
 
 def has_gate_for_a_stack(module: nn.Module) -> bool:
-    """Whether it has a matrix with one row or column for each module of a list beside it."""
+    """Return whether it has a matrix with one row or column for each module of a list beside it."""
     sizes = {len(child) for child in module.children() if isinstance(child, LISTS)} - {0, 1}
     return bool(sizes) and any(sizes & set(matrix.shape) for matrix in _matrices(module))
 
 
 def _matrices(module: nn.Module) -> Iterator[Tensor]:
-    """The matrices in it, but not those of listed modules."""
+    """Yield the matrices in it, but not those of listed modules."""
     yield from (tensor for tensor in module.parameters(recurse=False) if tensor.dim() == 2)
     for child in module.children():
         if not isinstance(child, LISTS):
@@ -43,7 +43,7 @@ def _matrices(module: nn.Module) -> Iterator[Tensor]:
 
 
 def is_stack(module: nn.Module) -> bool:
-    """Whether it is, or holds, a list of modules or weights with one more dimension than a matrix."""
+    """Return whether it is, or holds, a list of modules or weights with one more dimension than a matrix."""
     if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
         return len(module) > 1
     parts = (module, *module.children())
@@ -57,7 +57,7 @@ def is_stack(module: nn.Module) -> bool:
 def without_router(
     model: nn.Module, blocks: Sequence[str], holders: set[str], routers: Sequence[str]
 ) -> list[str]:
-    """The blocks to which no router belongs: one near them that is not nearer to other experts, of `holders`."""
+    """Return the blocks to which no router belongs: one near them that is not nearer to other experts, of `holders`."""
     names = aliases(model)
     known = [alias for router in routers for alias in names[router]]
     nearest = {

@@ -22,7 +22,7 @@ Input = Callable[[], Tensor]
 def inputs(
     widths: Sequence[int], channels_1d: Sequence[int], channels_2d: Sequence[int], **kind: Any
 ) -> Iterator[Input]:
-    """First arguments, each of which makes `NUM_TOKENS` rows of scores in a router of some kind.
+    """Yield first arguments, each of which makes `NUM_TOKENS` rows of scores in a router of some kind.
 
     Those are (B, S, D) and (T, D) hidden states, sequences with one choice each, signals and images with one choice
     per position or for the whole, and token ids.
@@ -42,7 +42,7 @@ def inputs(
 
 
 def others(module: nn.Module, x: Tensor) -> Iterator[list[Any]]:
-    """Values for the arguments without a default after the first: nothing, a condition like ``x``, a number."""
+    """Yield values for the arguments without a default after the first: nothing, a condition like ``x``, a number."""
     missing = _missing(module)
     yield [None] * missing
     if missing:

@@ -10,7 +10,7 @@ from torch import nn
 def inner_first(
     module: nn.Module, name: str = "", seen: set[int] | None = None
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Every module once, after all that it holds, also where others hold them too."""
+    """Yield every module once, after all that it holds, also where others hold them too."""
     seen = set() if seen is None else seen
     if id(module) in seen:
         return
@@ -21,7 +21,7 @@ def inner_first(
 
 
 def aliases(model: nn.Module) -> dict[str, list[str]]:
-    """All names of each module, by the first: layers may share one."""
+    """Return all names of each module, by the first: layers may share one."""
     by_module: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         by_module.setdefault(id(module), []).append(name)
@@ -29,12 +29,12 @@ def aliases(model: nn.Module) -> dict[str, list[str]]:
 
 
 def levels(name: str) -> list[str]:
-    """The parts of a name."""
+    """Return the parts of a name."""
     return name.split(".") if name else []
 
 
 def shared_levels(one: str, other: str) -> int:
-    """How many levels from the root two modules share."""
+    """Return how many levels from the root two modules share."""
     pairs = zip(levels(one), levels(other), strict=False)
     return next(
         (depth for depth, (a, b) in enumerate(pairs) if a != b), min(len(levels(one)), len(levels(other)))
@@ -42,11 +42,11 @@ def shared_levels(one: str, other: str) -> int:
 
 
 def holds(name: str, others: Sequence[str]) -> bool:
-    """Whether one of the others is this module or inside it."""
+    """Return whether one of the others is this module or inside it."""
     prefix = f"{name}." if name else ""
     return any(other == name or other.startswith(prefix) for other in others)
 
 
 def inside(name: str, others: Sequence[str]) -> bool:
-    """Whether this module is one of the others or inside one."""
+    """Return whether this module is one of the others or inside one."""
     return any(name == other or name.startswith(f"{other}." if other else "") for other in others)

@@ -59,7 +59,7 @@ _Read = tuple[str, Tensor, int, Any, bool, bool, dict[str, Any]]
 
 
 def read_call(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Call | None:
-    """What a call of one of `SELECTING` ranks; None if it does not rank along one dimension."""
+    """Return what a call of one of `SELECTING` ranks; None if it does not rank along one dimension."""
     kind, scores, k, dim, keepdim, largest, rest = _READERS[func](*args, **kwargs)
     num_dims = scores.dim()
     if rest or not isinstance(dim, int) or not num_dims:
@@ -104,7 +104,7 @@ def _min(input: Tensor, dim: int | None = None, keepdim: bool = False, **rest: A
 
 
 def _functions(name: str) -> Iterator[Callable]:
-    """Function and method of this name, and the operator in all its overloads."""
+    """Yield function and method of this name, and the operator in all its overloads."""
     yield from (getattr(torch, name), getattr(Tensor, name))
     operators = getattr(torch.ops.aten, name)
     yield operators

@@ -37,7 +37,7 @@ class RoutedExperts:
 
 
 def find_routed_experts(model: nn.Module) -> list[RoutedExperts]:
-    """Finds each `ModuleList` of experts, or module of stacked (E, ., .) weights, with a router beside it.
+    """Find each `ModuleList` of experts, or module of stacked (E, ., .) weights, with a router beside it.
 
     The router is a sibling that holds a matrix with one row per expert.
 
@@ -84,7 +84,7 @@ def _top_k(block: nn.Module, experts: nn.Module, path: str) -> float:
 
 
 def _owners(block: nn.Module, experts: nn.Module) -> Iterator[object]:
-    """Where top_k may stand, the nearest to the router first."""
+    """Yield where top_k may stand, the nearest to the router first."""
     modules = [*(child for child in block.children() if child is not experts), block, experts]
     yield from modules
     yield from (config for module in modules if (config := getattr(module, "config", None)) is not None)

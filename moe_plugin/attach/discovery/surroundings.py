@@ -45,15 +45,15 @@ class Surroundings:
         return [module for _, module in self.path]
 
     def has_experts(self) -> bool:
-        """Whether a number, a part or a parameter hereabouts is named after experts."""
+        """Return whether a number, a part or a parameter hereabouts is named after experts."""
         return any(_EXPERT.search(name) and not _SHARED.search(name) for name in self._names())
 
     def expert_counts(self) -> set[int]:
-        """How many experts there may be: numbers so named, and sizes of stacks of modules or weights."""
+        """Return how many experts there may be: numbers so named, and sizes of stacks of modules or weights."""
         return self.named_counts() | {size for size, _ in self.stacks()}
 
     def named_counts(self) -> set[int]:
-        """Numbers named after experts."""
+        """Return numbers named after experts."""
         return set().union(*map(_named_numbers, self.modules))
 
     def stacks(self) -> list[tuple[int, Sequence[Tensor]]]:
@@ -64,16 +64,16 @@ class Surroundings:
         return [*((len(part), list(part.parameters())) for part in lists), *((len(w), [w]) for w in weights)]
 
     def configured_counts(self) -> set[int]:
-        """Numbers in the configs that are named after experts; every module of a model may carry its config."""
+        """Return numbers in the configs that are named after experts; every module of a model may carry its config."""
         return {number for module in self.modules[:2] for number in _numbers_in_configs(module)}
 
     def gate_sizes(self) -> set[int]:
-        """Sizes of the module's own matrices: a gate has one output per expert."""
+        """Return sizes of the module's own matrices: a gate has one output per expert."""
         matrices = [tensor for tensor in self.modules[0].parameters() if tensor.dim() == 2]
         return {size for tensor in matrices for size in tensor.shape}
 
     def widths(self) -> list[int]:
-        """Guesses of the width of the hidden states, those of the module's own matrices first."""
+        """Return guesses of the width of the hidden states, those of the module's own matrices first."""
         matrices = [
             tensor for part in self.modules[0].modules() for tensor in _own(part) if tensor.dim() == 2
         ]
@@ -84,12 +84,12 @@ class Surroundings:
         return list(dict.fromkeys(sizes))[:4]
 
     def channels(self, kind: type[nn.Conv1d | nn.Conv2d]) -> list[int]:
-        """Guesses of the number of channels that come in, from the convolutions of this kind."""
+        """Return guesses of the number of channels that come in, from the convolutions of this kind."""
         convolutions = [part for part in self.modules[0].modules() if isinstance(part, kind)]
         return list(dict.fromkeys(each.in_channels for each in convolutions))[:2]
 
     def number(self, names: tuple[str, ...]) -> int | None:
-        """The first attribute of the modules or their configs with one of these names that is a number."""
+        """Return the first attribute of the modules or their configs with one of these names that is a number."""
         for module in self.modules[:2]:
             for holder in (module, getattr(module, "config", None)):
                 for name in names:
@@ -112,7 +112,7 @@ class Surroundings:
         return found
 
     def _parts(self) -> Iterator[nn.Module]:
-        """Modules within two levels below those of the path, without lists that hold the module itself."""
+        """Yield modules within two levels below those of the path, without lists that hold the module itself."""
         for module in self.modules:
             yield module
             for child in module.children():

@@ -68,7 +68,7 @@ class Findings:
         return [*self.routers, *self.refused, *self.strangers]
 
     def only(self, wanted: Callable[[str], bool]) -> Findings:
-        """Those whose name is wanted."""
+        """Return those whose name is wanted."""
         return Findings(
             {name: found for name, found in self.routers.items() if wanted(name)},
             {name: reason for name, reason in self.refused.items() if wanted(name)},
@@ -77,7 +77,7 @@ class Findings:
 
 
 def find_routers(model: nn.Module, adapters: Sequence[Adapter] = ()) -> list[Found]:
-    """All routing sites of a model, in the order of its modules.
+    """Return all routing sites of a model, in the order of its modules.
 
     Raises:
         AttachError: If there is none, or experts have a router that nobody understood.
@@ -86,7 +86,7 @@ def find_routers(model: nn.Module, adapters: Sequence[Adapter] = ()) -> list[Fou
 
 
 def checked(findings: Findings, model: nn.Module) -> list[Found]:
-    """The routers of ``findings``.
+    """Return the routers of ``findings``.
 
     Raises:
         AttachError: If there is none, or experts have a router that nobody understood.
@@ -227,7 +227,7 @@ def _note_siblings(model: nn.Module, unseen: Sequence[str], findings: Findings) 
 
 
 def structure(around: Surroundings) -> Any:
-    """Equal for modules that are built and placed alike, such as the routers of a model's layers."""
+    """Return equal for modules that are built and placed alike, such as the routers of a model's layers."""
     kinds = tuple(type(module) for module in around.modules)
     numbers = tuple(
         (name, value)

@@ -45,7 +45,7 @@ class Trace(TorchFunctionMode):
         self.unsteerable.clear()
 
     def marks_of(self, values: Any) -> set[str]:
-        """Names of the followed tensors on which any of these values depends."""
+        """Return names of the followed tensors on which any of these values depends."""
         return {name for tensor in tensors_in(values) for name in self._marks.get(id(tensor), ())}
 
     def note_returned_(self, values: Any) -> None:
@@ -92,7 +92,7 @@ class Trace(TorchFunctionMode):
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:
-    """The tensors in nested tuples, lists, mappings, data classes and model outputs."""
+    """Yield the tensors in nested tuples, lists, mappings, data classes and model outputs."""
     if isinstance(values, Tensor):
         yield values
     elif isinstance(values, (tuple, list, Mapping, ValuesView)):
@@ -103,7 +103,7 @@ def tensors_in(values: Any) -> Iterator[Tensor]:
 
 
 def _after(name: str, how: str) -> str:
-    """How a result depends on a tensor on which an argument of ``name`` depends in the way ``how``."""
+    """Return how a result depends on a tensor on which an argument of ``name`` depends in the way ``how``."""
     if how != "raw" or name in SAME_VALUES:
         return how
     return "added" if name in _ADDITIONS else "mixed"

@@ -89,7 +89,7 @@ class NoStyle:
 
 
 def understand(around: Surroundings) -> Style | NoStyle | None:
-    """How the innermost module of ``around`` routes; None if it does not, or nobody can tell."""
+    """Return how the innermost module of ``around`` routes; None if it does not, or nobody can tell."""
     if not (around.has_experts() or around.expert_counts() or around.configured_counts()):
         return None
     owners = around.tensors()
@@ -139,7 +139,7 @@ def _by_run(around: Surroundings, owners: Owners, seen: Seen) -> Style | NoStyle
 
 
 def _whole(rankings: list[Ranking]) -> list[Ranking]:
-    """The rankings of all tokens; of those made for some tokens at a time the last."""
+    """Return the rankings of all tokens; of those made for some tokens at a time the last."""
     found, parts = [], {}
     for ranking in rankings:
         call = ranking.call
@@ -201,13 +201,13 @@ def _made(
 
 
 def _stated_k(module: nn.Module, seen: set[int]) -> int | None:
-    """What the router itself says K is, if no selection seen agrees: its first real forward will then tell."""
+    """Return what the router itself says K is, if no selection seen agrees: its first real forward will then tell."""
     stated = [getattr(module, name) for name in TOP_K_NAMES if isinstance(getattr(module, name, None), int)]
     return stated[0] if stated and not seen & set(stated) else None
 
 
 def _is_of_experts(around: Surroundings, ranking: Ranking) -> bool:
-    """Whether as many items were ranked as there are experts.
+    """Return whether as many items were ranked as there are experts.
 
     A stack that nobody named after experts must not have made the scores itself: a classifier of two layers that
     takes the larger of two logits has no experts.
@@ -243,7 +243,7 @@ def _bias(owners: Owners, seen: Seen, ranking: Ranking, num_experts: int) -> str
 
 
 def _by_names(around: Surroundings, owners: Owners) -> Style | None:
-    """What attribute names say, for modules that cannot be run on their own."""
+    """Return what attribute names say, for modules that cannot be run on their own."""
     num_experts, top_k = around.number(EXPERT_COUNT_NAMES), around.number(TOP_K_NAMES)
     near = Surroundings(around.path[:2])
     if (

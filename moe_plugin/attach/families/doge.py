@@ -12,7 +12,7 @@ from moe_plugin.attach.steering.calls import Replaced
 
 
 def route(block: Any, select: Any, *args: Any, **kwargs: Any) -> Any:
-    """The block's forward; with the halves left in their order, a pair's position is its expert's id."""
+    """Return the block's forward; with the halves left in their order, a pair's position is its expert's id."""
 
     def rank(scores: Tensor, k: int, dim: int = -1) -> Any:
         if k == scores.shape[-1]:

@@ -8,7 +8,7 @@ from moe_plugin.attach.adapter import Adapter
 
 
 def has_table_of_experts(module: nn.Module) -> bool:
-    """Whether the module looks experts up by token id."""
+    """Return whether the module looks experts up by token id."""
     return isinstance(getattr(module, "tid2eid", None), nn.Buffer) or type(module).__name__.endswith(
         "HashRouter"
     )

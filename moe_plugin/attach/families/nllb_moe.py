@@ -12,7 +12,7 @@ from moe_plugin.attach.steering.calls import Replaced
 
 
 def route(block: Any, select: Any, *args: Any, **kwargs: Any) -> Any:
-    """The router's forward, with both choices made among probabilities, which is where the bias acts."""
+    """Return the router's forward, with both choices made among probabilities, which is where the bias acts."""
     is_second = False
 
     def largest(scores: Tensor, dim: int = -1) -> Tensor:

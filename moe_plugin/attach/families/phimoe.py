@@ -12,7 +12,7 @@ from moe_plugin.attach.steering.calls import Replaced
 
 
 def route(block: Any, select: Any, *args: Any, **kwargs: Any) -> Any:
-    """The router's forward with its picks biased.
+    """Return the router's forward with its picks biased.
 
     Per pick it calls ``max`` up to three times: for the threshold below which experts are masked, to sample, and, in
     training, to see whether the sample was the most likely expert. The first two decide.

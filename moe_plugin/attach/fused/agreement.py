@@ -26,7 +26,7 @@ _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, A
 
 
 def disagreement(experts: nn.Module, layout: Layout) -> str:
-    """Why the fused experts would not give what this layer gives, outputs and gradients; '' if they do."""
+    """Return why the fused experts would not give what this layer gives, outputs and gradients; '' if they do."""
     generator = torch.Generator().manual_seed(0)
     modes = torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False)
     with torch.random.fork_rng([]), modes[0], modes[1], modes[2]:
@@ -49,7 +49,7 @@ def disagreement(experts: nn.Module, layout: Layout) -> str:
 
 
 def _sample(experts: nn.Module, layout: Layout, generator: torch.Generator) -> nn.Module:
-    """The layer once more with two experts, all else the same."""
+    """Return the layer once more with two experts, all else the same."""
     kind = type(experts)
     sample = kind.__new__(kind)
     parameters = {
@@ -68,7 +68,7 @@ def _sample(experts: nn.Module, layout: Layout, generator: torch.Generator) -> n
 
 
 def _random(shape: torch.Size, width: int, generator: torch.Generator) -> Tensor:
-    """Projections of the first experts that keep the scale of inputs of this width."""
+    """Return projections of the first experts that keep the scale of inputs of this width."""
     sizes = (min(_EXPERTS, shape[0]), *shape[1:])
     drawn = torch.randn(sizes, generator=generator, dtype=torch.float64, device="cpu")
     return drawn.mul_(width**-0.5)
@@ -89,7 +89,7 @@ def _inputs(
 
 
 def _results(kind: Any, sample: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Output, and gradients of hidden states and gate weights."""
+    """Return output, and gradients of hidden states and gate weights."""
     x_TD, _, weights_TK = inputs
     y_TD = kind.forward(sample, *inputs)
     return y_TD.detach(), *torch.autograd.grad(y_TD.square().sum(), (x_TD, weights_TK))

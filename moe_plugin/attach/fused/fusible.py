@@ -31,7 +31,7 @@ def check_experts(value: Experts) -> Experts:
 
 
 def find_fusible(model: nn.Module, routers: Sequence[Found]) -> dict[str, tuple[nn.Module, Layout]]:
-    """The layers of experts of these routers by name, each proven to be computed by the fused experts.
+    """Return the layers of experts of these routers by name, each proven to be computed by the fused experts.
 
     Raises:
         AttachError: If a router has no such layer.
@@ -91,7 +91,7 @@ def _shapes(module: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """What its forward may go by: buffers, and all that is not an attribute of every module."""
+    """Return what its forward may go by: buffers, and all that is not an attribute of every module."""
     return vars(module)["_buffers"] | {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE}
 
 

@@ -41,7 +41,7 @@ class FusedHostExperts(Mixin):
     _moe_fusion: Fusion
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
-        """Applies the selected experts to each token, in the dtype of their weights or of the autocast.
+        """Apply the selected experts to each token, in the dtype of their weights or of the autocast.
 
         Args:
             hidden_states: (T, D).
@@ -72,7 +72,7 @@ def fuse_(experts: nn.Module, fusion: Fusion) -> None:
 
 
 def has_run(experts: nn.Module) -> bool:
-    """Whether a layer given to `fuse_` has been computed since, outside of compiled code."""
+    """Return whether a layer given to `fuse_` has been computed since, outside of compiled code."""
     return vars(experts)[_ATTRIBUTE].has_run
 
 

@@ -38,7 +38,7 @@ class Layout:
 
 
 def experts_of_routers(model: nn.Module, routers: Sequence[Found]) -> tuple[dict[str, nn.Module], list[str]]:
-    """The layers of stacked experts that hang on these routers, by name, and the routers without one.
+    """Return the layers of stacked experts that hang on these routers, by name, and the routers without one.
 
     A router's are the nearest modules that hold 3-D parameters with one entry per expert.
     """
@@ -67,7 +67,7 @@ def _is_stacked(module: nn.Module, num_experts: int) -> bool:
 
 
 def layout_of(experts: nn.Module) -> Layout | str:
-    """How this layer holds its projections, or why it cannot be computed by the fused experts."""
+    """Return how this layer holds its projections, or why it cannot be computed by the fused experts."""
     if isinstance(experts, GroupedExperts):
         return "they are the fused experts already"
     shapes = {name: tuple(parameter.shape) for name, parameter in experts.named_parameters()}
@@ -87,7 +87,7 @@ def layout_of(experts: nn.Module) -> Layout | str:
 
 
 def _layout(gate_up: tuple[str, tuple[int, ...]], down: tuple[str, tuple[int, ...]]) -> Layout | None:
-    """The shapes leave no choice: at most one order of the two, and of their dimensions, fits."""
+    """Return the shapes leave no choice: at most one order of the two, and of their dimensions, fits."""
     (gate_up_name, gate_up_shape), (down_name, down_shape) = gate_up, down
     if len(gate_up_shape) != 3 or len(down_shape) != 3:
         return None

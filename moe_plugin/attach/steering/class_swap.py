@@ -41,7 +41,7 @@ def _mixed(mixin: type[Mixin], base: type[nn.Module]) -> type[nn.Module]:
 
 
 def _unmix(kind: type) -> tuple[tuple[type[Mixin], ...], type]:
-    """The mixins of a swapped class, the first put in first, and the host's class."""
+    """Return the mixins of a swapped class, the first put in first, and the host's class."""
     if not issubclass(kind, Mixin):
         return (), kind
     mixins, base = _unmix(kind.__bases__[1])

@@ -41,7 +41,7 @@ class Selection(NamedTuple):
     used_TK: Tensor | None = None
 
     def detached(self) -> Selection:
-        """The same without gradients."""
+        """Return the same without gradients."""
         return self._replace(ranked_TE=self.ranked_TE.detach(), selected_TK=self.selected_TK.detach())
 
 
@@ -134,7 +134,7 @@ class Intercept(TorchFunctionMode):
         )
 
     def _cut(self, call: Call, ids: Tensor) -> Tensor:
-        """Those that the host uses of the ids returned."""
+        """Return those that the host uses of the ids returned."""
         if ids.dim() < call.scores.dim():
             return ids.unsqueeze(call.dim)
         size = ids.shape[call.dim]
@@ -144,13 +144,13 @@ class Intercept(TorchFunctionMode):
 
 
 def select(scores_TE: Tensor, k: int, bias_E: Tensor) -> Selection:
-    """The ``k`` experts with the largest score plus bias, with their unbiased scores."""
+    """Return the ``k`` experts with the largest score plus bias, with their unbiased scores."""
     ids_TK = torch.topk(biased(scores_TE, bias_E, scores_TE.dim() - 1, False), k, dim=-1).indices
     return Selection(scores_TE, scores_TE.gather(-1, ids_TK), ids_TK)
 
 
 def biased(scores: Tensor, bias_E: Tensor, dim: int, zeros_masked: bool) -> Tensor:
-    """Scores to rank by: without gradient, with the bias along ``dim``, closed groups kept closed."""
+    """Return scores to rank by: without gradient, with the bias along ``dim``, closed groups kept closed."""
     ranked = scores.detach()
     if zeros_masked:
         ranked = ranked.masked_fill(ranked == 0, float("-inf"))
@@ -159,7 +159,7 @@ def biased(scores: Tensor, bias_E: Tensor, dim: int, zeros_masked: bool) -> Tens
 
 
 def _unbiased_result(call: Call, result: Any) -> Any:
-    """The result of the biased ranking with its values replaced by the unbiased scores."""
+    """Return the result of the biased ranking with its values replaced by the unbiased scores."""
     if isinstance(result, Tensor):
         return result
     ids = result[1]

@@ -25,7 +25,7 @@ class BalancedRouter(Mixin):
     _moe_site: Site
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The host's forward, with its expert selection seen and biased."""
+        """Return the host's forward, with its expert selection seen and biased."""
         return _watched(self, super().forward, args, kwargs)  # pyright: ignore
 
 
@@ -41,7 +41,7 @@ class BalancedForward:
         self.forward = forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The instance's forward, with its expert selection seen and biased."""
+        """Return the instance's forward, with its expert selection seen and biased."""
         return _watched(self.module, self.forward, args, kwargs)
 
 
@@ -54,7 +54,7 @@ class AdaptedMethod:
         self.adapter = adapter
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The adapter's routing, with every selection counted."""
+        """Return the adapter's routing, with every selection counted."""
         site: Site = self.module._moe_site  # pyright: ignore[reportAssignmentType]
         seen: list[Selection] = []
 
@@ -134,7 +134,7 @@ def _refuse_to_be_recomputed() -> None:
 
 
 def _proving(site: Site, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward, which once checks that the host's own bias reaches its selection."""
+    """Return the forward, which once checks that the host's own bias reaches its selection."""
 
     def proving(*args: Any, **kwargs: Any) -> Any:
         trace = Trace({"bias": site.bias_tensor})

@@ -32,7 +32,7 @@ class Load:
     shares_E: Tensor | None = None
 
     def of(self, site: int) -> Load:
-        """That of one site of several."""
+        """Return that of one site of several."""
         gaps_EG = None if self.gaps_EG is None else self.gaps_EG[site]
         shares_E = None if self.shares_E is None else self.shares_E[site]
         return Load(self.counts_E[site], self.bias_E[site], gaps_EG, shares_E)
@@ -63,7 +63,7 @@ class Load:
 
 
 def centred(values_E: Tensor) -> Tensor:
-    """The values less their mean over the experts; float64. That of integers is rounded once."""
+    """Return the values less their mean over the experts; float64. That of integers is rounded once."""
     if values_E.dtype == torch.int64:
         num_experts = values_E.shape[-1]
         return (num_experts * values_E - values_E.sum(-1, keepdim=True)).double() / num_experts

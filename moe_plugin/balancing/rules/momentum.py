@@ -47,7 +47,7 @@ class Momentum:
         check_fraction("beta", self.beta)
 
     def step(self, load: Load, rate: float | Tensor, memory: Memory) -> Tensor:
-        """The running mean, see `Rule.step`."""
+        """Return the running mean, see `Rule.step`."""
         fresh_E = rate * centred((self.kappa * load.error_E).tanh())
         memory["momentum"] = (
             self.beta * memory.get("momentum", torch.zeros_like(fresh_E)) + (1 - self.beta) * fresh_E

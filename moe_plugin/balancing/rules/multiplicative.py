@@ -42,6 +42,6 @@ class Multiplicative:
         check_rate(self.rate)
 
     def step(self, load: Load, rate: float | Tensor, memory: Memory) -> Tensor:
-        """The change of the logarithms of the factors, see `Rule.step`."""
+        """Return the change of the logarithms of the factors, see `Rule.step`."""
         growth_E = 1 + rate * load.signs_E.double() / load.bias_E.double().exp()
         return centred(growth_E.clamp(min=LEAST_FACTOR).log())

@@ -50,7 +50,7 @@ class PID:
         check_positive("windup_limit", self.windup_limit)
 
     def step(self, load: Load, rate: float | Tensor, memory: Memory) -> Tensor:
-        """The rate times the three terms, see `Rule.step`."""
+        """Return the rate times the three terms, see `Rule.step`."""
         error_E = load.error_E
         none_E = torch.zeros_like(error_E)
         change_E = error_E - memory.get("last_error", none_E)

@@ -44,7 +44,7 @@ class PrimalDual:
         check_fraction("power", self.power, with_one=True)
 
     def step(self, load: Load, rate: float | Tensor, memory: Memory) -> Tensor:
-        """The rate of this step times the load error, see `Rule.step`."""
+        """Return the rate of this step times the load error, see `Rule.step`."""
         error_E = load.error_E
         memory["steps"] = memory.get("steps", torch.zeros_like(error_E[..., :1])) + 1
         return rate * error_E / memory["steps"] ** self.power

@@ -38,7 +38,7 @@ class Proportional:
             check_positive("limit", self.limit, "a number > 0 or null")
 
     def step(self, load: Load, rate: float | Tensor, memory: Memory) -> Tensor:
-        """The rate times the load error, see `Rule.step`."""
+        """Return the rate times the load error, see `Rule.step`."""
         if self.limit is None:
             return rate * load.error_E
         return rate * centred(load.error_E.clamp(-self.limit, self.limit))

@@ -48,6 +48,6 @@ class Quantile:
         check_fraction("rate", self.rate, with_one=True)
 
     def step(self, load: Load, rate: float | Tensor, memory: Memory) -> Tensor:
-        """A share of the way to the balanced bias, see `Rule.step`."""
+        """Return a share of the way to the balanced bias, see `Rule.step`."""
         assert load.gaps_EG is not None, "a rule that needs gaps is given them"
         return rate * centred(-balanced_gap(load.gaps_EG, load.expected_E))

@@ -26,7 +26,7 @@ class Rule(Protocol):
         ...
 
     def step(self, load: Load, rate: float | Tensor, memory: Memory) -> Tensor:
-        """How far to move the bias.
+        """Return how far to move the bias.
 
         It is called by all ranks with the same numbers, and once for all sites that are alike, stacked in a leading
         dimension. What comes of a step that must change nothing (a skipped,

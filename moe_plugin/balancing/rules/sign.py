@@ -39,5 +39,5 @@ class Sign:
         check_rate(self.rate)
 
     def step(self, load: Load, rate: float | Tensor, memory: Memory) -> Tensor:
-        """The rate times the sign of the load error, see `Rule.step`."""
+        """Return the rate times the sign of the load error, see `Rule.step`."""
         return rate * (centred(load.signs_E) if self.centred else load.signs_E.double())

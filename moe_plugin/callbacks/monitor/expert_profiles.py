@@ -50,7 +50,7 @@ def expert_profiles(
 
 
 def profile_table(experts: Sequence[Mapping[str, Any]]) -> str:
-    """The experts of a layer as a table in Markdown.
+    """Return the experts of a layer as a table in Markdown.
 
     Kinds and texts have lines of their own: TensorBoard breaks words of the narrow columns where another is wide.
     """

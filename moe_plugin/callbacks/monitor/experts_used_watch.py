@@ -83,7 +83,7 @@ class ExpertsUsedWatch:
         )
 
     def scalars(self) -> dict[str, float]:
-        """Rank correlation of a token's experts with its loss, over layers and of each; none without losses."""
+        """Return rank correlation of a token's experts with its loss, over layers and of each; none without losses."""
         if self.counts is None or not self.counts.by_loss_LPUB.any():
             return {}
         scalars = {}
@@ -100,7 +100,7 @@ class ExpertsUsedWatch:
         return {name: value for name, value in scalars.items() if np.isfinite(value)}
 
     def images(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Tag and picture of everything that was counted."""
+        """Yield tag and picture of everything that was counted."""
         record = self.record()
         if record is None:
             return
@@ -133,7 +133,7 @@ class ExpertsUsedWatch:
         }
 
     def _table(self, kind: str, table_LGU: Tensor) -> dict[str, Any]:
-        """The kinds that occurred: their names, tokens and mean numbers of experts by layer."""
+        """Return the kinds that occurred: their names, tokens and mean numbers of experts by layer."""
         tokens_G = table_LGU[0].sum(-1)
         seen_G = tokens_G > 0
         names = [name for name, seen in zip(self._kinds.names[kind], seen_G.tolist(), strict=True) if seen]

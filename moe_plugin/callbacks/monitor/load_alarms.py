@@ -93,7 +93,7 @@ class AlarmWatch:
 
 
 def _shared(balanced: BalancedModel, decisions: Mapping[str, Decisions]) -> dict[str, dict]:
-    """What ranks may see differently, the same on all: the largest score range, any NaN, and any other bias."""
+    """Return what ranks may see differently, the same on all: the largest score range, any NaN, and any other bias."""
     rows = [_measures(site.bias, decisions.get(name)) for name, site in balanced.items()]
     measures_L4 = torch.stack(rows)
     if dist.is_available() and dist.is_initialized():
@@ -109,7 +109,7 @@ def _shared(balanced: BalancedModel, decisions: Mapping[str, Decisions]) -> dict
 
 
 def _measures(bias_E: Tensor, decisions: Decisions | None) -> Tensor:
-    """Float64 (4,), made to be combined by their maximum over ranks."""
+    """Return Float64 (4,), made to be combined by their maximum over ranks."""
     if isinstance(bias_E, DTensor):
         bias_E = bias_E.full_tensor()
     bits = bias_E.contiguous().view(torch.int32).double()

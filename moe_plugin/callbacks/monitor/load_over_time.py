@@ -54,7 +54,7 @@ class LoadOverTime:
             self._join_()
 
     def images(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Tag and picture of each layer's load and bias, from the first window to the last."""
+        """Yield tag and picture of each layer's load and bias, from the first window to the last."""
         for name in self._names if self._steps else ():
             tokens_NE, bias_NE = np.stack(self._tokens[name]), np.stack(self._biases[name])
             yield (
@@ -79,7 +79,7 @@ class LoadOverTime:
 
 
 def spread(count: int, at_most: int) -> list[int]:
-    """Evenly spaced places among `count`, the first and the last with them."""
+    """Return evenly spaced places among `count`, the first and the last with them."""
     if count <= at_most:
         return list(range(count))
     return [round(place * (count - 1) / (at_most - 1)) for place in range(at_most)]

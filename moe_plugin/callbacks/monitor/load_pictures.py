@@ -67,10 +67,10 @@ class LoadPictures:
 
 
 def counts_of(loads: Mapping[str, LayerLoad]) -> dict[str, Tensor]:
-    """The tokens per expert of each layer as int64 tensors."""
+    """Return the tokens per expert of each layer as int64 tensors."""
     return {name: torch.tensor(load.tokens_per_expert) for name, load in loads.items()}
 
 
 def _rectangle(counts: Mapping[str, Tensor]) -> Tensor:
-    """Counts with -1 where a layer has no expert, in the widest type that event files take."""
+    """Return counts with -1 where a layer has no expert, in the widest type that event files take."""
     return stack_layers([count + 1 for count in counts.values()]).double() - 1

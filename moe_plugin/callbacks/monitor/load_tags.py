@@ -49,7 +49,7 @@ _EXPERTS_PER_TOKEN = {
 
 
 def dashboard(*, experts_vary: bool) -> dict[str, dict[str, list]]:
-    """Custom-scalar layout for `SummaryWriter.add_custom_scalars`: charts of tags by regular expression.
+    """Return custom-scalar layout for `SummaryWriter.add_custom_scalars`: charts of tags by regular expression.
 
     Args:
         experts_vary: Whether tokens use different numbers of experts.
@@ -63,7 +63,7 @@ def training_scalars(
     decisions: Mapping[str, Decisions],
     expert_share: float,
 ) -> dict[str, float]:
-    """What a window of training steps is logged as.
+    """Return what a window of training steps is logged as.
 
     `load/*` is the mean over layers, except for dead experts (the sum) and the bias range (the largest);
     `load_layers/*/<site>` is each layer by itself, its violation that of the window's summed counts.
@@ -91,7 +91,7 @@ def training_scalars(
 
 
 def slowdowns(loads: Mapping[str, LayerLoad], expert_share: float) -> dict[str, float]:
-    """Step time over that of an even load, were the experts spread over 8, 16 or 64 ranks.
+    """Return step time over that of an even load, were the experts spread over 8, 16 or 64 ranks.
 
     `1 + f * MaxVio` with the MaxVio of a step's tokens per rank, mean over layers: all ranks wait for the fullest.
     Numbers of ranks that divide no layer's experts are left out.
@@ -104,7 +104,7 @@ def slowdowns(loads: Mapping[str, LayerLoad], expert_share: float) -> dict[str, 
 
 
 def budget_scalars(experts_per_token: Mapping[str, float], targets: Mapping[str, float]) -> dict[str, float]:
-    """How many experts a token used, and how far from the target that is, where their number varies.
+    """Return how many experts a token used, and how far from the target that is, where their number varies.
 
     `load/experts_per_token` is the mean over layers and `load/budget_error` that over the mean target, less 1;
     `load_layers/*` is each layer by itself.
@@ -125,7 +125,7 @@ def budget_scalars(experts_per_token: Mapping[str, float], targets: Mapping[str,
 
 
 def validation_scalars(loads: Mapping[str, LayerLoad]) -> dict[str, float]:
-    """What a validation run is logged as; means over layers, dead experts are the sum."""
+    """Return what a validation run is logged as; means over layers, dead experts are the sum."""
     scalars = _over_layers(loads)
     return {
         "val/max_violation_batch": scalars["max_violation_batch"],

@@ -11,18 +11,18 @@ from lightning.pytorch.loggers import Logger
 
 
 def first_rank_loggers(trainer: Trainer) -> list[Logger]:
-    """The trainer's loggers; none on other ranks than the first."""
+    """Return the trainer's loggers; none on other ranks than the first."""
     return trainer.loggers if trainer.is_global_zero else []
 
 
 def tensorboard_writers(loggers: Iterable[Logger]) -> list[Any]:
-    """The TensorBoard writers among the loggers: they take histograms, tensors and layouts too."""
+    """Return the TensorBoard writers among the loggers: they take histograms, tensors and layouts too."""
     writers = [getattr(logger, "experiment", None) for logger in loggers]
     return [writer for writer in writers if hasattr(writer, "add_custom_scalars")]
 
 
 def log_folder(loggers: Iterable[Logger]) -> Path | None:
-    """The first folder on this machine that a logger writes to."""
+    """Return the first folder on this machine that a logger writes to."""
     for logger in loggers:
         folder = getattr(logger, "log_dir", None) or logger.save_dir
         if folder is not None and Path(folder).is_dir():
@@ -31,5 +31,5 @@ def log_folder(loggers: Iterable[Logger]) -> Path | None:
 
 
 def logged_step(trainer: Trainer) -> int:
-    """The x-axis of everything that Lightning logs itself."""
+    """Return the x-axis of everything that Lightning logs itself."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -37,7 +37,7 @@ class ExpertsPerToken:
             self._tokens[name] = self._tokens.get(name, 0) + record.tokens[name]
 
     def take(self) -> Used:
-        """What was used since the last call."""
+        """Return what was used since the last call."""
         if not self._tokens:
             return Used({}, 0)
         names = list(self._tokens)

@@ -58,7 +58,7 @@ class RouterSample:
             site.witness = None
 
     def take(self) -> dict[str, Decisions]:
-        """What was seen since the last call, by router; empty if nothing was."""
+        """Return what was seen since the last call, by router; empty if nothing was."""
         seen, self._seen = self._seen, {}
         if not seen:
             return {}

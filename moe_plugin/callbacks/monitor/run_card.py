@@ -48,7 +48,7 @@ def active_parameters(model: torch.nn.Module) -> ActiveParameters | None:
 
 
 def run_card(trainer: Trainer, pl_module: LightningModule, balanced: BalancedModel) -> str:
-    """A run in Markdown: model, routers, training, machine."""
+    """Return a run in Markdown: model, routers, training, machine."""
     size = active_parameters(pl_module)
     first = next(iter(balanced.values()))
     experts = sorted({site.num_routed for site in balanced.values()})

@@ -92,7 +92,7 @@ class Specialisation:
             self._first[name] = ids_TK[:TOKENS].masked_fill(~used_TK[:TOKENS], -1)
 
     def scalars(self) -> dict[str, float]:
-        """Share of the choices in the first batch that are those of the run before, over layers and of each."""
+        """Return share of the choices in the first batch that are those of the run before, over layers and of each."""
         shares = {
             name: _kept(now_TK, self._last_first[name])
             for name, now_TK in self._first.items()
@@ -107,7 +107,7 @@ class Specialisation:
         }
 
     def images(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Tag and picture of everything that was counted."""
+        """Yield tag and picture of everything that was counted."""
         for kind, tables in self.counts.items():
             if tables:
                 shown = {str(place): table.cpu().numpy() for place, table in enumerate(tables.values())}
@@ -123,12 +123,12 @@ class Specialisation:
                 yield f"coactivation/{name}", coactivation_heatmap(pairs_EE.cpu().long().numpy(), title)
 
     def texts(self) -> Iterator[tuple[str, str]]:
-        """Tag and Markdown table of the experts of each layer."""
+        """Yield tag and Markdown table of the experts of each layer."""
         for layer in self.record():
             yield f"experts/{layer['layer']}", profile_table(layer["experts"])
 
     def record(self) -> list[dict[str, Any]]:
-        """What each expert takes, layer by layer, as JSON takes it; empty if no kinds of tokens are known."""
+        """Return what each expert takes, layer by layer, as JSON takes it; empty if no kinds of tokens are known."""
         names = {kind: self._kinds.names[kind] for kind, tables in self.counts.items() if tables}
         if not names:
             return []
@@ -156,7 +156,7 @@ class Specialisation:
 def count_kinds(
     kinds_T: Tensor, expert_ids_TK: Tensor, groups: int, num_experts: int, used_TK: Tensor
 ) -> Tensor:
-    """How often tokens of each kind used each expert; int64 (G, E)."""
+    """Return how often tokens of each kind used each expert; int64 (G, E)."""
     kinds_T = kinds_T.to(expert_ids_TK.device)
     known_T = (kinds_T >= 0) & (kinds_T < groups)
     cells = (kinds_T.unsqueeze(-1) * num_experts + expert_ids_TK)[known_T.unsqueeze(-1) & used_TK]
@@ -164,7 +164,7 @@ def count_kinds(
 
 
 def _kept(now_TK: Tensor, before_TK: Tensor) -> Tensor:
-    """Share of the experts used now that the same token used before; -1 stands for none."""
+    """Return share of the experts used now that the same token used before; -1 stands for none."""
     same_TK = (now_TK.unsqueeze(-1) == before_TK.unsqueeze(-2)).any(-1)
     used_TK = now_TK >= 0
     return (same_TK & used_TK).sum() / used_TK.sum()

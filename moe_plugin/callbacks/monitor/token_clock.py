@@ -24,7 +24,7 @@ class TokenClock:
         self._since = None
 
     def rate(self, tokens: int) -> float:
-        """Tokens per second since the last reading; 0 if no time has gone by."""
+        """Return tokens per second since the last reading; 0 if no time has gone by."""
         is_running = self._since is not None
         self.pause()
         seconds, self._seconds = self._seconds, 0.0

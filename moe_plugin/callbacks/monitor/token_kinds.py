@@ -50,7 +50,7 @@ class TokenKinds:
         self.token_bytes: list[bytes] | None = getattr(data, "token_bytes", None)
 
     def of(self, batch: Any) -> TokenBatch:
-        """What is known of a batch: a mapping with `tokens`, int64 (B, S + 1), or `input_ids`, int64 (B, S)."""
+        """Return what is known of a batch: a mapping with `tokens`, int64 (B, S + 1), or `input_ids`, int64 (B, S)."""
         if not isinstance(batch, Mapping):
             return NOTHING
         tokens_BS = batch["tokens"][:, :-1] if "tokens" in batch else batch.get("input_ids")
@@ -66,7 +66,7 @@ class TokenKinds:
         return TokenBatch(tokens_BS, kinds)
 
     def text(self, tokens_S: Tensor) -> list[str]:
-        """The text of each token, bytes that are no text of their own as dots; `token_bytes` must be known."""
+        """Return the text of each token, bytes that are no text of their own as dots; `token_bytes` must be known."""
         assert self.token_bytes is not None
         return [
             self.token_bytes[token].decode("utf-8", "replace").replace("\ufffd", "·")
@@ -75,5 +75,5 @@ class TokenKinds:
 
 
 def positions_of(tokens_BS: Tensor) -> Tensor:
-    """The place of each token in its sequence; int64 (T,), on the host."""
+    """Return the place of each token in its sequence; int64 (T,), on the host."""
     return torch.arange(tokens_BS.shape[1]).repeat(tokens_BS.shape[0])

@@ -137,7 +137,7 @@ class TrainingWatch:
 
 
 def _ranges(bias: Mapping[str, Tensor]) -> dict[str, float]:
-    """Largest minus smallest bias by site, with one wait for the device."""
+    """Return largest minus smallest bias by site, with one wait for the device."""
     ranges_L = torch.stack([bias_E.max() - bias_E.min() for bias_E in bias.values()])
     return dict(zip(bias, ranges_L.tolist(), strict=True))
 

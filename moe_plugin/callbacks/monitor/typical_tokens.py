@@ -66,7 +66,7 @@ class TypicalTokens:
 
 
 def _windows(tokens_BS: Tensor) -> Tensor:
-    """The tokens around each token, -1 past the ends of its sequence; int64 (T, W)."""
+    """Return the tokens around each token, -1 past the ends of its sequence; int64 (T, W)."""
     return pad(tokens_BS, (BEFORE, AFTER), value=-1).unfold(1, BEFORE + 1 + AFTER, 1).flatten(0, 1)
 
 
@@ -78,7 +78,7 @@ def _snippet(window_W: Tensor, kinds: TokenKinds) -> Snippet:
 
 
 def _distinct(snippets: list[Snippet]) -> list[Snippet]:
-    """The first of those whose token follows on the same few letters."""
+    """Return the first of those whose token follows on the same few letters."""
     first: dict[tuple[str, str], Snippet] = {}
     for before, token, after in snippets:
         first.setdefault((before[-4:], token), (before, token, after))

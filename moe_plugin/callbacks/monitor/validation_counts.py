@@ -30,7 +30,7 @@ class ValidationLoad(NamedTuple):
     tokens_NL: Tensor
 
     def experts_per_token(self) -> float:
-        """The mean over all tokens and layers; NaN without tokens."""
+        """Return the mean over all tokens and layers; NaN without tokens."""
         selections_L = self.tokens_per_expert_NLE.sum((0, 2))
         return (selections_L.double() / self.tokens_NL.sum(0)).mean().item()
 
@@ -61,7 +61,7 @@ class ValidationCounts:
             self._to_host_()
 
     def reduced(self, device: torch.device) -> ValidationLoad:
-        """The load of each batch over all ranks; every rank must call it.
+        """Return the load of each batch over all ranks; every rank must call it.
 
         Args:
             device: Where the process group communicates.

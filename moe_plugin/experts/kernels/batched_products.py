@@ -28,7 +28,7 @@ from moe_plugin.experts.kernels.row_blocks import through_swiglu_
 def forward_in_batches(
     x_TD: Tensor, weights_TK: Tensor, gate_up: Tensor, down: Tensor, pair_ids_P: Tensor, ends: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """The experts' output (T, D), and gate and up projection of each pair (P, 2H) in the order of their batches.
+    """Return the experts' output (T, D), and gate and up projection of each pair (P, 2H) in the order of their batches.
 
     `ends` says where the pairs of each expert end. See `fused_experts`.
     """
@@ -109,7 +109,7 @@ def _by_expert(rows_NI: Tensor, batch: Batch) -> Tensor:
 
 
 def _of(batch: Batch, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """The weights of its experts in this dtype, (B, I, O): a copy, unless that is one expert's own."""
+    """Return the weights of its experts in this dtype, (B, I, O): a copy, unless that is one expert's own."""
     if len(batch.experts) == 1:
         return weights.narrow(0, batch.experts[0], 1).to(dtype)
     experts = torch.tensor(batch.experts)
@@ -128,5 +128,5 @@ def _set_gradients(gradients: Tensor, batch: Batch, inputs_NI: Tensor, gradients
 
 
 def _is_transposed(weights: Tensor) -> bool:
-    """Whether they are a view of a host's, (E, O, I) in memory."""
+    """Return whether they are a view of a host's, (E, O, I) in memory."""
     return weights.mT.is_contiguous() and not weights.is_contiguous()

@@ -35,7 +35,7 @@ TORCH = Kernels(permute.permute, permute.unpermute)
 
 
 def kernels_for(device: torch.device) -> Kernels:
-    """The kernels to run on this device. Triton's are for GPUs only, whatever the variable says.
+    """Return the kernels to run on this device. Triton's are for GPUs only, whatever the variable says.
 
     Raises:
         ConfigError: The variable names no kernels.
@@ -44,14 +44,14 @@ def kernels_for(device: torch.device) -> Kernels:
 
 
 def triton_kernels() -> Kernels:
-    """Those in Triton; imports it."""
+    """Return those in Triton; imports it."""
     from moe_plugin.experts.kernels import permute_triton
 
     return Kernels(permute_triton.permute, permute_triton.unpermute)
 
 
 def check_choice() -> None:
-    """Checks the variable, before anything is created: wherever our experts are made, or take the place of others.
+    """Check the variable, before anything is created: wherever our experts are made, or take the place of others.
 
     Raises:
         ConfigError: It names no kernels, or Triton is asked for and not installed.
@@ -64,7 +64,7 @@ def check_choice() -> None:
 
 
 def _chosen() -> str:
-    """The only reader of the variable, so that a misspelt one is nowhere taken for another."""
+    """Return the only reader of the variable, so that a misspelt one is nowhere taken for another."""
     chosen = os.environ.get(VARIABLE, "torch")
     if chosen not in ("torch", "triton"):
         raise ConfigError(f"'{VARIABLE}' must be torch or triton, got {chosen!r}. Unset it for torch.")

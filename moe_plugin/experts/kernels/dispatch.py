@@ -33,7 +33,7 @@ class Dispatch(NamedTuple):
 def order_pairs(
     expert_ids_TK: Tensor, num_experts: int, used_TK: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """The used ones of the T * K pairs sorted by expert, int64 (P,), and the end of each expert's, int32 (E,).
+    """Return the used ones of the T * K pairs sorted by expert, int64 (P,), and the end of each expert's, int32 (E,).
 
     Only where some are unused it waits for the device.
 
@@ -57,7 +57,7 @@ def order_pairs(
 
 
 def plan_dispatch(expert_ids_TK: Tensor, num_experts: int, used_TK: Tensor | None = None) -> Dispatch:
-    """Sorts the token-expert pairs by expert; only where some are unused it waits for the device.
+    """Sort the token-expert pairs by expert; only where some are unused it waits for the device.
 
     Args:
         expert_ids_TK: Selected experts, int64.
@@ -78,19 +78,19 @@ def plan_dispatch(expert_ids_TK: Tensor, num_experts: int, used_TK: Tensor | Non
 
 
 def tokens_and_weights(pair_ids_P: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """The token of each pair (P,), and its gate weight (P, 1)."""
+    """Return the token of each pair (P,), and its gate weight (P, 1)."""
     return pair_ids_P // weights_TK.shape[1], weights_TK.reshape(-1, 1).index_select(0, pair_ids_P)
 
 
 def gate_weight_gradient(dweights_P: Tensor, pair_ids_P: Tensor, weights_TK: Tensor) -> Tensor:
-    """The gradient of the gate weights (T, K) from those of the used pairs; that of others is 0."""
+    """Return the gradient of the gate weights (T, K) from those of the used pairs; that of others is 0."""
     dweights_TK = torch.zeros_like(weights_TK)
     dweights_TK.view(-1).scatter_(0, pair_ids_P.long(), dweights_P.to(weights_TK.dtype))
     return dweights_TK
 
 
 def combine(y_PD: Tensor, weights_TK: Tensor, dispatch: Dispatch) -> Tensor:
-    """Sums each token's rows times its gate weights.
+    """Sum each token's rows times its gate weights.
 
     `embedding_bag` is about three times as fast as `index_add`, and weighing the outputs in it is 12% of the
     expert layer faster than weighing the hidden activations (fp32, one CPU thread).

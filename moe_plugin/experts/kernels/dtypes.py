@@ -13,7 +13,7 @@ HALVES = frozenset({torch.float16, torch.bfloat16})
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """The dtype that a layer gives for this input: that of `x`, or of the autocast where one is active."""
+    """Return the dtype that a layer gives for this input: that of `x`, or of the autocast where one is active."""
     # Operators of our own do not know autocast, so it is asked for here. Like autocast itself, leave fp64 alone.
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
@@ -21,7 +21,7 @@ def compute_dtype(x: Tensor) -> torch.dtype:
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """The dtype of the products of a layer that gives `dtype`: fp32 in place of an emulated half precision."""
+    """Return the dtype of the products of a layer that gives `dtype`: fp32 in place of an emulated half precision."""
     return torch.float32 if device.type == "cpu" and dtype in EMULATED_BY_CPU else dtype
 
 

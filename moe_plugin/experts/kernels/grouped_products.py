@@ -26,7 +26,7 @@ _DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 def forward_by_groups(
     x_TD: Tensor, weights_TK: Tensor, gate_up: Tensor, down: Tensor, pair_ids_P: Tensor, offsets_E: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The experts' output (T, D), and gate and up projection of each pair (P, 2H), see `fused_experts`."""
+    """Return the experts' output (T, D), and gate and up projection of each pair (P, 2H), see `fused_experts`."""
     if not _can_group(gate_up, down):
         return forward_in_blocks(x_TD, weights_TK, gate_up, down, pair_ids_P, offsets_E.tolist())
     kernels = kernels_for(x_TD.device)
@@ -77,14 +77,14 @@ def backward_by_groups(
 
 
 def _weight_gradient(inputs_PI: Tensor, gradients_PO: Tensor, weights: Tensor, offsets_E: Tensor) -> Tensor:
-    """The gradient of weights (E, I, O), which lies in memory as they do: else autograd would copy it."""
+    """Return the gradient of weights (E, I, O), which lies in memory as they do: else autograd would copy it."""
     if weights.is_contiguous():
         return functional.grouped_mm(inputs_PI.t(), gradients_PO, offs=offsets_E)
     return functional.grouped_mm(gradients_PO.t(), inputs_PI, offs=offsets_E).mT
 
 
 def _can_group(gate_up: Tensor, down: Tensor) -> bool:
-    """Whether grouped_mm takes the dtype, and how weights, inputs, outputs and gradients lie in memory."""
+    """Return whether grouped_mm takes the dtype, and how weights, inputs, outputs and gradients lie in memory."""
     widths = (*gate_up.shape[1:], down.shape[1])
     aligned = all(width * gate_up.element_size() % _ALIGNMENT_BYTES == 0 for width in widths)
     return aligned and gate_up.dtype in _DTYPES and _has_rows(gate_up) and _has_rows(down)

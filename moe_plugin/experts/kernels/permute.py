@@ -13,7 +13,7 @@ from torch.nn import functional
 
 
 def permute(x_TD: Tensor, token_ids_P: Tensor) -> Tensor:
-    """The row of each pair's token: (P, D).
+    """Return the row of each pair's token: (P, D).
 
     Args:
         x_TD: Rows of tokens, any dtype.
@@ -25,7 +25,7 @@ def permute(x_TD: Tensor, token_ids_P: Tensor) -> Tensor:
 def unpermute(
     y_PD: Tensor, pair_ids_P: Tensor, num_tokens: int, top_k: int, weights_TK: Tensor | None = None
 ) -> Tensor:
-    """Sums the rows of each token's pairs: (T, D). The same bits each time, unlike `index_add` on a GPU.
+    """Sum the rows of each token's pairs: (T, D). The same bits each time, unlike `index_add` on a GPU.
 
     Args:
         y_PD: Rows of pairs; fp32, bf16 or fp16.

@@ -48,7 +48,7 @@ def unpermute(
 
 
 def _rows(pair_ids_P: Tensor, num_pairs: int) -> Tensor:
-    """Where the row of each of the N pairs lies, -1 where it is unused; int32."""
+    """Return where the row of each of the N pairs lies, -1 where it is unused; int32."""
     rows_N = pair_ids_P.new_full((num_pairs,), -1, dtype=torch.int32)
     if used := len(pair_ids_P):
         place_rows[(triton.cdiv(used, _PAIRS),)](pair_ids_P.contiguous(), rows_N, used, PAIRS=_PAIRS)
@@ -68,7 +68,7 @@ def gather_rows(x_TD, token_ids_P, out_PD, dim, COLUMNS: tl.constexpr):
 
 @triton.jit
 def place_rows(pair_ids_P, rows_N, used, PAIRS: tl.constexpr):
-    """Notes at each used pair which row is its own."""
+    """Note at each used pair which row is its own."""
     rows_B = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
     inside_B = rows_B < used
     pairs_B = tl.load(pair_ids_P + rows_B, mask=inside_B)

@@ -56,7 +56,7 @@ class Layout(NamedTuple):
 
 
 def lay_out(pair_ids_P: Tensor, ends: Sequence[int]) -> Layout:
-    """Puts pairs sorted by expert, where `ends` says where those of each expert end, in batches."""
+    """Put pairs sorted by expert, where `ends` says where those of each expert end, in batches."""
     begins = (0, *ends[:-1])
     found = batches([end - begin for begin, end in zip(begins, ends, strict=True)])
     experts = [expert for batch in found for expert in batch.experts]
@@ -73,7 +73,7 @@ def lay_out(pair_ids_P: Tensor, ends: Sequence[int]) -> Layout:
 
 
 def batches(loads: Sequence[int]) -> list[Batch]:
-    """Experts with any pair, from the fullest down, by 1, 2, 4, 8...: so few shapes of products occur.
+    """Return experts with any pair, from the fullest down, by 1, 2, 4, 8...: so few shapes of products occur.
 
     Args:
         loads: Pairs of each expert.

@@ -28,7 +28,7 @@ Piece = tuple[int, int]
 def forward_in_blocks(
     x_TD: Tensor, weights_TK: Tensor, gate_up: Tensor, down: Tensor, pair_ids_P: Tensor, ends: Sequence[int]
 ) -> tuple[Tensor, Tensor]:
-    """The experts' output (T, D), and gate and up projection of each pair (P, 2H), see `fused_experts`.
+    """Return the experts' output (T, D), and gate and up projection of each pair (P, 2H), see `fused_experts`.
 
     `ends` says where the rows of each expert end.
     """
@@ -104,7 +104,7 @@ def backward_in_blocks(
 
 
 def blocks(ends: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[slice, list[Piece]]]:
-    """Cuts rows sorted by expert into blocks; an expert may lie in several.
+    """Cut rows sorted by expert into blocks; an expert may lie in several.
 
     Not in half precision, where a sum over pieces would lose digits: there a block holds whole experts, however large.
 
@@ -129,7 +129,7 @@ def blocks(ends: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[slice, lis
 def _multiply(
     pieces: list[Piece], rows_NI: Tensor, weights_X: tuple[Tensor, ...], out_NO: Tensor | None = None
 ) -> Tensor:
-    """Multiplies the rows of each piece by the weights (I, O) of its expert: (N, O), a new tensor if none is given."""
+    """Multiply the rows of each piece by the weights (I, O) of its expert: (N, O), a new tensor if none is given."""
     out_NO = rows_NI.new_empty(len(rows_NI), weights_X[0].shape[1]) if out_NO is None else out_NO
     sizes = [size for _, size in pieces]
     for (expert, _), rows, out in zip(pieces, rows_NI.split(sizes), out_NO.split(sizes), strict=True):
@@ -140,7 +140,7 @@ def _multiply(
 def _add_products_(
     sums_X: tuple[Tensor, ...], pieces: list[Piece], rows_NI: Tensor, gradients_NO: Tensor, begun: set[int]
 ) -> None:
-    """Adds the gradient of each expert's weights (I, O); those of experts not yet begun hold nothing to add to."""
+    """Add the gradient of each expert's weights (I, O); those of experts not yet begun hold nothing to add to."""
     sizes = [size for _, size in pieces]
     for (expert, _), rows, gradient in zip(
         pieces, rows_NI.split(sizes), gradients_NO.split(sizes), strict=True
@@ -176,5 +176,5 @@ def through_swiglu_(
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Where a token's experts are added up: never in half precision."""
+    """Return where a token's experts are added up: never in half precision."""
     return torch.float32 if dtype in HALVES else dtype

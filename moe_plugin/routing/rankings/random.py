@@ -22,7 +22,7 @@ class Random:
     """
 
     def __call__(self, scores_TE: Tensor, x_TD: Tensor, *, training: bool) -> Tensor:
-        """Numbers that look random, see `Ranking`."""
+        """Return numbers that look random, see `Ranking`."""
         bits_TD = x_TD.detach().float().contiguous().view(torch.int32).long()
         places_D = torch.arange(1, bits_TD.shape[-1] + 1, device=bits_TD.device)
         return pseudo_random((bits_TD * places_D).sum(-1), scores_TE.shape[-1])

@@ -15,7 +15,7 @@ class Ranking(Protocol):
     """Takes the place of the scores where experts are selected; gate weights still come from the scores."""
 
     def __call__(self, scores_TE: Tensor, x_TD: Tensor, *, training: bool) -> Tensor:
-        """What to rank by, before the selection bias is added; fp32 (T, E), without gradient.
+        """Return what to rank by, before the selection bias is added; fp32 (T, E), without gradient.
 
         It must be the same when a layer is recomputed.
 
@@ -28,7 +28,7 @@ class Ranking(Protocol):
 
 
 def pseudo_random(seeds_T: Tensor, num_experts: int) -> Tensor:
-    """A number for each seed and expert that looks random and is always the same; fp32 (T, E) in [0, 1).
+    """Return a number for each seed and expert that looks random and is always the same; fp32 (T, E) in [0, 1).
 
     Args:
         seeds_T: Any integers; int64.
@@ -40,7 +40,7 @@ def pseudo_random(seeds_T: Tensor, num_experts: int) -> Tensor:
 
 
 def _mixed(numbers: Tensor) -> Tensor:
-    """Spreads integers over 31 bits, each bit depending on all: two rounds of multiply and shift."""
+    """Spread integers over 31 bits, each bit depending on all: two rounds of multiply and shift."""
     for _ in range(2):
         numbers = (numbers ^ (numbers >> 16)) * 0x45D9F3B % 2**31
     return numbers ^ (numbers >> 16)

@@ -32,7 +32,7 @@ class Sinkhorn:
     temperature: float = 1.0
 
     def __post_init__(self) -> None:
-        """Checks the numbers.
+        """Check the numbers.
 
         Raises:
             ConfigError: One is not positive.
@@ -42,7 +42,7 @@ class Sinkhorn:
                 raise ConfigError(f"'{name}' must be > 0, got {getattr(self, name)}.")
 
     def __call__(self, scores_TE: Tensor, x_TD: Tensor, *, training: bool) -> Tensor:
-        """The logarithm of the plan times the temperature, up to one number per token; see `Ranking`."""
+        """Return the logarithm of the plan times the temperature, up to one number per token; see `Ranking`."""
         if not training or not len(scores_TE):
             return scores_TE
         plan_TE = scores_TE / self.temperature

@@ -22,11 +22,11 @@ class TokenHash:
     """
 
     def __init__(self) -> None:
-        """Starts without tokens."""
+        """Start without tokens."""
         self.token_ids_T: Tensor | None = None
 
     def __call__(self, scores_TE: Tensor, x_TD: Tensor, *, training: bool) -> Tensor:
-        """Numbers that look random, see `Ranking`.
+        """Return numbers that look random, see `Ranking`.
 
         Raises:
             ConfigError: The network does not tell token ids.
