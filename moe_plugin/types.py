@@ -5,9 +5,9 @@ Shape legend: T tokens, K experts selected per token, E experts.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -48,3 +48,32 @@ class LoadRecord:
     counts: Mapping[str, Tensor]
     tokens: Mapping[str, Tensor]
     bias: Mapping[str, Tensor]
+
+
+class Allocation(NamedTuple):
+    """How a router shares out experts among tokens that use different numbers of them.
+
+    Attributes:
+        target_k: Experts that a token should use on average.
+        num_routed: Experts that compute something: the first ones.
+        load_shares_E: The share of all selections that each expert should get; None for equal shares.
+        level: A fp32 scalar that a step of balancing moves so the target is met; None if the bias alone meets it.
+    """
+
+    target_k: float
+    num_routed: int
+    load_shares_E: Sequence[float] | None = None
+    level: Tensor | None = None
+
+
+@runtime_checkable
+class AllocatesExperts(Protocol):
+    """A router whose tokens use different numbers of experts, the average held at a target.
+
+    Its `Routing` says in ``used_TK`` which of the selected experts a token uses, and in ``slack_TK`` how far its level,
+    if it has one, may fall before it does not.
+    """
+
+    def allocation(self) -> Allocation:
+        """Return the numbers that hold now; the level is the live tensor."""
+        ...

@@ -10,7 +10,7 @@ from torch.distributed._composable.checkpoint_activation import checkpoint
 
 from moe_plugin import LossFreeBalancing, Sign
 from moe_plugin.apps.models import AdamWWarmupCosine
-from moe_plugin.attach.balance import find_balanced
+from moe_plugin.attach.balanced_model import find_balanced
 from moe_plugin.balancing.counts import EXTRA_SLOTS
 from moe_plugin.sharding import find_layers, shard_
 from tests.apps.models.small_models import VOCAB_SIZE, language_model

@@ -103,8 +103,8 @@ def measured(
 
     each = turns()
     cost_us = each.extra_microseconds("attached", "plain")
-    if site.measures_spread:
-        site.looks_closely = False
+    if site.counters.measures_spread:
+        site.counters.looks_closely = False
         between_us = turns().extra_microseconds("attached", "plain")
         cost_us = between_us + (cost_us - between_us) / SPREAD_EVERY
     return 1e3 * each.milliseconds("plain"), cost_us

@@ -16,7 +16,8 @@ from benchmarks.models import LENGTH, random_tokens, small_model, tiny_model
 from benchmarks.row import Row
 from benchmarks.turns import take_turns
 from moe_plugin.apps.models import LanguageModel
-from moe_plugin.attach.balance import BalancedModel, balance_
+from moe_plugin.attach.balance import balance_
+from moe_plugin.attach.balanced_model import BalancedModel
 from moe_plugin.routing import Router
 
 

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 from moe_plugin.errors import ConfigError
 
@@ -82,15 +80,16 @@ class Adapter:
         return value
 
 
-@cache
-def own_adapters() -> tuple[Adapter, ...]:
-    """Return the adapters of the files in ``moe_plugin.attach.families``, each as ``ADAPTER``."""
-    from moe_plugin.attach import families
+class Replaced(TorchFunctionMode):
+    """Gives calls of some torch functions to ``instead``, which may pass them on by returning None."""
 
-    names = sorted(module.name for module in pkgutil.iter_modules(families.__path__))
-    return tuple(importlib.import_module(f"{families.__name__}.{name}").ADAPTER for name in names)
+    def __init__(self, functions: tuple[Callable, ...], instead: Callable[..., Any]) -> None:
+        """Replace these functions, as long as the context is open."""
+        super().__init__()
+        self.functions = functions
+        self.instead = instead
 
-
-def adapter_for(module: nn.Module, adapters: Sequence[Adapter]) -> Adapter | None:
-    """Return the first adapter that fits: the user's come before our own."""
-    return next((adapter for adapter in (*adapters, *own_adapters()) if adapter.fits(module)), None)
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        """Ask ``instead`` first."""
+        result = self.instead(*args, **(kwargs or {})) if func in self.functions else None
+        return func(*args, **(kwargs or {})) if result is None else result

@@ -1,41 +1,35 @@
-"""Balance the experts of any model: one call for a plain training loop, and what the callback drives."""
+"""Balance the experts of any model: one call for a plain training loop, and what the callbacks call."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping, Sequence
-from fnmatch import fnmatchcase
+from collections.abc import Sequence
 
 import torch.distributed as dist
 from torch import nn
 
 from moe_plugin.attach.adapter import Adapter
 from moe_plugin.attach.balanced_model import BalancedModel, find_balanced
-from moe_plugin.attach.discovery.survey import Findings, checked, survey
-from moe_plugin.attach.frozen_routers import FrozenRouters, check_frozen_routers, keeps_bias
-from moe_plugin.attach.fused.fusible import Experts, check_experts, find_fusible
+from moe_plugin.attach.discovery.findings import Findings, routers_to_balance
+from moe_plugin.attach.discovery.survey import survey
+from moe_plugin.attach.frozen_routers import keeps_bias
+from moe_plugin.attach.fused.fusible import find_fusible
 from moe_plugin.attach.fused.host_forward import Fusion, fuse_
+from moe_plugin.attach.settings import DEFAULT_RULE, BalanceSettings, Experts, FrozenRouters, Rules, Sites
 from moe_plugin.attach.steering.attach import attach_
 from moe_plugin.attach.token_mask import TokenMask
-from moe_plugin.balancing.rules import Proportional, Rule
 from moe_plugin.balancing.schedule import RateSchedule
 from moe_plugin.errors import AttachError
 
-__all__ = ["DEFAULT_RULE", "BalancedModel", "Rules", "Sites", "balance_", "find_balanced"]
-
 _LOG = logging.getLogger(__name__)
-
-Rules = Rule | Mapping[str, Rule] | None
-Sites = str | Sequence[str] | Callable[[str], bool] | None
-DEFAULT_RULE = Proportional()
 
 
 def balance_(
     model: nn.Module,
     rule: Rules = DEFAULT_RULE,
-    sites: Sites = None,
     *,
-    schedule: RateSchedule = RateSchedule(),  # noqa: B008 (frozen)
+    sites: Sites = None,
+    schedule: RateSchedule | None = None,
     mask: str | None = "attention_mask",
     adapters: Sequence[Adapter] = (),
     frozen_routers: FrozenRouters = "auto",
@@ -49,27 +43,36 @@ def balance_(
 
     Args:
         model: Any module that holds MoE blocks.
-        rule: How biases follow the load; a mapping from glob on the site's name to rule gives each site the first
-            that matches; None only observes the load.
+        rule: How biases follow the load, such as ``Sign(rate=0.001)``, or a mapping from glob to rule; None observes.
         sites: Which routers to balance: a glob, several, or a predicate on the module name; None takes all.
-        schedule: Factor on the rate by update number.
+        schedule: Factor on the rate by update number; None keeps it constant.
         mask: Forward argument that marks real tokens (B, S); None counts every token.
         adapters: How blocks route that select experts in a way of their own.
-        frozen_routers: What becomes of the bias where the router is frozen now: 'balance' it, 'keep' it, or 'auto':
-            keep it where the model owns one that is not zero, balance it elsewhere.
-        experts: 'fused' computes the experts of these routers by `moe_plugin.experts` instead of the model's own code,
-            on the same parameters; all must be SwiGLU in stacked 3-D weights. None leaves the model's own.
+        frozen_routers: 'balance' or 'keep' the bias of a frozen router, or 'auto'; see `BalanceSettings`.
+        experts: 'fused' computes the model's stacked SwiGLU experts by ours; None leaves its own.
         process_group: The data-parallel ranks; None is all ranks of the default group.
 
     Raises:
         AttachError: If no router is found or matches, the model is balanced with other settings already, or some of
             its experts cannot be fused.
-        ConfigError: If 'frozen_routers' is none of the three, 'experts' neither of the two, or 'fused' with kernels
-            that cannot run.
+        ConfigError: If a setting has a value that is not allowed.
     """
-    check_frozen_routers(frozen_routers)
-    check_experts(experts)
-    settings = (rule, sites, schedule, mask, tuple(adapters), frozen_routers, experts)
+    settings = BalanceSettings(
+        rule,
+        sites=sites,
+        schedule=schedule,
+        mask=mask,
+        adapters=adapters,
+        frozen_routers=frozen_routers,
+        experts=experts,
+    )
+    return balance_as_set_(model, settings, process_group)
+
+
+def balance_as_set_(
+    model: nn.Module, settings: BalanceSettings, process_group: dist.ProcessGroup | None = None
+) -> BalancedModel:
+    """Balance as `balance_` does, by settings that were checked before."""
     existing = find_balanced(model)
     if existing is not None:
         if existing.settings != settings:
@@ -78,49 +81,34 @@ def balance_(
             )
         return existing
     _refuse_balanced_parts(model)
-    findings = _chosen(model, adapters, sites)
-    found = checked(findings, model)
-    rules = [_rule_for(router.name, rule) for router in found]
-    fusible = find_fusible(model, found) if experts == "fused" else {}
-    token_mask = TokenMask(mask or "")
+    findings = _chosen(model, settings)
+    found = routers_to_balance(findings, model)
+    rules = [settings.rule_for(router.name) for router in found]
+    fusible = find_fusible(model, found) if settings.experts == "fused" else {}
+    token_mask = TokenMask(settings.mask or "")
     token_mask.watch_(model)
-    attached = [attach_(router, token_mask) for router in found]
-    kept = [keeps_bias(site, frozen_routers) for site in attached]
-    rules = [None if keep else rule for keep, rule in zip(kept, rules, strict=True)]
-    balanced = BalancedModel(model, attached, rules, schedule, process_group, settings)
+    sites = [attach_(router, token_mask) for router in found]
+    moved = [
+        None if keeps_bias(site, settings.frozen_routers) else rule
+        for site, rule in zip(sites, rules, strict=True)
+    ]
+    balanced = BalancedModel(model, sites, moved, settings, process_group)
     balanced.refused = dict(findings.refused)
-    varies = any(site.dynamic is not None for site in attached)
-    for name, (layer, layout) in fusible.items():
-        fuse_(layer, Fusion(layout, leaves_out_zeros=varies))
+    numbers_vary = any(site.level is not None for site in sites)
+    for name, (layer, projections) in fusible.items():
+        fuse_(layer, Fusion(projections, leaves_out_zeros=numbers_vary))
         balanced.fused[name] = layer
     return balanced
 
 
-def _wanted(name: str, sites: Sites) -> bool:
-    if sites is None:
-        return True
-    if callable(sites):
-        return sites(name)
-    return any(fnmatchcase(name, glob) for glob in ([sites] if isinstance(sites, str) else sites))
-
-
-def _chosen(model: nn.Module, adapters: Sequence[Adapter], sites: Sites) -> Findings:
-    findings = survey(model, adapters)
-    chosen = findings.only(lambda name: _wanted(name, sites))
+def _chosen(model: nn.Module, settings: BalanceSettings) -> Findings:
+    findings = survey(model, settings.adapters)
+    chosen = findings.only(settings.wants)
     if not chosen.names and findings.names:
-        raise AttachError(f"'sites' must match a router, got {sites!r}; there are {findings.names}.")
+        raise AttachError(f"'sites' must match a router, got {settings.sites!r}; there are {findings.names}.")
     for name, reason in chosen.refused.items():
         _LOG.warning("Not balanced: %s, %s.", name, reason)
     return chosen
-
-
-def _rule_for(name: str, rule: Rules) -> Rule | None:
-    if not isinstance(rule, Mapping):
-        return rule
-    for glob, candidate in rule.items():
-        if fnmatchcase(name, glob):
-            return candidate
-    raise AttachError(f"'rule' must have a glob that matches router {name!r}, got {list(rule)}.")
 
 
 def _refuse_balanced_parts(model: nn.Module) -> None:

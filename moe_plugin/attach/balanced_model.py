@@ -14,13 +14,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from moe_plugin.attach.fused.host_forward import has_run, unfuse_
+from moe_plugin.attach.settings import BalanceSettings
 from moe_plugin.attach.sidecar import read_sidecar, write_sidecar
 from moe_plugin.attach.site import Site
-from moe_plugin.attach.site_group import Counted, SiteGroup, site_groups
+from moe_plugin.attach.site_group import GroupStep, site_groups
 from moe_plugin.attach.steering.attach import detach_
+from moe_plugin.balancing.counts import reject_if_
 from moe_plugin.balancing.reduce import all_reduce_
 from moe_plugin.balancing.rules import Memory, Rule
-from moe_plugin.balancing.schedule import RateSchedule
 from moe_plugin.errors import CheckpointError, EffectError
 from moe_plugin.types import LoadRecord
 
@@ -54,11 +55,18 @@ class BalancedModel(Mapping[str, Site]):
         model: nn.Module,
         sites: Sequence[Site],
         rules: Sequence[Rule | None],
-        schedule: RateSchedule,
+        settings: BalanceSettings,
         process_group: dist.ProcessGroup | None,
-        settings: tuple,
     ) -> None:
-        """Hold attached sites; use `balance_`."""
+        """Hold attached sites; use `balance_`.
+
+        Args:
+            model: The model.
+            sites: Its sites.
+            rules: The rule of each; None if its bias stays.
+            settings: What was asked for.
+            process_group: The data-parallel ranks; None is all of the default group.
+        """
         self.step = 0
         self.record: LoadRecord | None = None
         self.process_group = process_group
@@ -69,11 +77,10 @@ class BalancedModel(Mapping[str, Site]):
         self._sites = {site.name: site for site in sites}
         self._rules = {site.name: rule for site, rule in zip(sites, rules, strict=True)}
         self._memories: dict[str, Memory] = {site.name: {} for site in sites}
-        self._schedule = schedule
         for site, rule in zip(sites, rules, strict=True):
-            site.measures_spread = rule is not None and rule.rate == "auto"
+            site.counters.measures_spread = rule is not None and rule.rate == "auto"
             if getattr(rule, "needs_gaps", False):
-                site.measure_gaps_()
+                site.counters.measure_gaps_()
         model.__dict__[_ATTRIBUTE] = self
 
     def __getitem__(self, name: str) -> Site:
@@ -113,20 +120,19 @@ class BalancedModel(Mapping[str, Site]):
         Raises:
             EffectError: In the first update, if a site saw no tokens.
         """
-        groups = site_groups(list(self.values()), self._rules, self._memories)
-        taken = [group.take() for group in groups]
-        all_reduce_([tensor for each in taken for tensor in each if tensor is not None], self.process_group)
-        pairs = list(zip(groups, taken, strict=True))
+        steps = [group.take() for group in site_groups(list(self.values()), self._rules, self._memories)]
+        all_reduce_([counts for step in steps for counts in step.counted()], self.process_group)
         self._count_steps_(self.step + 1)
         if self.step == 1:
-            self._check_effect(pairs)
-        healthy = torch.stack([group.num_rejected(each) for group, each in pairs]).sum() == 0
+            self._check_effect(steps)
+        is_rejected = torch.stack([step.num_rejected() for step in steps]).sum() > 0
+        factor, measures_spread = self.settings.rate_factor(self.step), (self.step - 1) % SPREAD_EVERY == 0
         counts, tokens = {}, {}
-        for group, each in pairs:
-            counted = each._replace(slots_LS=torch.where(healthy, each.slots_LS, 0))
-            counts |= group.counts(counted)
-            tokens |= group.tokens(counted)
-            self._move_(group, counted)
+        for step in steps:
+            step.reject_if_(is_rejected)
+            counts |= step.counts()
+            tokens |= step.tokens()
+            step.apply_(factor, measures_spread=measures_spread)
         bias = {name: site.bias[: site.num_routed] for name, site in self.items()}
         counts, tokens = ({name: found[name] for name in self} for found in (counts, tokens))
         self.record = LoadRecord(self.step, counts, tokens, bias)
@@ -138,13 +144,12 @@ class BalancedModel(Mapping[str, Site]):
         Args:
             condition: bool scalar, such as a loss not being finite. It is enough that it holds on one rank.
         """
-        site = next(iter(self.values()))
-        site.tally.slots_S[-1] += condition.to(site.tally.slots_S.device)
+        reject_if_(next(iter(self.values())).counters.training.slots_S, condition)
 
     def discard_counts_(self) -> None:
         """Forget the tokens counted since the last update."""
         for site in self.values():
-            site.discard_()
+            site.counters.discard_()
 
     def remove(self) -> None:
         """Take balancing off the model again. A bias that the model owns keeps the values it has learnt."""
@@ -234,26 +239,19 @@ class BalancedModel(Mapping[str, Site]):
 
         return export(self._model, self, self.step, model, None if path is None else Path(path))
 
-    def _move_(self, group: SiteGroup, counted: Counted) -> None:
-        factor = self._schedule(self.step)
-        if factor and (self.step - 1) % SPREAD_EVERY == 0:  # it changes slowly
-            group.measure_spread_(counted)
-        group.move_biases_(counted, factor)
-        group.hold_budgets_(counted)
-
     def _count_steps_(self, step: int) -> None:
         self.step = step
         for site in self.values():
-            site.looks_closely = step % SPREAD_EVERY == 0
+            site.counters.looks_closely = step % SPREAD_EVERY == 0
 
-    def _check_effect(self, pairs: Sequence[tuple[SiteGroup, Counted]]) -> None:
-        for group, counted in pairs:
-            group.check_rule(counted)
-            for site, seen in zip(group.sites, group.num_seen(counted).tolist(), strict=True):
+    def _check_effect(self, steps: Sequence[GroupStep]) -> None:
+        for step in steps:
+            step.check_rule()
+            for name, seen in step.num_seen().items():
                 if seen == 0:
                     raise EffectError(
-                        f"Router {site.name!r} counted no tokens in the first step. Is the model in eval() mode, run "
-                        "under no_grad, or is this router not used? Leave it out with 'sites'."
+                        f"Router {name!r} counted no tokens in the first step. Is the model in eval() mode, run under "
+                        "no_grad, or is this router not used? Leave it out with 'sites'."
                     )
         if any(site.is_interpreted for site in self.values()):
             self._check_fused()

@@ -5,23 +5,8 @@ Shape legend: D model width, E experts.
 
 from __future__ import annotations
 
-from typing import Literal, get_args
-
+from moe_plugin.attach.settings import FrozenRouters
 from moe_plugin.attach.site import Site
-from moe_plugin.errors import ConfigError
-
-FrozenRouters = Literal["auto", "balance", "keep"]
-
-
-def check_frozen_routers(value: FrozenRouters) -> FrozenRouters:
-    """Return a valid setting unchanged.
-
-    Raises:
-        ConfigError: If it is none of the three.
-    """
-    if value not in get_args(FrozenRouters):
-        raise ConfigError(f"'frozen_routers' must be 'auto', 'balance' or 'keep', got {value!r}.")
-    return value
 
 
 def keeps_bias(site: Site, frozen_routers: FrozenRouters) -> bool:

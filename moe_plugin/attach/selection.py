@@ -1,4 +1,4 @@
-"""Several selections of one forward as one.
+"""What a router selected in one forward.
 
 Shape legend: T tokens, K experts selected per token, E experts.
 """
@@ -6,22 +6,48 @@ Shape legend: T tokens, K experts selected per token, E experts.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
-from moe_plugin.attach.discovery.ranking_calls import Use
-from moe_plugin.attach.steering.intercept import Selection
+from moe_plugin.attach.discovery.routing_style import RoutingStyle
 
 
-def as_one(seen: Sequence[Selection], use: Use, rounds: int) -> Selection:
-    """Join rounds side by side, and one below the other what was selected for different tokens.
+class Selection(NamedTuple):
+    """One expert selection as the host made it: the scores it ranked, and what it chose.
 
-    Where the host was seen to rank its experts more than once (``use.k`` is set), the last is the selection: group
-    limits rank groups before they rank experts.
+    Attributes:
+        ranked_TE: Scores that were ranked.
+        selected_TK: Scores of the selected experts.
+        expert_ids_TK: The selected experts.
+        used_TK: Which of them the token is really sent to; None for all.
     """
+
+    ranked_TE: Tensor
+    selected_TK: Tensor
+    expert_ids_TK: Tensor
+    used_TK: Tensor | None = None
+
+    def detached(self) -> Selection:
+        """Return the same without gradients."""
+        return self._replace(ranked_TE=self.ranked_TE.detach(), selected_TK=self.selected_TK.detach())
+
+
+def as_one(seen: Sequence[Selection], style: RoutingStyle) -> Selection:
+    """Join rounds side by side, and what was selected for different tokens one below the other.
+
+    If the host was seen to rank its experts more than once (``use.k`` is set), the last is the selection: group limits
+    rank groups before they rank experts.
+
+    Args:
+        seen: The selections of a forward, at least one.
+        style: How the router selects.
+    """
+    rounds = len(seen) if style.kind == "adapter" else style.use.rounds
     if rounds > 1:
         seen = [_side_by_side(seen[first : first + rounds]) for first in range(0, len(seen), rounds)]
-    elif use.k is not None:
+    elif style.use.k is not None:
         return seen[-1]
     return seen[0] if len(seen) == 1 else _below(seen)
 

@@ -1,4 +1,4 @@
-"""Sites that differ in nothing but their numbers, and whose biases are therefore moved together.
+"""Sites that differ in nothing but their numbers, so their biases are moved together.
 
 One operation for sixty layers costs what it costs for one. Shape legend: L sites of a group, E experts, S slots of a
 tally, G bins of a histogram of gaps.
@@ -8,14 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from moe_plugin.attach.site import Site
 from moe_plugin.balancing.budget import level_step
-from moe_plugin.balancing.counts import SPREAD_UNIT
+from moe_plugin.balancing.counts import SPREAD_UNIT, expert_counts, num_rejected, num_seen, spread_sum
 from moe_plugin.balancing.memories import remember_, stacked
 from moe_plugin.balancing.rate import resolve_rate
 from moe_plugin.balancing.rules import Load, Memory, Rule
@@ -26,27 +25,13 @@ SPREAD = "score_spread"
 """Key of the last measured spread of the scores in what is remembered of a site."""
 
 
-class Counted(NamedTuple):
-    """What the sites of a group have counted in a step; all int64.
-
-    Attributes:
-        slots_LS: See `moe_plugin.balancing.counts`.
-        gaps_LEG: How far scores were from being selected, where the rule needs it.
-        budget_L1G: How far selected experts were from being left out, where their number varies.
-    """
-
-    slots_LS: Tensor
-    gaps_LEG: Tensor | None
-    budget_L1G: Tensor | None
-
-
 @dataclass(frozen=True)
 class SiteGroup:
     """Sites with the same numbers, device and rule.
 
     Attributes:
         sites: At least one.
-        rule: Their rule; None where they are only watched.
+        rule: Their rule; None if they are only watched.
         memories: What is remembered of each site.
     """
 
@@ -54,127 +39,161 @@ class SiteGroup:
     rule: Rule | None
     memories: Sequence[Memory]
 
-    @property
-    def num_experts(self) -> int:
-        """E."""
-        return self.sites[0].num_experts
-
-    def take(self) -> Counted:
+    def take(self) -> GroupStep:
         """Return what this rank has counted since the last call; all counting restarts from zero."""
-        settle_([site.tally for site in self.sites])
-        counts = [(site.tally.slots_S, site.gaps_EG, site.budget_1G) for site in self.sites]
-        slots, gaps, budgets = (
-            [each for each in column if each is not None] for column in zip(*counts, strict=True)
-        )
-        counted = Counted(torch.stack(slots), _stacked(gaps), _stacked(budgets))
+        counters = [site.counters for site in self.sites]
+        settle_([each.training for each in counters])
+        slots = [each.training.slots_S for each in counters]
+        gaps = [each.gaps_EG for each in counters if each.gaps_EG is not None]
+        budgets = [each.budget_1G for each in counters if each.budget_1G is not None]
+        step = GroupStep(self, torch.stack(slots), _stacked(gaps), _stacked(budgets))
         torch._foreach_zero_([*slots, *gaps, *budgets])  # pyright: ignore[reportPrivateImportUsage]
-        return counted
+        return step
 
-    def num_rejected(self, counted: Counted) -> Tensor:
-        """Return how often something was NaN or infinite that must not be; int64 scalar."""
-        return (counted.slots_LS[:, self.num_experts] + counted.slots_LS[:, self.num_experts + 4]).sum()
 
-    def num_seen(self, counted: Counted) -> Tensor:
-        """Return selections that each site saw, masked ones too; int64 (L,)."""
-        return counted.slots_LS[:, : self.num_experts + 2].sum(-1)
+class GroupStep:
+    """What the sites of a group have counted in one step, and the moves that follow from it.
 
-    def counts(self, counted: Counted) -> dict[str, Tensor]:
-        """Return tokens per routed expert by site; int64 (E,)."""
-        return self._by_name(counted.slots_LS[:, : self.sites[0].num_routed])
+    The counts are this rank's until `counted` is summed over ranks in place. Then the step is rejected or applied.
+    """
 
-    def tokens(self, counted: Counted) -> dict[str, Tensor]:
-        """Return tokens by site; int64 scalars."""
-        return self._by_name(self.sites[0].tokens_in(counted.slots_LS))
-
-    def measure_spread_(self, counted: Counted) -> None:
-        """Remember the spread of the scores, where tokens were seen and it is needed."""
-        if not self.sites[0].measures_spread:
-            return
-        tokens_L = self.sites[0].tokens_in(counted.slots_LS)
-        fresh_L = (counted.slots_LS[:, self.num_experts + 3] / tokens_L.clamp(min=1) / SPREAD_UNIT).float()
-        remember_(self.memories, stacked(self.memories), {SPREAD: fresh_L}, tokens_L > 0)
-
-    def move_biases_(self, counted: Counted, factor: float) -> None:
-        """Move every bias by the rule.
+    def __init__(
+        self, group: SiteGroup, slots_LS: Tensor, gaps_LEG: Tensor | None, budget_L1G: Tensor | None
+    ) -> None:
+        """Own the counts.
 
         Args:
-            counted: Of all ranks; zeros if the step must not count.
-            factor: The schedule's.
+            group: Whose step it is.
+            slots_LS: See `moe_plugin.balancing.counts`; int64.
+            gaps_LEG: How far scores were from being selected, if the rule needs it; int64.
+            budget_L1G: How far selected experts were from being left out, if their number varies; int64.
         """
-        if self.rule is None or factor == 0:
-            return
-        load, before = self._load(counted), stacked(self.memories)
-        memory = dict(before)
-        step_LE = self.rule.step(load, self._rate(before) * factor, memory)
-        moves_L = load.counts_E.sum(-1) > 0
-        moved_LE = load.bias_E + step_LE.where(moves_L[:, None], 0.0)
-        biases, moved = [site.bias for site in self.sites], list(moved_LE.float().unbind())
-        torch._foreach_copy_(biases, moved)  # pyright: ignore[reportPrivateImportUsage]
-        remember_(self.memories, before, memory, moves_L)
+        self.group = group
+        self._slots_LS, self._gaps_LEG, self._budget_L1G = slots_LS, gaps_LEG, budget_L1G
 
-    def check_rule(self, counted: Counted) -> None:
-        """Look whether the rule steps each site by itself, as it would alone.
+    def counted(self) -> list[Tensor]:
+        """Return the counts, to be summed over ranks in place."""
+        return [each for each in (self._slots_LS, self._gaps_LEG, self._budget_L1G) if each is not None]
+
+    def num_rejected(self) -> Tensor:
+        """Return how often something was NaN or infinite that must not be; int64 scalar."""
+        return num_rejected(self._slots_LS).sum()
+
+    def reject_if_(self, condition: Tensor) -> None:
+        """Count no tokens in this step if ``condition``, a bool scalar, holds: then `apply_` moves nothing."""
+        self._slots_LS.masked_fill_(condition, 0)
+
+    def num_seen(self) -> dict[str, int]:
+        """Return how many selections each site saw, masked ones too."""
+        return {name: int(seen) for name, seen in self._by_site(num_seen(self._slots_LS)).items()}
+
+    def counts(self) -> dict[str, Tensor]:
+        """Return the tokens per routed expert by site; int64 (E,)."""
+        return self._by_site(expert_counts(self._slots_LS)[:, : self._first.num_routed])
+
+    def tokens(self) -> dict[str, Tensor]:
+        """Return the tokens by site; int64 scalars."""
+        return self._by_site(self._tokens_L())
+
+    def apply_(self, factor: float, *, measures_spread: bool) -> None:
+        """Move every bias by the rule, and the level of routers that have one.
+
+        Args:
+            factor: The schedule's, on the rate.
+            measures_spread: Whether to remember the spread of the scores first, where ``rate: auto`` needs it.
+        """
+        if self.group.rule is not None and factor:
+            if measures_spread and self._first.counters.measures_spread:
+                self._remember_spread_()
+            self._move_biases_(self.group.rule, factor)
+        if self._budget_L1G is not None:
+            self._move_levels_(self._budget_L1G)
+
+    def check_rule(self) -> None:
+        """Check that the rule steps each site by itself, as it would alone.
 
         Raises:
             ConfigError: If it does not.
         """
-        if self.rule is None or len(self.sites) == 1:
+        rule = self.group.rule
+        if rule is None or len(self.group.sites) == 1:
             return
         # Sites mostly see as many tokens, which would hide a mean over all of them.
-        times_L1 = torch.arange(1, len(self.sites) + 1, device=counted.slots_LS.device)[:, None]
-        load, memory = (
-            self._load(counted._replace(slots_LS=counted.slots_LS * times_L1)),
-            stacked(self.memories),
-        )
-        together_LE = self.rule.step(load, 1.0, dict(memory))
+        times_L1 = torch.arange(1, len(self.group.sites) + 1, device=self._slots_LS.device)[:, None]
+        load, memory = self._load(self._slots_LS * times_L1), stacked(self.group.memories)
+        together_LE = rule.step(load, 1.0, dict(memory))
         for row, together_E in enumerate(together_LE):
-            alone = {key: value[row] for key, value in memory.items()}
-            step_E = self.rule.step(load.of(row), 1.0, alone)
-            if not torch.allclose(step_E, together_E, rtol=1e-6):
+            alone_E = rule.step(load.of(row), 1.0, {key: value[row] for key, value in memory.items()})
+            if not torch.allclose(alone_E, together_E, rtol=1e-6):
                 raise ConfigError(
-                    f"The step of {self.rule!r} must be that of each site alone, but sites given together change each "
-                    "other's. Take sums and means over the last dimension only: 'load.counts_E' is (..., E)."
+                    "rule",
+                    "must step each site as it would alone, but sites given together change each other's step",
+                    rule,
+                    "Take sums and means over the last dimension only: 'load.counts_E' is (..., E).",
                 )
 
-    def hold_budgets_(self, counted: Counted) -> None:
-        """Move the level of dynamic routers, whether their experts are balanced or only watched."""
-        if counted.budget_L1G is None:
-            return
-        tokens_L = self.sites[0].tokens_in(counted.slots_LS)
-        for site, budget_1G, tokens in zip(self.sites, counted.budget_L1G, tokens_L, strict=True):
-            assert site.dynamic is not None, "only dynamic routers have a budget"
-            step = level_step(budget_1G, tokens, site.dynamic.target_k)
-            site.dynamic.level.add_(step.where(tokens > 0, 0.0))
+    @property
+    def _first(self) -> Site:
+        return self.group.sites[0]
 
-    def _load(self, counted: Counted) -> Load:
-        bias_LE = torch.stack([site.bias for site in self.sites])
-        shares_LE = _stacked([site.shares_E for site in self.sites if site.shares_E is not None])
-        return Load(counted.slots_LS[:, : self.num_experts], bias_LE, counted.gaps_LEG, shares_LE)
+    def _tokens_L(self) -> Tensor:  # noqa: N802 (shape suffix)
+        return self._first.counters.tokens_in(self._slots_LS)
 
-    def _rate(self, memory: Memory) -> float | Tensor:
-        assert self.rule is not None, "sites without a rule are not moved"
-        device = self.sites[0].tally.slots_S.device
-        spread_L = memory[SPREAD] if SPREAD in memory else torch.zeros(len(self.sites), device=device)
-        return resolve_rate(self.rule, spread_L[:, None])
+    def _remember_spread_(self) -> None:
+        tokens_L = self._tokens_L()
+        fresh_L = (spread_sum(self._slots_LS) / tokens_L.clamp(min=1) / SPREAD_UNIT).float()
+        memories = self.group.memories
+        remember_(memories, stacked(memories), {SPREAD: fresh_L}, tokens_L > 0)
 
-    def _by_name(self, values_L: Tensor) -> dict[str, Tensor]:
-        return {site.name: value for site, value in zip(self.sites, values_L.unbind(), strict=True)}
+    def _move_biases_(self, rule: Rule, factor: float) -> None:
+        memories = self.group.memories
+        load, before = self._load(self._slots_LS), stacked(memories)
+        memory = dict(before)
+        spread_L = before[SPREAD] if SPREAD in before else load.bias_E.new_zeros(len(memories))
+        step_LE = rule.step(load, resolve_rate(rule, spread_L[:, None]) * factor, memory)
+        moves_L = load.counts_E.sum(-1) > 0
+        moved_LE = load.bias_E + step_LE.where(moves_L[:, None], 0.0)
+        biases, moved = [site.bias for site in self.group.sites], list(moved_LE.float().unbind())
+        torch._foreach_copy_(biases, moved)  # pyright: ignore[reportPrivateImportUsage]
+        remember_(memories, before, memory, moves_L)
 
+    def _move_levels_(self, budget_L1G: Tensor) -> None:
+        for site, budget_1G, tokens in zip(self.group.sites, budget_L1G, self._tokens_L(), strict=True):
+            allocation = site.allocation
+            assert allocation is not None, "only routers that share experts out have a budget"
+            assert allocation.level is not None, "only routers with a level have a budget"
+            step = level_step(budget_1G, tokens, allocation.target_k)
+            allocation.level.add_(step.where(tokens > 0, 0.0))
 
-def _stacked(tensors: list[Tensor]) -> Tensor | None:
-    return torch.stack(tensors) if tensors else None
+    def _load(self, slots_LS: Tensor) -> Load:
+        bias_LE = torch.stack([site.bias for site in self.group.sites])
+        shares = [site.counters.shares_E for site in self.group.sites if site.counters.shares_E is not None]
+        return Load(expert_counts(slots_LS), bias_LE, self._gaps_LEG, _stacked(shares))
+
+    def _by_site(self, values_L: Tensor) -> dict[str, Tensor]:
+        return {site.name: value for site, value in zip(self.group.sites, values_L.unbind(), strict=True)}
 
 
 def site_groups(
     sites: Sequence[Site], rules: Mapping[str, Rule | None], memories: Mapping[str, Memory]
 ) -> list[SiteGroup]:
-    """Put sites together that can be moved together."""
+    """Put sites together that can be moved together.
+
+    Args:
+        sites: Of a model.
+        rules: The rule of each, by name.
+        memories: What is remembered of each, by name.
+    """
     alike: dict[tuple, list[Site]] = {}
     for site in sites:
-        counted = site.gaps_EG is not None, site.budget_1G is not None, site.shares_E is not None
-        numbers = site.num_experts, site.num_routed, site.top_k
-        alike.setdefault((numbers, counted, site.tally.slots_S.device, id(rules[site.name])), []).append(site)
+        counters, numbers = site.counters, (site.num_experts, site.num_routed, site.top_k)
+        has = tuple(each is not None for each in (counters.gaps_EG, counters.budget_1G, counters.shares_E))
+        alike.setdefault((numbers, has, counters.device, id(rules[site.name])), []).append(site)
     return [
         SiteGroup(each, rules[each[0].name], [memories[site.name] for site in each])
         for each in alike.values()
     ]
+
+
+def _stacked(tensors: list[Tensor]) -> Tensor | None:
+    return torch.stack(tensors) if tensors else None

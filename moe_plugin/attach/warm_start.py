@@ -14,8 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from moe_plugin.attach.selection import Selection
 from moe_plugin.attach.site import Site
-from moe_plugin.attach.steering.intercept import Selection
 from moe_plugin.balancing.calibrate import solve_bias
 from moe_plugin.balancing.reduce import all_reduce_
 from moe_plugin.errors import ConfigError, EffectError
@@ -46,7 +46,7 @@ def warm_start(
     A bias changes what later layers see, so that all are solved for again in each pass. Scores of one pass are kept:
     T x E x 4 bytes per site. On several ranks each solves for its own batches, and the biases are averaged.
     """
-    check_solvable(sites)
+    check_solvable(sites, "warm_start", "Leave these routers out with 'sites'.")
     run = batches if callable(batches) else _runner(list(islice(batches, num_batches)))
     violations = []
     with _evaluating(model):
@@ -60,18 +60,20 @@ def warm_start(
     return {name: Violation(violations[0][name], violations[-1][name]) for name in sites}
 
 
-def check_solvable(sites: Mapping[str, Site]) -> None:
-    """Check that the load of all sites is a matter of their top-k alone.
+def check_solvable(sites: Mapping[str, Site], setting: str, fix: str) -> None:
+    """Check that the load of all sites depends on their top-k alone.
+
+    Args:
+        sites: By name.
+        setting: What asks for it, for the error.
+        fix: What to do about it.
 
     Raises:
         ConfigError: If tokens use different numbers of experts at one of them.
     """
-    varying = [name for name, site in sites.items() if site.dynamic is not None or site.shares_E is not None]
+    varying = [name for name, site in sites.items() if site.allocation is not None]
     if varying:
-        raise ConfigError(
-            f"Biases can be solved for only where every token uses as many experts, not at {varying}. Leave the "
-            "calibration out (null)."
-        )
+        raise ConfigError(setting, "needs a fixed number of experts per token at every router", varying, fix)
 
 
 class _Observed:

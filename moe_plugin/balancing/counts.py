@@ -1,10 +1,9 @@
 """Exact counting of the tokens each expert received.
 
-Shape legend: T tokens, K experts selected per token, N selections (T x K), E experts, S slots (E + EXTRA_SLOTS),
-X slots E + 1 to E + 3.
+Shape legend: T tokens, K experts selected per token, N selections (T x K), E experts, S slots (E + EXTRA_SLOTS), X slots E + 1 to E + 3.
 
 A tally is one int64 tensor per routing site, so that all a step must share between ranks travels in a single
-exact, order-independent sum:
+exact, order-independent sum. The functions below read its slots, of one site or of several:
 
     [0, E)  tokens per expert
     E       selections whose score was NaN or infinite: in training they count here and not for their expert
@@ -27,6 +26,7 @@ from torch import Tensor
 from moe_plugin.balancing.recompute import is_training_forward
 
 EXTRA_SLOTS = 5
+_NOT_FINITE, _MASKED, _TOKENS, _SPREAD, _REJECTED = range(-EXTRA_SLOTS, 0)
 SPREAD_UNIT = 2**24
 
 _LIBRARY = torch.library.Library("moe_plugin", "DEF")
@@ -39,6 +39,36 @@ _LIBRARY.define(
 def new_tally(num_experts: int) -> Tensor:
     """Return an empty tally: int64 zeros of ``num_experts + EXTRA_SLOTS``."""
     return torch.zeros(num_experts + EXTRA_SLOTS, dtype=torch.int64)
+
+
+def expert_counts(slots_S: Tensor) -> Tensor:
+    """Return the tokens per expert in tallies (..., S); int64 (..., E)."""
+    return slots_S[..., :_NOT_FINITE]
+
+
+def num_seen(slots_S: Tensor) -> Tensor:
+    """Return how many selections were seen, masked and not finite ones too; int64 (...)."""
+    return slots_S[..., : _MASKED + 1].sum(-1)
+
+
+def num_tokens(slots_S: Tensor) -> Tensor:
+    """Return the tokens that were counted because they may use different numbers of experts; int64 (...)."""
+    return slots_S[..., _TOKENS]
+
+
+def spread_sum(slots_S: Tensor) -> Tensor:
+    """Return the sum over tokens of the score spread; int64 (...) in units of 1 / `SPREAD_UNIT`."""
+    return slots_S[..., _SPREAD]
+
+
+def num_rejected(slots_S: Tensor) -> Tensor:
+    """Return how often something was NaN or infinite that must not be; int64 (...)."""
+    return slots_S[..., _NOT_FINITE] + slots_S[..., _REJECTED]
+
+
+def reject_if_(slots_S: Tensor, condition: Tensor) -> None:
+    """Make the step of these tallies not count if ``condition``, a bool scalar, holds; without waiting for the device."""
+    slots_S[..., _REJECTED] += condition.to(slots_S.device)
 
 
 def count_(
@@ -81,8 +111,14 @@ def count_(
 
 
 def finite_ids(expert_ids: Tensor, selected: Tensor, num_slots: int) -> Tensor:
-    """Return the slots in which selections count: E where the score was NaN or infinite, else the expert's."""
-    return expert_ids.where(selected.isfinite(), num_slots - EXTRA_SLOTS)
+    """Return the slots in which selections count: E where the score was NaN or infinite, else the expert's.
+
+    Args:
+        expert_ids: Selected experts, integers of any shape.
+        selected: Their scores, same shape.
+        num_slots: Slots of a tally, S.
+    """
+    return expert_ids.where(selected.isfinite(), num_slots + _NOT_FINITE)
 
 
 def _count(
@@ -98,7 +134,7 @@ def _count(
     weights_N = _ones(expert_ids_N.shape[0], slots_S.device) if weights_N is None else weights_N
     slots_S.scatter_add_(0, expert_ids_N, weights_N)
     if extra_X is not None:
-        slots_S[1 - EXTRA_SLOTS : -1].add_(extra_X)
+        slots_S[_MASKED:_REJECTED].add_(extra_X)
 
 
 @lru_cache(maxsize=256)

@@ -18,6 +18,7 @@ from torch import nn
 
 from moe_plugin.attach.balanced_model import BalancedModel
 from moe_plugin.errors import ConfigError
+from moe_plugin.number_checks import check_positive_integers
 
 
 class Calibration:
@@ -36,9 +37,7 @@ class Calibration:
         Raises:
             ConfigError: If one of them is not a positive integer.
         """
-        for name, value in (("num_batches", num_batches), ("passes", passes)):
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise ConfigError(f"'{name}' must be an integer >= 1, got {value!r}.")
+        check_positive_integers(num_batches=num_batches, passes=passes)
         self.num_batches = num_batches
         self.passes = passes
         self._batches: deque[Any] = deque(maxlen=num_batches)
@@ -53,12 +52,12 @@ class Calibration:
         """
         if not pl_module.automatic_optimization:
             raise ConfigError(
-                "'calibration' must be null for a module that optimizes by hand. Call calibrate() on it."
+                "calibration",
+                "must be null for a module with manual optimization",
+                fix="Call calibrate() on what balance_() returns after training.",
             )
         if math.isinf(trainer.estimated_stepping_batches):
-            raise ConfigError(
-                "'calibration' must be null where neither max_steps nor max_epochs ends the training."
-            )
+            raise ConfigError("calibration", "must be null unless max_steps or max_epochs ends the training")
         self._last_step = int(trainer.estimated_stepping_batches)
         self._is_done = False
         self._batches.clear()

@@ -14,9 +14,9 @@ from torch.optim import Optimizer
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from moe_plugin.attach.adapter import Adapter
-from moe_plugin.attach.balance import DEFAULT_RULE, BalancedModel, Rules, Sites, balance_
-from moe_plugin.attach.frozen_routers import FrozenRouters, check_frozen_routers
-from moe_plugin.attach.fused.fusible import Experts, check_experts
+from moe_plugin.attach.balance import balance_as_set_
+from moe_plugin.attach.balanced_model import BalancedModel
+from moe_plugin.attach.settings import DEFAULT_RULE, BalanceSettings, Experts, FrozenRouters, Rules, Sites
 from moe_plugin.balancing.schedule import RateSchedule
 from moe_plugin.errors import CheckpointError
 
@@ -42,40 +42,40 @@ class LossFreeTrainerCallback(TrainerCallback):
     def __init__(
         self,
         rule: Rules = DEFAULT_RULE,
-        schedule: RateSchedule | None = None,
+        *,
         sites: Sites = None,
+        schedule: RateSchedule | None = None,
         mask: str | None = "attention_mask",
         adapters: Sequence[Adapter] = (),
         frozen_routers: FrozenRouters = "auto",
-        resume_from: str | Path | None = None,
         experts: Experts = None,
+        resume_from: str | Path | None = None,
     ) -> None:
         """Choose how to balance, as with `moe_plugin.LossFreeBalancing`.
 
         Args:
             rule: How biases follow the load; None only watches it, in ``balanced.record``.
-            schedule: Factor on the rate by optimizer step; None keeps it constant.
             sites: Which routers to balance; None takes all.
+            schedule: Factor on the rate by optimizer step; None keeps it constant.
             mask: Forward argument that marks real tokens; None counts every token.
             adapters: How blocks route that select experts in a way of their own.
-            frozen_routers: What becomes of the bias where the router is frozen: 'balance', 'keep' or 'auto'.
-            resume_from: The checkpoint folder given to ``train(resume_from_checkpoint=...)``, of which the Trainer
-                does not tell its callbacks; needed only if it is not one of the Trainer's own output folder.
-            experts: 'fused' computes the model's stacked SwiGLU experts by our own; None leaves them as they are.
+            frozen_routers: What to do with the bias of a frozen router: 'balance', 'keep' or 'auto'.
+            experts: 'fused' computes the model's stacked SwiGLU experts by ours; None leaves its own.
+            resume_from: The checkpoint folder given to ``train(resume_from_checkpoint=...)``, which the Trainer does
+                not pass to its callbacks; needed only if it is not in the Trainer's own output folder.
 
         Raises:
-            ConfigError: If 'frozen_routers' is none of the three, 'experts' neither of the two, or 'fused' with kernels
-                that cannot run.
+            ConfigError: If a setting has a value that is not allowed.
         """
-        self._settings = {
-            "rule": rule,
-            "schedule": schedule or RateSchedule(),
-            "sites": sites,
-            "mask": mask,
-            "adapters": tuple(adapters),
-            "frozen_routers": check_frozen_routers(frozen_routers),
-            "experts": check_experts(experts),
-        }
+        self._settings = BalanceSettings(
+            rule,
+            sites=sites,
+            schedule=schedule,
+            mask=mask,
+            adapters=adapters,
+            frozen_routers=frozen_routers,
+            experts=experts,
+        )
         self._resume_from = resume_from
 
     def on_train_begin(
@@ -88,7 +88,7 @@ class LossFreeTrainerCallback(TrainerCallback):
             CheckpointError: If the folder that training resumes from is not known.
         """
         model: nn.Module = kwargs["model"]
-        self.balanced = balance_(model, **self._settings)
+        self.balanced = balance_as_set_(model, self._settings)
         self.balanced.discard_counts_()
         if state.global_step:
             sidecar = self._checkpoint(args, state) / SIDECAR

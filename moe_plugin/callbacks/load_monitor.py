@@ -9,15 +9,17 @@ from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 from torch.optim import Optimizer
 
-from moe_plugin.attach.balance import BalancedModel, balance_, find_balanced
+from moe_plugin.attach.balanced_model import BalancedModel, find_balanced
+from moe_plugin.attach.settings import BalanceSettings
 from moe_plugin.callbacks.attachment import Attachment
 from moe_plugin.callbacks.loss_free import LossFreeBalancing
 from moe_plugin.callbacks.monitor.load_alarms import AlarmWatch, OnAlarm
 from moe_plugin.callbacks.monitor.training_watch import TrainingWatch
 from moe_plugin.callbacks.monitor.validation_watch import ValidationWatch
-from moe_plugin.errors import AttachError, ConfigError
+from moe_plugin.errors import AttachError
 from moe_plugin.metrics import LayerLoad
 from moe_plugin.metrics.alarms import Alarm, Limits
+from moe_plugin.number_checks import check_integer
 from moe_plugin.types import LoadRecord
 
 
@@ -60,10 +62,10 @@ class LoadMonitor(Callback):
         alarm_limits: Limits = Limits(),  # noqa: B008 (frozen)
     ) -> None:
         """Check the settings."""
-        _check_interval("every_n_steps", every_n_steps, least=1)
-        _check_interval("image_every_n_steps", image_every_n_steps, least=0)
+        check_integer("every_n_steps", every_n_steps, or_none=True)
+        check_integer("image_every_n_steps", image_every_n_steps, least=0, or_none=True)
         self._watch = AlarmWatch(on_alarm, alarm_limits)
-        self._observer: Attachment | None = None
+        self._observer = Callback()  # does nothing, as long as something else counts
         self.training = TrainingWatch(every_n_steps, image_every_n_steps, self._watch)
         self.validation = ValidationWatch(image_every_n_steps)
 
@@ -100,43 +102,41 @@ class LoadMonitor(Callback):
         """
         is_counted = find_balanced(pl_module) is not None
         if not is_counted and not any(isinstance(other, LossFreeBalancing) for other in trainer.callbacks):  # pyright: ignore
-            self._observer = Attachment(lambda module: balance_(module, rule=None))
-            self._observer.setup(pl_module)
+            self._observer = Attachment(BalanceSettings(rule=None))
+            self._observer.setup(trainer, pl_module, stage)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Begin to follow the steps."""
-        if self._observer is not None:
-            self._observer.start(trainer)
+        self._observer.on_train_start(trainer, pl_module)
         self.training.start_(trainer, pl_module, _balanced(pl_module))
 
-    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Steps count from here on."""
-        if self._observer is not None:
-            self._observer.batch_starts()
+    def on_train_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
+    ) -> None:
+        """Count steps from here on."""
+        self._observer.on_train_batch_start(trainer, pl_module, batch, batch_idx)
         self.training.batch_starts(trainer, _balanced(pl_module))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """The load of a step whose loss is not finite tells nothing."""
-        if self._observer is not None:
-            self._observer.backward_starts(loss)
+        """Leave out the load of a step whose loss is not finite."""
+        self._observer.on_before_backward(trainer, pl_module, loss)
 
     def on_before_optimizer_step(
         self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
     ) -> None:
-        """A step follows, unless the gradient scaler prevents it."""
-        if self._observer is not None:
-            self._observer.step_is_due(optimizer)
+        """Expect a step, unless the gradient scaler prevents it."""
+        self._observer.on_before_optimizer_step(trainer, pl_module, optimizer)
 
-    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
         """Take in the optimizer step of this batch, if it made one."""
-        if self._observer is not None:
-            self._observer.batch_ends()
+        self._observer.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
         self.training.batch_ends(trainer, _balanced(pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Log what has not been logged yet."""
-        if self._observer is not None:
-            self._observer.stop()
+        self._observer.on_train_end(trainer, pl_module)
         self.training.end_(trainer, _balanced(pl_module))
         self.validation.write_waiting(trainer)
 
@@ -186,8 +186,3 @@ def _balanced(pl_module: LightningModule) -> BalancedModel:
             "a part of the model only?"
         )
     return balanced
-
-
-def _check_interval(name: str, value: int | None, *, least: int) -> None:
-    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < least):
-        raise ConfigError(f"'{name}' must be null or an integer >= {least}, got {value!r}.")

@@ -44,15 +44,15 @@ class StepClock:
         self._in_batch = self._awaiting = False
 
     def batch_starts(self) -> None:
-        """A training batch begins; steps outside of one (restoring a checkpoint makes some) do not count."""
+        """Count steps from here on; outside of a batch, restoring a checkpoint makes some."""
         self._in_batch = True
 
-    def step_is_due(self, optimizer: Optimizer) -> None:
-        """Gradients of ``optimizer`` are ready: a step follows unless the gradient scaler prevents it."""
+    def step_is_due(self) -> None:
+        """Expect a step: gradients are ready, and only the gradient scaler can prevent it."""
         self._awaiting = self._handle is not None
 
     def batch_ends(self) -> None:
-        """A training batch is over."""
+        """Ignore steps from here on."""
         if self._awaiting:
             self._on_skip()
         self._in_batch = self._awaiting = False

@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor, Shard
 from moe_plugin.errors import ConfigError
 from moe_plugin.experts.grouped import GroupedExperts
 from moe_plugin.experts.parallel_forward import ExpertParallelForward
+from moe_plugin.experts.stacks import has_experts_in_weights
 
 
 def expert_mesh(data_parallel: DeviceMesh, size: int) -> DeviceMesh:
@@ -103,9 +104,10 @@ def _is_expert_layer(module: nn.Module) -> bool:
     """Return whether all parameters are stacked by expert, and the forward takes what `_unpack` does."""
     if isinstance(module, GroupedExperts):
         return True
-    num_experts, own = getattr(module, "num_experts", None), list(module.parameters(recurse=False))
-    is_stacked = any(parameter.ndim == 3 for parameter in own)
-    if not is_stacked or any(parameter.shape[0] != num_experts for parameter in module.parameters()):
+    num_experts = getattr(module, "num_experts", None)
+    if num_experts is None or not has_experts_in_weights(module, num_experts):
+        return False
+    if any(parameter.shape[0] != num_experts for parameter in module.parameters()):
         return False
     return len(inspect.signature(module.forward).parameters) == 3
 

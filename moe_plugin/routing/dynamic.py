@@ -16,7 +16,7 @@ from moe_plugin.errors import ConfigError
 from moe_plugin.routing.cuts import Cut
 from moe_plugin.routing.router import Router
 from moe_plugin.routing.scores import Score
-from moe_plugin.types import Routing
+from moe_plugin.types import Allocation, Routing
 
 
 class DynamicRouter(Router):
@@ -89,6 +89,10 @@ class DynamicRouter(Router):
             used_TK = slack_TK > 0
             weights_TK = self._gate_weights(scores_TE.gather(-1, expert_ids_TK), used_TK)
         return Routing(weights_TK, expert_ids_TK, scores_TE, logits_TE, used_TK, slack_TK)
+
+    def allocation(self) -> Allocation:
+        """Return what holds the number of experts per token at its target: the level."""
+        return Allocation(self.target_k, self.num_experts, level=self.level)
 
     def extra_repr(self) -> str:
         """Return sizes, score and cut, for `print(model)`."""

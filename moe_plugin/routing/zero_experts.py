@@ -12,7 +12,7 @@ from torch import Tensor
 from moe_plugin.errors import ConfigError
 from moe_plugin.routing.router import Router
 from moe_plugin.routing.scores import Score
-from moe_plugin.types import Routing
+from moe_plugin.types import Allocation, Routing
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class ZeroExpertRouter(Router):
     """Sends each token to `max_k` experts, of which `target_k` in the mean compute something.
 
     The first `num_routed` of its experts are routed ones, the others cost nothing. The selection bias holds both the
-    balance among the routed ones and the share of the others: see `load_shares_E`.
+    balance among the routed ones and the share of the others: see `allocation`.
     """
 
     def __init__(
@@ -92,15 +92,15 @@ class ZeroExpertRouter(Router):
         self.target_k = target_k
         self.zero_experts = zero_experts
 
-    @property
-    def load_shares_E(self) -> list[float]:  # noqa: N802 (shape suffix)
-        """The share of all picks that each expert should get: arXiv 2509.01322, section 2.1.2.
+    def allocation(self) -> Allocation:
+        """Return the share of all picks that each expert should get: arXiv 2509.01322, section 2.1.2.
 
         Routed experts share ``target_k`` of the ``max_k`` picks of a token evenly, the others the rest.
         """
         num_zero = self.num_experts - self.num_routed
         routed = self.target_k / self.top_k
-        return [routed / self.num_routed] * self.num_routed + [(1 - routed) / num_zero] * num_zero
+        shares_E = [routed / self.num_routed] * self.num_routed + [(1 - routed) / num_zero] * num_zero
+        return Allocation(self.target_k, self.num_routed, shares_E)
 
     def forward(self, x_TD: Tensor) -> Routing:
         """Route each token; see `Router.forward`. Picks of experts that cost nothing are marked as unused."""

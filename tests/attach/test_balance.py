@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from moe_plugin.attach.balance import balance_, find_balanced
+from moe_plugin.attach.balance import balance_
+from moe_plugin.attach.balanced_model import find_balanced
 from moe_plugin.balancing.rules import PID, Load, Momentum, PrimalDual, Proportional, Quantile, Sign
 from moe_plugin.balancing.schedule import RateSchedule
 from moe_plugin.errors import AttachError, CheckpointError, EffectError
@@ -112,7 +113,7 @@ class TestBias:
         model = Host(router)
         balanced = balance_(model)
         train_step(model, tokens())
-        assert all(getattr(site.bias_owner, site.bias_name).grad is None for site in balanced.values())
+        assert all(site.bias_place.tensor().grad is None for site in balanced.values())
 
     @settings(max_examples=30, deadline=None)
     @given(st.floats(-2, 2), st.sampled_from([SoftmaxRouter, OwningRouter, OurRouter]))
@@ -497,8 +498,8 @@ def ranks_update(rank, results, split, rule):
         else:
             train_step(model, x[:1])
             balanced.discard_counts_()
-            balanced["layers.0.router"].tally.slots_S[5] += 1
-            balanced["layers.1.router"].tally.slots_S[5] += 1
+            balanced["layers.0.router"].counters.training.slots_S[5] += 1
+            balanced["layers.1.router"].counters.training.slots_S[5] += 1
         balanced.update()
     results[rank] = [site.bias.tolist() for site in balanced.values()]
 

@@ -80,7 +80,7 @@ class TestTogether:
             model(torch.randint(0, 32, (4, 9))).square().mean().backward()
             before = balanced["layers.1.router"].bias.clone()
             if balanced.step:
-                balanced["layers.1.router"].tally.reset_()
+                balanced["layers.1.router"].counters.discard_()
             balanced.update()
         assert torch.equal(balanced["layers.1.router"].bias, before)
         assert balanced.record.tokens["layers.1.router"] == 0

@@ -5,7 +5,7 @@ from lightning.pytorch import LightningModule
 from torch import nn
 
 from moe_plugin.attach.adapter import Adapter
-from moe_plugin.attach.balance import find_balanced
+from moe_plugin.attach.balanced_model import find_balanced
 from moe_plugin.callbacks.loss_free import LossFreeBalancing
 
 

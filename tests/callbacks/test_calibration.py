@@ -9,7 +9,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.utils.data import DataLoader
 
 from moe_plugin import LossFreeBalancing
-from moe_plugin.attach.balance import find_balanced
+from moe_plugin.attach.balanced_model import find_balanced
 from moe_plugin.balancing.rules import Sign
 from moe_plugin.callbacks.calibration import Calibration
 from moe_plugin.errors import ConfigError
@@ -124,11 +124,11 @@ class TestCalibration:
 
     def test_training_without_an_end_is_refused(self):
         trainer = SimpleNamespace(estimated_stepping_batches=float("inf"))
-        with pytest.raises(ConfigError, match="neither max_steps nor max_epochs"):
+        with pytest.raises(ConfigError, match="unless max_steps or max_epochs ends the training"):
             Calibration().start(trainer, Project())
 
     def test_manual_optimization_is_refused(self):
         module = Project()
         module.automatic_optimization = False
-        with pytest.raises(ConfigError, match="optimizes by hand"):
+        with pytest.raises(ConfigError, match="manual optimization"):
             Calibration().start(SimpleNamespace(estimated_stepping_batches=3), module)

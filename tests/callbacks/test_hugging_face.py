@@ -5,7 +5,7 @@ import shutil
 import pytest
 import torch
 
-from moe_plugin.attach.balance import find_balanced
+from moe_plugin.attach.balanced_model import find_balanced
 from moe_plugin.balancing.rules import Sign
 from moe_plugin.errors import AttachError, CheckpointError
 from tests.hosts import Host, OwningRouter, SoftmaxRouter

@@ -14,7 +14,7 @@ from tensorboard.util import tensor_util
 from torch.nn.functional import mse_loss
 from torch.utils.data import DataLoader
 
-from moe_plugin.attach.balance import find_balanced
+from moe_plugin.attach.balanced_model import find_balanced
 from moe_plugin.callbacks.load_monitor import LoadMonitor
 from moe_plugin.callbacks.loss_free import LossFreeBalancing
 from moe_plugin.callbacks.monitor.run_card import active_parameters

@@ -8,7 +8,7 @@ import torch
 from torch.utils.data import DataLoader
 
 from moe_plugin import LoadMonitor, LossFreeBalancing
-from moe_plugin.attach.balance import find_balanced
+from moe_plugin.attach.balanced_model import find_balanced
 from moe_plugin.balancing.rules import Sign
 from moe_plugin.callbacks.attachment import builds_itself
 from tests.hosts import Host

@@ -19,7 +19,7 @@ class TestStepClock:
     def test_step_inside_a_batch_is_told(self, parts):
         clock, optimizer, events = parts
         clock.batch_starts()
-        clock.step_is_due(optimizer)
+        clock.step_is_due()
         optimizer.step()
         clock.batch_ends()
         assert events == [("step", None)]
@@ -35,7 +35,7 @@ class TestStepClock:
     def test_step_that_was_due_and_did_not_come_is_skipped(self, parts):
         clock, optimizer, events = parts
         clock.batch_starts()
-        clock.step_is_due(optimizer)
+        clock.step_is_due()
         clock.batch_ends()
         assert events == [("skip",)]
 

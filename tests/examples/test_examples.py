@@ -9,7 +9,8 @@ from types import ModuleType
 
 import pytest
 
-from moe_plugin.attach.balance import DEFAULT_RULE, find_balanced
+from moe_plugin.attach.balanced_model import find_balanced
+from moe_plugin.attach.settings import DEFAULT_RULE
 from moe_plugin.balancing.rules import Proportional, Sign
 
 EXAMPLES = Path(__file__).parents[2] / "examples"

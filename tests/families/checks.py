@@ -18,7 +18,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from moe_plugin.attach.balance import BalancedModel, balance_, find_balanced
+from moe_plugin.attach.balance import balance_
+from moe_plugin.attach.balanced_model import BalancedModel, find_balanced
 from moe_plugin.attach.site import Site
 from moe_plugin.balancing.rules import Sign
 from tests.families import odd_gates

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from moe_plugin.attach.discovery.trace import tensors_in
+from moe_plugin.attach.discovery.probing.trace import tensors_in
 
 SCORES: dict[str, Callable[[Tensor], Tensor]] = {
     "softmax": lambda logits_TE: logits_TE.softmax(-1),

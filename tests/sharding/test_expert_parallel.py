@@ -10,7 +10,7 @@ from torch.distributed.tensor import DTensor
 
 from moe_plugin import LossFreeBalancing, Sign, shard_
 from moe_plugin.apps.models.clipping import clip_gradients_
-from moe_plugin.attach.balance import find_balanced
+from moe_plugin.attach.balanced_model import find_balanced
 from tests.apps.models.small_models import VOCAB_SIZE, language_model
 from tests.sharding.ranks import loader, trainer
 

@@ -7,7 +7,7 @@ import torch
 from lightning.pytorch.plugins.precision import MixedPrecision
 
 from moe_plugin import LossFreeBalancing, Sign
-from moe_plugin.attach.balance import find_balanced
+from moe_plugin.attach.balanced_model import find_balanced
 from tests.hosts import Host, OwningRouter
 from tests.sharding.ranks import loader, trainer
 from tests.sharding.test_shard import HostProject

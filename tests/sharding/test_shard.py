@@ -10,7 +10,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 from moe_plugin import LossFreeBalancing, Sign, balance_, shard_
-from moe_plugin.attach.balance import find_balanced
+from moe_plugin.attach.balanced_model import find_balanced
 from moe_plugin.errors import AttachError, ConfigError
 from moe_plugin.losses import LoadBalancingLoss
 from moe_plugin.sharding import find_layers

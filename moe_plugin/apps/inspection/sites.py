@@ -12,10 +12,11 @@ from types import FunctionType
 from torch import Tensor, nn
 
 from moe_plugin.attach.adapter import Adapter
-from moe_plugin.attach.balance import BalancedModel, find_balanced
+from moe_plugin.attach.balanced_model import BalancedModel, find_balanced
 from moe_plugin.attach.discovery.code_names import uses
+from moe_plugin.attach.discovery.routing_style import BiasPlace, FoundRouter
 from moe_plugin.attach.discovery.surroundings import Surroundings
-from moe_plugin.attach.discovery.survey import Found, survey
+from moe_plugin.attach.discovery.survey import survey
 from moe_plugin.attach.discovery.understand import GROUP_COUNT_NAMES
 
 _SCORES = ("sigmoid", "softmax", "softplus")
@@ -116,25 +117,25 @@ def inspect_model(model: nn.Module, adapters: Sequence[Adapter] = ()) -> Inspect
     )
 
 
-def _found(model: nn.Module, found: Found) -> RoutingSite:
-    owner, name = found.bias_owner, found.bias_name
-    bias_E = getattr(owner, name) if owner is not None and name is not None else None
-    if found.adapter is not None:
+def _found(model: nn.Module, found: FoundRouter) -> RoutingSite:
+    place, style = found.bias, found.style
+    bias_E = None if place is None else place.tensor()
+    if style.adapter is not None:
         driven = "a bias of ours, by its adapter"
-    elif name is not None:
-        driven = f"its own {name}"
+    elif place is not None:
+        driven = f"its own {place.name}"
     else:
-        driven = f"a bias of ours, at {found.kind}"
+        driven = f"a bias of ours, at {style.kind}"
     return RoutingSite(
         name=found.name,
         router=type(found.module).__name__,
-        num_experts=found.num_experts,
-        top_k=found.top_k,
+        num_experts=style.num_experts,
+        top_k=style.top_k,
         score=score_of(found.module),
         groups=groups_of(model, found.name),
         driven=driven,
-        bias_key=None if owner is None or name is None else _key(model, owner, name),
-        is_proven=found.proven,
+        bias_key=None if place is None else _key(model, place),
+        is_proven=style.proven,
         bias=None if bias_E is None or bias_E.is_meta else BiasStatistics.of(bias_E),
     )
 
@@ -148,11 +149,11 @@ def _attached(model: nn.Module, balanced: BalancedModel) -> tuple[RoutingSite, .
             top_k=site.top_k,
             score=score_of(site.router),
             groups=groups_of(model, name),
-            driven=f"its own {site.bias_name}, balanced now"
+            driven=f"its own {site.bias_place.name}, balanced now"
             if site.host_owns_bias
             else "a bias of ours, balanced now",
-            bias_key=_key(model, site.bias_owner, site.bias_name) if site.host_owns_bias else None,
-            is_proven=site.proven,
+            bias_key=_key(model, site.bias_place) if site.host_owns_bias else None,
+            is_proven=site.is_proven,
             bias=None if site.bias.is_meta else BiasStatistics.of(site.bias),
         )
         for name, site in balanced.items()
@@ -182,6 +183,6 @@ def groups_of(model: nn.Module, name: str) -> int:
     return Surroundings.of(model, name).number(GROUP_COUNT_NAMES) or 1
 
 
-def _key(model: nn.Module, owner: nn.Module, name: str) -> str:
-    path = next(path for path, module in model.named_modules() if module is owner)
-    return f"{path}.{name}" if path else name
+def _key(model: nn.Module, place: BiasPlace) -> str:
+    path = next(path for path, module in model.named_modules() if module is place.owner)
+    return f"{path}.{place.name}" if path else place.name

@@ -11,6 +11,7 @@ from torch import nn
 
 CALL_DEPTH = 2
 """How many plain function calls away from a class a name may be."""
+TOP_K = frozenset({"topk"})
 
 
 @cache

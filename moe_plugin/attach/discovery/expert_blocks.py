@@ -6,17 +6,16 @@ from collections.abc import Iterator, Sequence
 
 from torch import Tensor, nn
 
-from moe_plugin.attach.discovery.code_names import uses
+from moe_plugin.attach.discovery.code_names import TOP_K, uses
 from moe_plugin.attach.discovery.module_names import aliases, levels, shared_levels
-from moe_plugin.attach.discovery.surroundings import LISTS, Surroundings
-
-_TOP_K = frozenset({"topk"})
+from moe_plugin.attach.discovery.surroundings import Surroundings
+from moe_plugin.experts.stacks import LISTS, own_stacks
 
 
 def may_route(module: nn.Module) -> bool:
     """Return whether it looks like a block of experts, although it was not seen to select any."""
     named = Surroundings((("", module),)).has_experts()
-    return has_gate_for_a_stack(module) or (named and uses(type(module), _TOP_K))
+    return has_gate_for_a_stack(module) or (named and uses(type(module), TOP_K))
 
 
 def experts_of(module: nn.Module) -> list[nn.Module]:
@@ -43,15 +42,9 @@ def _matrices(module: nn.Module) -> Iterator[Tensor]:
 
 
 def is_stack(module: nn.Module) -> bool:
-    """Return whether it is, or holds, a list of modules or weights with one more dimension than a matrix."""
-    if isinstance(module, (nn.ModuleList, nn.ModuleDict)):
-        return len(module) > 1
-    parts = (module, *module.children())
-    stacks = [tensor for part in parts for tensor in part.parameters(recurse=False)]
-    lists = [part for part in parts if isinstance(part, nn.ModuleList)]
-    return any(tensor.dim() == 3 and len(tensor) > 1 for tensor in stacks) or any(
-        len(part) > 1 for part in lists
-    )
+    """Return whether it stacks two or more things: as a list, or itself or by a child."""
+    parts = [module] if isinstance(module, LISTS) else [module, *module.children()]
+    return any(stack.size > 1 for part in parts for stack in own_stacks(part))
 
 
 def without_router(

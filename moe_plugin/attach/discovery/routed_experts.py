@@ -9,6 +9,7 @@ from torch import nn
 
 from moe_plugin.attach.discovery.understand import TOP_K_NAMES
 from moe_plugin.errors import ConfigError
+from moe_plugin.experts.stacks import num_experts_in
 
 
 @dataclass(frozen=True)
@@ -51,15 +52,8 @@ def find_routed_experts(model: nn.Module) -> list[RoutedExperts]:
         RoutedExperts(child, num_experts, _top_k(block, child, f"{path}.{name}".lstrip(".")))
         for path, block in model.named_modules()
         for name, child in block.named_children()
-        if (num_experts := _num_experts(child)) is not None and _has_router(block, child, num_experts)
+        if (num_experts := num_experts_in(child)) is not None and _has_router(block, child, num_experts)
     ]
-
-
-def _num_experts(module: nn.Module) -> int | None:
-    if isinstance(module, nn.ModuleList | nn.ModuleDict):
-        return len(module)
-    stacked = {parameter.shape[0] for parameter in module.parameters(recurse=False) if parameter.ndim == 3}
-    return stacked.pop() if len(stacked) == 1 else None
 
 
 def _has_router(block: nn.Module, experts: nn.Module, num_experts: int) -> bool:

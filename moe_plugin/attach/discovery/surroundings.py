@@ -6,15 +6,16 @@ Shape legend: E experts.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from types import FunctionType
 
 from torch import Tensor, nn
 
+from moe_plugin.experts.stacks import Stack, own_stacks
+
 _EXPERT = re.compile(r"expert", re.IGNORECASE)
 _SHARED = re.compile(r"shared|common", re.IGNORECASE)
-LISTS = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 REACH = 2
 """How many levels above a router its experts may hang."""
 
@@ -50,18 +51,16 @@ class Surroundings:
 
     def expert_counts(self) -> set[int]:
         """Return how many experts there may be: numbers so named, and sizes of stacks of modules or weights."""
-        return self.named_counts() | {size for size, _ in self.stacks()}
+        return self.named_counts() | {stack.size for stack in self.stacks()}
 
     def named_counts(self) -> set[int]:
         """Return numbers named after experts."""
         return set().union(*map(_named_numbers, self.modules))
 
-    def stacks(self) -> list[tuple[int, Sequence[Tensor]]]:
+    def stacks(self) -> list[Stack]:
         """Sizes and tensors of all that is stacked hereabouts: lists of modules or parameters, and 3-D weights."""
         parts = {id(part): part for part in self._parts()}.values()
-        lists = [part for part in parts if isinstance(part, LISTS)]
-        weights = [tensor for part in parts for tensor in _own(part) if tensor.dim() == 3]
-        return [*((len(part), list(part.parameters())) for part in lists), *((len(w), [w]) for w in weights)]
+        return [stack for part in parts for stack in own_stacks(part)]
 
     def configured_counts(self) -> set[int]:
         """Return numbers in the configs that are named after experts; every module of a model may carry its config."""

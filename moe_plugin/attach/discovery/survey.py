@@ -7,15 +7,15 @@ appears tomorrow with an ordinary router is found without an edit here.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from typing import Any
 
 from torch import nn
 from torch.jit import ScriptModule
 from torch.nn.parameter import is_lazy
 
-from moe_plugin.attach.adapter import Adapter, adapter_for
+from moe_plugin.attach.adapter import Adapter
+from moe_plugin.attach.discovery.adapted import note_adapted
 from moe_plugin.attach.discovery.code_names import uses
 from moe_plugin.attach.discovery.expert_blocks import (
     experts_of,
@@ -24,97 +24,13 @@ from moe_plugin.attach.discovery.expert_blocks import (
     may_route,
     without_router,
 )
+from moe_plugin.attach.discovery.findings import Findings
 from moe_plugin.attach.discovery.module_names import aliases, holds, inner_first, inside
-from moe_plugin.attach.discovery.ranking_calls import NAMES, Use
+from moe_plugin.attach.discovery.probing.ranking_calls import NAMES
+from moe_plugin.attach.discovery.routing_style import BiasPlace, FoundRouter, NoStyle, RoutingStyle
 from moe_plugin.attach.discovery.surroundings import Surroundings
-from moe_plugin.attach.discovery.understand import NoStyle, Style, understand
+from moe_plugin.attach.discovery.understand import understand
 from moe_plugin.errors import AttachError
-
-
-@dataclass(frozen=True)
-class Found:
-    """A router found in a model, with what balancing needs to know of it."""
-
-    name: str
-    module: nn.Module
-    num_experts: int
-    top_k: int
-    kind: str = "topk"
-    use: Use = field(default_factory=Use)
-    bias_owner: nn.Module | None = None
-    bias_name: str | None = None
-    zeros_masked: bool = False
-    proven: bool = False
-    adapter: Adapter | None = None
-
-
-@dataclass
-class Findings:
-    """All that was found in a model, by module name.
-
-    Attributes:
-        routers: What can be balanced.
-        refused: Routers that cannot, and why.
-        strangers: Modules with experts whose routing nobody understood, and why.
-    """
-
-    routers: dict[str, Found] = field(default_factory=dict)
-    refused: dict[str, str] = field(default_factory=dict)
-    strangers: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def names(self) -> list[str]:
-        """All of them."""
-        return [*self.routers, *self.refused, *self.strangers]
-
-    def only(self, wanted: Callable[[str], bool]) -> Findings:
-        """Return those whose name is wanted."""
-        return Findings(
-            {name: found for name, found in self.routers.items() if wanted(name)},
-            {name: reason for name, reason in self.refused.items() if wanted(name)},
-            {name: reason for name, reason in self.strangers.items() if wanted(name)},
-        )
-
-
-def find_routers(model: nn.Module, adapters: Sequence[Adapter] = ()) -> list[Found]:
-    """Return all routing sites of a model, in the order of its modules.
-
-    Raises:
-        AttachError: If there is none, or experts have a router that nobody understood.
-    """
-    return checked(survey(model, adapters), model)
-
-
-def checked(findings: Findings, model: nn.Module) -> list[Found]:
-    """Return the routers of ``findings``.
-
-    Raises:
-        AttachError: If there is none, or experts have a router that nobody understood.
-    """
-    kind = type(model).__name__
-    if findings.strangers:
-        raise AttachError(f"{kind} cannot be balanced as it is: {_listed(findings.strangers)}. {_FIX}")
-    if not findings.routers and findings.refused:
-        raise AttachError(f"{kind} cannot be balanced: {_listed(findings.refused)}.")
-    if not findings.routers:
-        seen = [
-            f"{name or '(the model itself)'}: {type(m).__name__}"
-            for name, m in model.named_modules()
-            if uses(type(m), _TOP_K)
-        ]
-        raise AttachError(
-            f"No router was found in {kind}: a module that ranks experts, with experts near it. {_FIX} "
-            f"Modules that call topk: {', '.join(seen) or 'none'}."
-        )
-    return list(findings.routers.values())
-
-
-_TOP_K = frozenset({"topk"})
-_FIX = "Write an Adapter for that block and pass it in 'adapters', or leave it out with 'sites'."
-
-
-def _listed(reasons: dict[str, str]) -> str:
-    return "; ".join(f"{name!r}: {reason}" for name, reason in reasons.items())
 
 
 def survey(model: nn.Module, adapters: Sequence[Adapter] = ()) -> Findings:
@@ -128,8 +44,8 @@ def survey(model: nn.Module, adapters: Sequence[Adapter] = ()) -> Findings:
         raise AttachError(f"{lazy[0]!r} has no size yet. Run the model on one batch before it is balanced.")
     findings = Findings()
     doubts, unseen = [], []
-    styles: dict[Any, Style | NoStyle | None] = {}
-    adapted = _adapted(model, adapters, findings)
+    styles: dict[Any, RoutingStyle | NoStyle | None] = {}
+    adapted = note_adapted(model, adapters, findings)
     names = aliases(model)
     for name, module in inner_first(model):
         taken = [alias for found in findings.names for alias in names[found]]
@@ -155,43 +71,14 @@ def survey(model: nn.Module, adapters: Sequence[Adapter] = ()) -> Findings:
     return findings
 
 
-def _adapted(model: nn.Module, adapters: Sequence[Adapter], findings: Findings) -> list[str]:
-    """Note the blocks that an adapter names; returns their names."""
-    names: list[str] = []
-    for name, module in model.named_modules():
-        adapter = adapter_for(module, adapters)
-        if adapter is None or inside(name, names):
-            continue
-        names.append(name)
-        if adapter.refused:
-            findings.refused[name] = f"{type(module).__name__} {adapter.refused}"
-        else:
-            num_experts, top_k = adapter.number(module, "num_experts"), adapter.number(module, "top_k")
-            findings.routers[name] = Found(
-                name, module, num_experts, top_k, kind="adapter", proven=True, adapter=adapter
-            )
-    return names
-
-
-def _note(findings: Findings, name: str, around: Surroundings, style: Style | NoStyle | None) -> None:
+def _note(findings: Findings, name: str, around: Surroundings, style: RoutingStyle | NoStyle | None) -> None:
     module = around.modules[0]
     if isinstance(style, NoStyle):
         where = findings.strangers if style.adaptable else findings.refused
         where[name] = f"{type(module).__name__} {style.reason}"
     elif style is not None:
-        owner, bias_name = around.tensors()[style.bias] if style.bias is not None else (None, None)
-        findings.routers[name] = Found(
-            name=name,
-            module=module,
-            num_experts=style.num_experts,
-            top_k=style.top_k,
-            kind=style.kind,
-            use=style.use,
-            bias_owner=owner,
-            bias_name=bias_name,
-            zeros_masked=style.zeros_masked,
-            proven=style.proven,
-        )
+        bias = None if style.bias is None else BiasPlace(*around.tensors()[style.bias])
+        findings.routers[name] = FoundRouter(name, module, style, bias)
 
 
 def _note_strangers(model: nn.Module, doubts: Sequence[str], findings: Findings) -> None:

@@ -7,16 +7,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
-from moe_plugin.attach.discovery.code_names import uses
-from moe_plugin.attach.discovery.input_guesses import NUM_TOKENS, Input, inputs
-from moe_plugin.attach.discovery.probe import Seen, probes
-from moe_plugin.attach.discovery.ranking import Ranking
-from moe_plugin.attach.discovery.ranking_calls import Use
+from moe_plugin.attach.discovery.code_names import TOP_K, uses
+from moe_plugin.attach.discovery.probing.input_guesses import NUM_TOKENS, Input, inputs
+from moe_plugin.attach.discovery.probing.probe import Seen, probes
+from moe_plugin.attach.discovery.probing.ranking import Ranking
+from moe_plugin.attach.discovery.probing.ranking_calls import Use
+from moe_plugin.attach.discovery.routing_style import NoStyle, RoutingStyle
 from moe_plugin.attach.discovery.surroundings import Surroundings
 
 EXPERT_COUNT_NAMES = (
@@ -43,7 +43,6 @@ GROUP_COUNT_NAMES = (
     "num_expert_group",
     "n_groups",
 )
-_TOP_K = frozenset({"topk"})
 _LIKE_A_BIAS = re.compile(r".+_bias(es)?|bias(es)?_.+|.*(correction|balanc|static).*")
 _KINDS = (("topk",), ("sort", "argsort"), ("argmax",), ("max",), ("argmin",), ("min",))
 
@@ -52,43 +51,7 @@ _STACK = "stack."
 Owners = Mapping[str, tuple[nn.Module, str]]
 
 
-@dataclass(frozen=True)
-class Style:
-    """How a module routes.
-
-    Attributes:
-        num_experts: E.
-        top_k: K.
-        kind: The kind of call that selects, see `moe_plugin.attach.discovery.ranking_calls.Call`.
-        use: How the result of that call is used.
-        bias: Key in ``Surroundings.tensors`` of the host's own selection bias.
-        zeros_masked: Whether groups of experts are ranked first, so that an exact zero may mean a closed group.
-        proven: Whether the above was seen in a run, and not read from names.
-    """
-
-    num_experts: int
-    top_k: int
-    kind: str = "topk"
-    use: Use = field(default_factory=Use)
-    bias: str | None = None
-    zeros_masked: bool = False
-    proven: bool = False
-
-
-@dataclass(frozen=True)
-class NoStyle:
-    """Why a module that selects something like experts cannot be balanced.
-
-    Attributes:
-        reason: What it does.
-        adaptable: Whether an adapter could help.
-    """
-
-    reason: str
-    adaptable: bool
-
-
-def understand(around: Surroundings) -> Style | NoStyle | None:
+def understand(around: Surroundings) -> RoutingStyle | NoStyle | None:
     """Return how the innermost module of ``around`` routes; None if it does not, or nobody can tell."""
     if not (around.has_experts() or around.expert_counts() or around.configured_counts()):
         return None
@@ -96,15 +59,15 @@ def understand(around: Surroundings) -> Style | NoStyle | None:
     followed = {key: getattr(owner, name) for key, (owner, name) in owners.items()}
     followed |= {
         f"{_STACK}{n}.{i}": tensor
-        for n, (_, tensors) in enumerate(around.stacks())
-        for i, tensor in enumerate(tensors)
+        for n, stack in enumerate(around.stacks())
+        for i, tensor in enumerate(stack.tensors)
     }
     module, *above = around.modules
     hosts = [*above[:1], module, *above[1:]]  # what holds the router may pass it the bias
     reasons, ended = [], False
     for seen in probes(module, hosts, _inputs(around), followed):
         style = _by_run(around, owners, seen)
-        if isinstance(style, Style):
+        if isinstance(style, RoutingStyle):
             return style
         reasons += [style] if style is not None else []
         ended = ended or seen.returned is not None
@@ -119,7 +82,7 @@ def _inputs(around: Surroundings) -> Iterator[Input]:
     return inputs(around.widths(), *channels, dtype=dtype, device=device)
 
 
-def _by_run(around: Surroundings, owners: Owners, seen: Seen) -> Style | NoStyle | None:
+def _by_run(around: Surroundings, owners: Owners, seen: Seen) -> RoutingStyle | NoStyle | None:
     rankings = [ranking for ranking in _whole(seen.rankings) if _is_of_experts(around, ranking)]
     for kinds in _KINDS:
         chosen = [each for each in rankings if each.call.kind in kinds and _selects(each, rankings[-1])]
@@ -159,7 +122,7 @@ def _selects(ranking: Ranking, last: Ranking) -> bool:
     return ranking.k > 0 and (ranking.ids_used or may_be)
 
 
-def _style(around: Surroundings, owners: Owners, seen: Seen, chosen: list[Ranking]) -> Style | NoStyle:
+def _style(around: Surroundings, owners: Owners, seen: Seen, chosen: list[Ranking]) -> RoutingStyle | NoStyle:
     ranking = chosen[-1]
     num_experts = ranking.call.num_items
     chosen = [each for each in chosen if each.call.num_items == num_experts]
@@ -184,12 +147,12 @@ def _style(around: Surroundings, owners: Owners, seen: Seen, chosen: list[Rankin
 
 def _made(
     around: Surroundings, owners: Owners, seen: Seen, ranking: Ranking, *, top_k: int, use: Use
-) -> Style:
+) -> RoutingStyle:
     num_experts = ranking.call.num_items
     ranks_fewer = any(other.call.num_items < num_experts for other in seen.rankings if other.k)
     groups = around.number(GROUP_COUNT_NAMES)
     draws_largest = ranking.call.largest != use.from_end
-    return Style(
+    return RoutingStyle(
         num_experts=num_experts,
         top_k=top_k,
         kind=ranking.call.kind,
@@ -219,7 +182,7 @@ def _is_of_experts(around: Surroundings, ranking: Ranking) -> bool:
         return True
     if (around.has_experts() or size in around.configured_counts()) and size in around.gate_sizes():
         return True
-    sizes = {n: length for n, (length, _) in enumerate(around.stacks())}
+    sizes = {n: stack.size for n, stack in enumerate(around.stacks())}
     before = {int(key.split(".")[1]) for key in ranking.depends if key.startswith(_STACK)}
     return any(length == size for n, length in sizes.items() if n not in before)
 
@@ -242,18 +205,18 @@ def _bias(owners: Owners, seen: Seen, ranking: Ranking, num_experts: int) -> str
     return next((key for key in keys if key not in seen.returned), None)
 
 
-def _by_names(around: Surroundings, owners: Owners) -> Style | None:
+def _by_names(around: Surroundings, owners: Owners) -> RoutingStyle | None:
     """Return what attribute names say, for modules that cannot be run on their own."""
     num_experts, top_k = around.number(EXPERT_COUNT_NAMES), around.number(TOP_K_NAMES)
     near = Surroundings(around.path[:2])
     if (
         num_experts is None
         or top_k is None
-        or not (near.has_experts() and uses(type(near.modules[0]), _TOP_K))
+        or not (near.has_experts() and uses(type(near.modules[0]), TOP_K))
     ):
         return None
     fitting = [key for key in owners if _tensor(owners, key).numel() == num_experts]
-    return Style(
+    return RoutingStyle(
         num_experts=num_experts,
         top_k=top_k,
         bias=next((key for key in fitting if owners[key][1] in BIAS_NAMES), None),

@@ -7,8 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_plugin.attach.adapter import Adapter
-from moe_plugin.attach.steering.calls import Replaced
+from moe_plugin.attach.adapter import Adapter, Replaced
 
 
 def route(block: Any, select: Any, *args: Any, **kwargs: Any) -> Any:

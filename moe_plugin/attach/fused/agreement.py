@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_plugin.attach.fused.host_forward import FusedHostExperts, Fusion
-from moe_plugin.attach.fused.projections import Layout
+from moe_plugin.attach.fused.projections import Projections
 
 _TOKENS, _EXPERTS = 8, 2
 _SCALES = (1.0, 1e6)
@@ -25,14 +25,14 @@ _TOLERANCE = 1e-5
 _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, ImportError)
 
 
-def disagreement(experts: nn.Module, layout: Layout) -> str:
+def disagreement(experts: nn.Module, projections: Projections) -> str:
     """Return why the fused experts would not give what this layer gives, outputs and gradients; '' if they do."""
     generator = torch.Generator().manual_seed(0)
     modes = torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False)
     with torch.random.fork_rng([]), modes[0], modes[1], modes[2]:
-        sample = _sample(experts, layout, generator)
+        sample = _sample(experts, projections, generator)
         for scale in _SCALES:
-            inputs = _inputs(sample, layout, scale, generator)
+            inputs = _inputs(sample, projections, scale, generator)
             try:
                 theirs = _results(type(experts), sample, inputs)
             except _FAILURES as error:
@@ -48,15 +48,15 @@ def disagreement(experts: nn.Module, layout: Layout) -> str:
     return ""
 
 
-def _sample(experts: nn.Module, layout: Layout, generator: torch.Generator) -> nn.Module:
+def _sample(experts: nn.Module, projections: Projections, generator: torch.Generator) -> nn.Module:
     """Return the layer once more with two experts, all else the same."""
     kind = type(experts)
     sample = kind.__new__(kind)
     parameters = {
-        name: _random(parameter.shape, parameter.shape[1 if layout.input_first else 2], generator)
+        name: _random(parameter.shape, parameter.shape[1 if projections.input_first else 2], generator)
         for name, parameter in experts.named_parameters()
     }
-    vars(sample).update(vars(experts), _parameters=parameters, _moe_fusion=Fusion(layout))
+    vars(sample).update(vars(experts), _parameters=parameters, _moe_fusion=Fusion(projections))
     if hasattr(experts, "num_experts"):
         vars(sample)["num_experts"] = min(_EXPERTS, len(next(experts.parameters())))
     config = getattr(experts, "config", None)
@@ -75,10 +75,10 @@ def _random(shape: torch.Size, width: int, generator: torch.Generator) -> Tensor
 
 
 def _inputs(
-    sample: nn.Module, layout: Layout, scale: float, generator: torch.Generator
+    sample: nn.Module, projections: Projections, scale: float, generator: torch.Generator
 ) -> tuple[Tensor, ...]:
-    down: Tensor = getattr(sample, layout.down)
-    width = down.shape[2 if layout.input_first else 1]
+    down: Tensor = getattr(sample, projections.down)
+    width = down.shape[2 if projections.input_first else 1]
 
     def draw(*sizes: int) -> Tensor:
         return torch.rand(sizes, generator=generator, dtype=torch.float64, device="cpu")

@@ -3,34 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
 
-from moe_plugin.attach.discovery.survey import Found
+from moe_plugin.attach.discovery.routing_style import FoundRouter
 from moe_plugin.attach.fused.agreement import disagreement
-from moe_plugin.attach.fused.projections import Layout, experts_of_routers, layout_of
-from moe_plugin.errors import AttachError, ConfigError
-from moe_plugin.experts.kernels.choice import check_choice
-
-Experts = Literal["fused"] | None
+from moe_plugin.attach.fused.projections import Projections, experts_of_routers, projections_of
+from moe_plugin.errors import AttachError
 
 
-def check_experts(value: Experts) -> Experts:
-    """Return a valid setting unchanged.
-
-    Raises:
-        ConfigError: If it is neither of the two, or 'fused' with kernels that cannot run.
-    """
-    if value is not None and value not in get_args(get_args(Experts)[0]):
-        raise ConfigError(f"'experts' must be 'fused' or None, got {value!r}.")
-    if value == "fused":
-        check_choice()
-    return value
-
-
-def find_fusible(model: nn.Module, routers: Sequence[Found]) -> dict[str, tuple[nn.Module, Layout]]:
+def find_fusible(
+    model: nn.Module, routers: Sequence[FoundRouter]
+) -> dict[str, tuple[nn.Module, Projections]]:
     """Return the layers of experts of these routers by name, each proven to be computed by the fused experts.
 
     Raises:
@@ -49,20 +35,24 @@ def find_fusible(model: nn.Module, routers: Sequence[Found]) -> dict[str, tuple[
             f"experts='fused' must be able to replace the experts of every router, and cannot here: "
             f"{_listed(reasons)}. Leave 'experts' out, or these routers by 'sites'."
         )
-    return {name: (layers[name], layout) for name, layout in verdicts.items() if isinstance(layout, Layout)}
+    return {
+        name: (layers[name], projections)
+        for name, projections in verdicts.items()
+        if isinstance(projections, Projections)
+    }
 
 
-def _verdicts(layers: Mapping[str, nn.Module]) -> dict[str, Layout | str]:
-    verdicts: dict[str, Layout | str] = {}
+def _verdicts(layers: Mapping[str, nn.Module]) -> dict[str, Projections | str]:
+    verdicts: dict[str, Projections | str] = {}
     for name, layer in layers.items():
         like = next((other for other in verdicts if _is_alike(layer, layers[other])), None)
         verdicts[name] = _verdict(layer) if like is None else verdicts[like]
     return verdicts
 
 
-def _verdict(experts: nn.Module) -> Layout | str:
-    layout = layout_of(experts)
-    return layout if isinstance(layout, str) else disagreement(experts, layout) or layout
+def _verdict(experts: nn.Module) -> Projections | str:
+    projections = projections_of(experts)
+    return projections if isinstance(projections, str) else disagreement(experts, projections) or projections
 
 
 def _listed(reasons: Mapping[str, Sequence[str]]) -> str:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moe_plugin.attach.fused.projections import Layout
+from moe_plugin.attach.fused.projections import Projections
 from moe_plugin.attach.steering.class_swap import Mixin, swap_, unswap_
 from moe_plugin.experts.fused import fused_experts
 from moe_plugin.experts.kernels.dtypes import compute_dtype
@@ -24,19 +24,19 @@ class Fusion:
     """What a layer computed by the fused experts carries.
 
     Attributes:
-        layout: How it holds its projections.
+        projections: How it holds its projections.
         leaves_out_zeros: Whether pairs of gate weight 0 take no room and no time: those that a router whose tokens use
             different numbers of experts does not use. Finding them waits for the device.
         has_run: Whether it has, outside of compiled code.
     """
 
-    layout: Layout
+    projections: Projections
     leaves_out_zeros: bool = False
     has_run: bool = False
 
 
 class FusedHostExperts(Mixin):
-    """The forward of a layer of stacked experts whose projections are as its `Layout` says."""
+    """The forward of a layer of stacked experts whose projections are as its `Projections` says."""
 
     _moe_fusion: Fusion
 
@@ -53,11 +53,11 @@ class FusedHostExperts(Mixin):
         """
         if not torch.compiler.is_compiling():
             self._moe_fusion.has_run = True
-        layout = self._moe_fusion.layout
+        projections = self._moe_fusion.projections
         # Asked for by name each time: sharding and adapters put other tensors there for a forward.
-        gate_up: Tensor = getattr(self, layout.gate_up)
-        down: Tensor = getattr(self, layout.down)
-        if not layout.input_first:
+        gate_up: Tensor = getattr(self, projections.gate_up)
+        down: Tensor = getattr(self, projections.down)
+        if not projections.input_first:
             gate_up, down = gate_up.mT, down.mT
         used_TK = top_k_weights != 0 if self._moe_fusion.leaves_out_zeros else None
         routing = Routing(top_k_weights, top_k_index, scores_TE=top_k_weights, used_TK=used_TK)

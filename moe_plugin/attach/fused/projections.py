@@ -13,9 +13,10 @@ from itertools import permutations
 import torch
 from torch import nn
 
+from moe_plugin.attach.discovery.routing_style import FoundRouter
 from moe_plugin.attach.discovery.surroundings import Surroundings
-from moe_plugin.attach.discovery.survey import Found
 from moe_plugin.experts import GroupedExperts
+from moe_plugin.experts.stacks import has_experts_in_weights
 
 ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
 """What a layer of experts is called with, as transformers has it."""
@@ -23,7 +24,7 @@ _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True)
-class Layout:
+class Projections:
     """Which parameters of a layer of experts are its projections.
 
     Attributes:
@@ -37,7 +38,9 @@ class Layout:
     input_first: bool
 
 
-def experts_of_routers(model: nn.Module, routers: Sequence[Found]) -> tuple[dict[str, nn.Module], list[str]]:
+def experts_of_routers(
+    model: nn.Module, routers: Sequence[FoundRouter]
+) -> tuple[dict[str, nn.Module], list[str]]:
     """Return the layers of stacked experts that hang on these routers, by name, and the routers without one.
 
     A router's are the nearest modules that hold 3-D parameters with one entry per expert.
@@ -52,28 +55,25 @@ def experts_of_routers(model: nn.Module, routers: Sequence[Found]) -> tuple[dict
     return layers, without
 
 
-def _nearest(model: nn.Module, router: Found) -> dict[str, nn.Module]:
+def _nearest(model: nn.Module, router: FoundRouter) -> dict[str, nn.Module]:
     for prefix, module in Surroundings.of(model, router.name).path:
         parts = module.named_modules(prefix=prefix)
-        stacked = {name: part for name, part in parts if _is_stacked(part, router.num_experts)}
+        stacked = {
+            name: part for name, part in parts if has_experts_in_weights(part, router.style.num_experts)
+        }
         if stacked:
             return stacked
     return {}
 
 
-def _is_stacked(module: nn.Module, num_experts: int) -> bool:
-    own = module.parameters(recurse=False)
-    return any(parameter.ndim == 3 and len(parameter) == num_experts for parameter in own)
-
-
-def layout_of(experts: nn.Module) -> Layout | str:
+def projections_of(experts: nn.Module) -> Projections | str:
     """Return how this layer holds its projections, or why it cannot be computed by the fused experts."""
     if isinstance(experts, GroupedExperts):
         return "they are the fused experts already"
     shapes = {name: tuple(parameter.shape) for name, parameter in experts.named_parameters()}
-    layouts = [_layout(*pair) for pair in permutations(shapes.items(), 2)] if len(shapes) == 2 else []
-    layout = next((layout for layout in layouts if layout), None)
-    if layout is None:
+    found = [_projections(*pair) for pair in permutations(shapes.items(), 2)] if len(shapes) == 2 else []
+    projections = next((projections for projections in found if projections), None)
+    if projections is None:
         return f"its parameters must be two projections, (E, 2H, D) and (E, D, H) or both transposed, got {shapes}"
     dtypes = {parameter.dtype for parameter in experts.parameters()}
     if len(dtypes) > 1 or not dtypes <= set(_DTYPES):
@@ -83,17 +83,19 @@ def layout_of(experts: nn.Module) -> Layout | str:
     arguments = tuple(inspect.signature(type(experts).forward).parameters)[1:]
     if arguments != ARGUMENTS:
         return f"its forward must take {', '.join(ARGUMENTS)}, and takes {', '.join(arguments)}"
-    return layout
+    return projections
 
 
-def _layout(gate_up: tuple[str, tuple[int, ...]], down: tuple[str, tuple[int, ...]]) -> Layout | None:
+def _projections(
+    gate_up: tuple[str, tuple[int, ...]], down: tuple[str, tuple[int, ...]]
+) -> Projections | None:
     """Return the shapes leave no choice: at most one order of the two, and of their dimensions, fits."""
     (gate_up_name, gate_up_shape), (down_name, down_shape) = gate_up, down
     if len(gate_up_shape) != 3 or len(down_shape) != 3:
         return None
     experts, first, second = down_shape
     if gate_up_shape == (experts, 2 * second, first):
-        return Layout(gate_up_name, down_name, input_first=False)
+        return Projections(gate_up_name, down_name, input_first=False)
     if gate_up_shape == (experts, second, 2 * first):
-        return Layout(gate_up_name, down_name, input_first=True)
+        return Projections(gate_up_name, down_name, input_first=True)
     return None

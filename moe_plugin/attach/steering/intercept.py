@@ -6,43 +6,15 @@ Shape legend: T tokens, K experts selected per token, E experts.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from moe_plugin.attach.discovery.ranking_calls import FUNCTIONS, Call, Use, read_call
-
-
-class Choice(Protocol):
-    """How a router selects: ``zeros_masked`` says that exact zeros stand over experts outside the chosen groups."""
-
-    kind: str
-    num_experts: int
-    top_k: int
-    use: Use
-    zeros_masked: bool
-
-
-class Selection(NamedTuple):
-    """One expert selection as the host made it: the scores it ranked, and what it chose.
-
-    Attributes:
-        ranked_TE: Scores that were ranked.
-        selected_TK: Scores of the selected experts.
-        expert_ids_TK: The selected experts.
-        used_TK: Which of them the token is really sent to; None for all.
-    """
-
-    ranked_TE: Tensor
-    selected_TK: Tensor
-    expert_ids_TK: Tensor
-    used_TK: Tensor | None = None
-
-    def detached(self) -> Selection:
-        """Return the same without gradients."""
-        return self._replace(ranked_TE=self.ranked_TE.detach(), selected_TK=self.selected_TK.detach())
+from moe_plugin.attach.discovery.probing.ranking_calls import FUNCTIONS, Call, read_call
+from moe_plugin.attach.discovery.routing_style import RoutingStyle
+from moe_plugin.attach.selection import Selection
 
 
 class Intercept(TorchFunctionMode):
@@ -56,7 +28,7 @@ class Intercept(TorchFunctionMode):
 
     def __init__(
         self,
-        choice: Choice,
+        style: RoutingStyle,
         bias_E: Tensor | None,
         seen: list[Selection],
         guard: Callable[[], None] | None = None,
@@ -64,15 +36,15 @@ class Intercept(TorchFunctionMode):
         """Prepare to intercept.
 
         Args:
-            choice: How the router selects.
+            style: How the router selects.
             bias_E: fp32 bias to add for the ranking; None to only see the call.
             seen: Receives the selections. A list of the caller's, since compiled code cannot read an attribute of
                 the mode after leaving it.
             guard: Called before a biased ranking.
         """
         super().__init__()
-        self.functions = FUNCTIONS[choice.kind]
-        self.choice = choice
+        self.functions = FUNCTIONS[style.kind]
+        self.style = style
         self.bias_E = bias_E
         self.seen = seen
         self.guard = guard
@@ -82,14 +54,14 @@ class Intercept(TorchFunctionMode):
         if func not in self.functions:  # every operation of the router passes here
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
-        call, choice = read_call(func, args, kwargs), self.choice
+        call, style = read_call(func, args, kwargs), self.style
         if (
             call is None
-            or call.scores.shape[call.dim] != choice.num_experts
-            or (call.k and choice.use.k not in (None, call.k))
+            or call.scores.shape[call.dim] != style.num_experts
+            or (call.k and style.use.k not in (None, call.k))
         ):
             return func(*args, **kwargs)
-        draws_largest = call.largest != choice.use.from_end
+        draws_largest = call.largest != style.use.from_end
         if self.bias_E is None:
             result = func(*args, **kwargs)
             self._see(call, result, draws_largest)
@@ -102,16 +74,16 @@ class Intercept(TorchFunctionMode):
         return _unbiased_result(call, result)
 
     def _ranked(self, call: Call, bias_E: Tensor, draws_largest: bool) -> Tensor:
-        zeros_masked = self.choice.zeros_masked
+        zeros_masked = self.style.zeros_masked
         if draws_largest:
             ranked_TE = biased(call.scores, bias_E, call.dim, zeros_masked)
         else:
             ranked_TE = -biased(-call.scores, bias_E, call.dim, zeros_masked)
-        return ranked_TE if self.choice.use.rounds == 1 else self._left_by_earlier_rounds(call, ranked_TE)
+        return ranked_TE if self.style.use.rounds == 1 else self._left_by_earlier_rounds(call, ranked_TE)
 
     def _left_by_earlier_rounds(self, call: Call, ranked_TE: Tensor) -> Tensor:
         """Experts chosen in earlier rounds cannot be chosen again: hosts that zero them leave them in the ranking."""
-        rounds = self.choice.use.rounds
+        rounds = self.style.use.rounds
         for earlier in self.seen[len(self.seen) // rounds * rounds :]:
             ids = earlier.expert_ids_TK.movedim(-1, call.dim)
             ranked_TE = ranked_TE.scatter(call.dim, ids, -torch.inf if call.largest else torch.inf)
@@ -119,7 +91,7 @@ class Intercept(TorchFunctionMode):
 
     def _see(self, call: Call, result: Any, draws_largest: bool) -> None:
         """Note what was chosen."""
-        if call.kind == "topk" and not self.choice.use.cut:
+        if call.kind == "topk" and not self.style.use.cut:
             values, ids = result
         else:
             ids = self._cut(call, result if isinstance(result, Tensor) else result[1])
@@ -138,8 +110,8 @@ class Intercept(TorchFunctionMode):
         if ids.dim() < call.scores.dim():
             return ids.unsqueeze(call.dim)
         size = ids.shape[call.dim]
-        use = self.choice.use
-        kept = min(self.choice.top_k // use.rounds, size)
+        use = self.style.use
+        kept = min(self.style.top_k // use.rounds, size)
         return ids.narrow(call.dim, size - kept if use.from_end else 0, kept)
 
 

@@ -12,10 +12,11 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 from moe_plugin.attach.adapter import Adapter
-from moe_plugin.attach.discovery.trace import Trace
+from moe_plugin.attach.discovery.probing.trace import Trace
+from moe_plugin.attach.selection import Selection
 from moe_plugin.attach.site import Site
 from moe_plugin.attach.steering.class_swap import Mixin, swap_, unswap_
-from moe_plugin.attach.steering.intercept import Intercept, Selection, select
+from moe_plugin.attach.steering.intercept import Intercept, select
 from moe_plugin.errors import EffectError
 
 
@@ -70,8 +71,9 @@ class AdaptedMethod:
         return output
 
 
-def watch_(module: nn.Module, site: Site, adapter: Adapter | None = None) -> None:
-    """Make ``module`` report to ``site``."""
+def watch_(site: Site) -> None:
+    """Make the site's router report to it."""
+    module, adapter = site.router, site.style.adapter
     module.__dict__["_moe_site"] = site
     if adapter is not None:
         module.__dict__[adapter.method] = AdaptedMethod(module, adapter)
@@ -98,18 +100,18 @@ def unwatch_(module: nn.Module) -> None:
 def _watched(module: Any, forward: Callable[..., Any], args: tuple, kwargs: dict[str, Any]) -> Any:
     site: Site = module._moe_site
     compiling = torch.compiler.is_compiling()
-    if not (site.proven or compiling):
+    if not (site.is_proven or compiling):
         forward = _proving(site, forward)
-    closely = not compiling and site.looks_closely
-    bias = site.bias_tensor
+    closely = not compiling and site.counters.looks_closely
+    bias = site.bias_place.tensor()
     version = bias._version if closely else 0
     seen: list[Selection] = []
     guard = _refuse_to_be_recomputed if closely else None
-    with Intercept(site, None if site.host_owns_bias else bias, seen, guard):
+    with Intercept(site.style, None if site.host_owns_bias else bias, seen, guard):
         output = forward(*args, **kwargs)
-    if closely and (bias._version != version or site.bias_tensor is not bias):
+    if closely and (bias._version != version or site.bias_place.tensor() is not bias):
         raise EffectError(
-            f"Router {site.name!r} moves its own {site.bias_name!r} in its forward, as balancing does between steps. "
+            f"Router {site.name!r} updates its own {site.bias_place.name!r} during forward, which conflicts with balancing. "
             "Switch the model's own balancing off, or leave the router out with 'sites'."
         )
     site.record_(seen, output, training=module.training, compiling=compiling)
@@ -137,7 +139,7 @@ def _proving(site: Site, forward: Callable[..., Any]) -> Callable[..., Any]:
     """Return the forward, which once checks that the host's own bias reaches its selection."""
 
     def proving(*args: Any, **kwargs: Any) -> Any:
-        trace = Trace({"bias": site.bias_tensor})
+        trace = Trace({"bias": site.bias_place.tensor()})
         with trace:
             output = forward(*args, **kwargs)
         if (
@@ -146,11 +148,11 @@ def _proving(site: Site, forward: Callable[..., Any]) -> Callable[..., Any]:
             and not any("bias" in each.added for each in trace.rankings)
         ):
             raise EffectError(
-                f"Router {site.name!r} owns {site.bias_name!r}, but does not add it to the scores by which it selects "
+                f"Router {site.name!r} owns {site.bias_place.name!r}, but does not add it to the scores by which it selects "
                 "experts, so that balancing would have no effect. Write an Adapter for it and pass it in 'adapters', "
                 "or leave it out with 'sites'."
             )
-        site.proven = True
+        site.is_proven = True
         return output
 
     return proving

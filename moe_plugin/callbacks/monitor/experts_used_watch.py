@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_plugin.attach.selection import Selection
 from moe_plugin.attach.site import Site
-from moe_plugin.attach.steering.intercept import Selection
 from moe_plugin.callbacks.monitor.token_kinds import NOTHING, TokenBatch, TokenKinds, positions_of
 from moe_plugin.metrics.experts_used import (
     ExpertsUsed,

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
-from moe_plugin.attach.balance import BalancedModel
+from moe_plugin.attach.balanced_model import BalancedModel
 from moe_plugin.callbacks.monitor.router_sample import Decisions
 from moe_plugin.errors import ConfigError, LoadAlarmError, LoadAlarmWarning
 from moe_plugin.metrics.alarms import Alarm, Limits, LoadAlarms

@@ -12,8 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from moe_plugin.attach.selection import Selection
 from moe_plugin.attach.site import Site
-from moe_plugin.attach.steering.intercept import Selection
 from moe_plugin.metrics.decisions import flip_rate, router_confidence, score_range
 
 TOKENS = 4096
@@ -76,7 +76,7 @@ class RouterSample:
         ids_TK = selection.expert_ids_TK.reshape(-1, top_k)[:TOKENS]
         used_TK = torch.ones_like(ids_TK, dtype=torch.bool)
         # Experts that cost nothing are chosen like others; a dynamic router leaves some of its choices out.
-        if selection.used_TK is not None and site.dynamic is not None:
+        if selection.used_TK is not None and site.level is not None:
             used_TK = selection.used_TK.reshape(-1, top_k)[:TOKENS]
         if valid_T is not None:
             keep_T = valid_T.reshape(-1)[:TOKENS].bool()

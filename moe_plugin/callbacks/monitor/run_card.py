@@ -9,7 +9,7 @@ import lightning
 import torch
 from lightning.pytorch import LightningModule, Trainer
 
-from moe_plugin.attach.balance import BalancedModel
+from moe_plugin.attach.balanced_model import BalancedModel
 from moe_plugin.attach.discovery.routed_experts import find_routed_experts
 from moe_plugin.errors import ConfigError
 
@@ -55,8 +55,8 @@ def run_card(trainer: Trainer, pl_module: LightningModule, balanced: BalancedMod
     rows = {
         "model": type(pl_module).__name__,
         "routers": f"{len(balanced)} x {type(first.router).__name__}, {experts} experts, top {first.top_k}",
-        "bias": f"the model's own `{first.bias_name}`" if first.host_owns_bias else "ours",
-        "rule": f"`{balanced.settings[0]}`",
+        "bias": f"the model's own `{first.bias_place.name}`" if first.host_owns_bias else "ours",
+        "rule": f"`{balanced.settings.rule}`",
         "parameters": f"{size.total:,} total, {size.active:,} active per token" if size else "unknown",
         "training": f"{trainer.world_size} x {type(trainer.strategy).__name__}, {trainer.precision}, "
         f"accumulation {trainer.accumulate_grad_batches}, max_steps {trainer.max_steps}",

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from moe_plugin.attach.selection import Selection
 from moe_plugin.attach.site import Site
-from moe_plugin.attach.steering.intercept import Selection
 from moe_plugin.callbacks.monitor.expert_profiles import expert_profiles, profile_table
 from moe_plugin.callbacks.monitor.load_over_time import LAYERS, spread
 from moe_plugin.callbacks.monitor.token_kinds import NOTHING, TokenBatch, TokenKinds

@@ -8,7 +8,7 @@ import torch
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
-from moe_plugin.attach.balance import BalancedModel
+from moe_plugin.attach.balanced_model import BalancedModel
 from moe_plugin.callbacks.monitor.image_log import log_image
 from moe_plugin.callbacks.monitor.load_alarms import AlarmWatch
 from moe_plugin.callbacks.monitor.load_over_time import LoadOverTime

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
-from moe_plugin.attach.balance import BalancedModel
+from moe_plugin.attach.balanced_model import BalancedModel
 from moe_plugin.balancing.reduce import all_reduce_
 from moe_plugin.metrics import stack_layers
 from moe_plugin.metrics.window import PENDING_BATCHES

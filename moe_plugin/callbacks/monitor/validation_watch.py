@@ -10,9 +10,9 @@ from lightning.pytorch import LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
 
-from moe_plugin.attach.balance import BalancedModel
+from moe_plugin.attach.balanced_model import BalancedModel
+from moe_plugin.attach.selection import Selection
 from moe_plugin.attach.site import Site
-from moe_plugin.attach.steering.intercept import Selection
 from moe_plugin.callbacks.monitor.experts_used_watch import ExpertsUsedWatch
 from moe_plugin.callbacks.monitor.image_log import log_image
 from moe_plugin.callbacks.monitor.load_pictures import LoadPictures

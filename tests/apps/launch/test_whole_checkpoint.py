@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from moe_plugin import LossFreeBalancing, Sign
 from moe_plugin.apps.launch.checkpoint_experts import check_checkpoint_experts
 from moe_plugin.apps.launch.whole_checkpoint import WholeCheckpointIO, shapes_in
-from moe_plugin.attach.balance import find_balanced
+from moe_plugin.attach.balanced_model import find_balanced
 from moe_plugin.errors import CheckpointError
 from moe_plugin.experts import ExpertShape
 from moe_plugin.routing import Router, Sigmoid

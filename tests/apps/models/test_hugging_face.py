@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from moe_plugin import LossFreeBalancing, balance_
 from moe_plugin.apps.models import measure
 from moe_plugin.apps.models.hugging_face import HostRouter
-from moe_plugin.attach.balance import find_balanced
+from moe_plugin.attach.balanced_model import find_balanced
 from moe_plugin.balancing.rules import Proportional
 from moe_plugin.experts import fused
 from moe_plugin.losses import LoadBalancingLoss

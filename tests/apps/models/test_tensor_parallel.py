@@ -8,7 +8,7 @@ from torch.distributed.tensor import DTensor
 
 from moe_plugin import LossFreeBalancing, Sign
 from moe_plugin.apps.models.tensor_parallel import tensor_parallel_
-from moe_plugin.attach.balance import find_balanced
+from moe_plugin.attach.balanced_model import find_balanced
 from moe_plugin.errors import ConfigError
 from moe_plugin.experts import ExpertShape
 from moe_plugin.sharding import shard_

@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from moe_plugin.attach.balance import balance_, find_balanced
+from moe_plugin.attach.balance import balance_
+from moe_plugin.attach.balanced_model import find_balanced
 from moe_plugin.balancing.rules import Sign
 from tests.attach.discovery import wild_places, wild_styles
 from tests.attach.discovery.wild_places import OtherKInEvaluation

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from moe_plugin.attach.balance import balance_, find_balanced
+from moe_plugin.attach.balance import balance_
+from moe_plugin.attach.balanced_model import find_balanced
 from moe_plugin.errors import EffectError
 from tests.hosts import Host, SoftmaxRouter
 
@@ -99,10 +100,10 @@ class TestProof:
     def test_bias_found_by_name_is_proven_in_the_first_forward(self):
         model = Host(NeedsMore)
         site = balance_(model)["layers.0.router"]
-        assert not site.proven
+        assert not site.is_proven
         assert site.host_owns_bias
         model(tokens())
-        assert site.proven
+        assert site.is_proven
 
     @pytest.mark.parametrize("router", [Ignores, Subtracts])
     def test_bias_that_selection_ignores_is_an_error(self, router):
@@ -142,7 +143,7 @@ class TestTwoRouters:
 
         model = Pair()
         balanced = balance_(model)
-        assert [site.bias_name for site in balanced.values()] == ["bias_one", "bias_two"]
+        assert [site.bias_place.name for site in balanced.values()] == ["bias_one", "bias_two"]
         for number, site in enumerate(balanced.values()):
             site.bias[number] = 5.0
         model.bfloat16()

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from moe_plugin.apps.models import LanguageModel
-from moe_plugin.attach.balance import find_balanced
+from moe_plugin.attach.balanced_model import find_balanced
 from moe_plugin.callbacks.load_monitor import LoadMonitor
 from moe_plugin.callbacks.monitor.load_tags import budget_scalars
 from moe_plugin.experts import ExpertShape

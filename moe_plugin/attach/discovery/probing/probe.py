@@ -17,9 +17,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
 from torch.overrides import TorchFunctionMode
 
-from moe_plugin.attach.discovery.input_guesses import Input, others
-from moe_plugin.attach.discovery.ranking import Ranking
-from moe_plugin.attach.discovery.trace import Trace
+from moe_plugin.attach.discovery.probing.input_guesses import Input, others
+from moe_plugin.attach.discovery.probing.ranking import Ranking
+from moe_plugin.attach.discovery.probing.trace import Trace
 
 MAX_QUESTIONS = 100
 # What a forward may raise when called with inputs that are not its own.

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from moe_plugin.attach.discovery.ranking_calls import Call, Use
+from moe_plugin.attach.discovery.probing.ranking_calls import Call, Use
 
 SAME_VALUES = frozenset(
     (

@@ -12,8 +12,8 @@ from typing import Any
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from moe_plugin.attach.discovery.ranking import SAME_VALUES, Fates, Ranking
-from moe_plugin.attach.discovery.ranking_calls import SELECTING, UNSTEERABLE, Call, read_call
+from moe_plugin.attach.discovery.probing.ranking import SAME_VALUES, Fates, Ranking
+from moe_plugin.attach.discovery.probing.ranking_calls import SELECTING, UNSTEERABLE, Call, read_call
 
 _ADDITIONS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
 

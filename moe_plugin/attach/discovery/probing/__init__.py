@@ -1,0 +1,1 @@
+"""Running a module on tensors without data, and following what it ranks."""

@@ -1,0 +1,78 @@
+"""What is known about how a router selects: found once, and carried whole to its site and to the interception."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from torch import Tensor, nn
+
+from moe_plugin.attach.adapter import Adapter
+from moe_plugin.attach.discovery.probing.ranking_calls import Use
+
+
+@dataclass(frozen=True)
+class RoutingStyle:
+    """How a router selects experts.
+
+    Attributes:
+        num_experts: E.
+        top_k: K, the most experts of a token if their number varies.
+        kind: The kind of call that selects, see `moe_plugin.attach.discovery.probing.ranking_calls.Call`; or 'adapter'.
+        use: How the result of that call is used.
+        bias: Key in `Surroundings.tensors` of the model's own selection bias; None if it has none.
+        zeros_masked: Whether groups of experts are ranked first, so an exact zero may mean a closed group.
+        proven: Whether the above was seen in a run, and not read from names.
+        adapter: What routes in place of the router's own method, for kind 'adapter'.
+    """
+
+    num_experts: int
+    top_k: int
+    kind: str = "topk"
+    use: Use = field(default_factory=Use)
+    bias: str | None = None
+    zeros_masked: bool = False
+    proven: bool = False
+    adapter: Adapter | None = None
+
+
+@dataclass(frozen=True)
+class NoStyle:
+    """Why a module that selects something like experts cannot be balanced.
+
+    Attributes:
+        reason: What it does.
+        adaptable: Whether an adapter could help.
+    """
+
+    reason: str
+    adaptable: bool
+
+
+class BiasPlace(NamedTuple):
+    """Where a selection bias is: a tensor of a module, buffer or parameter."""
+
+    owner: nn.Module
+    name: str
+
+    def tensor(self) -> Tensor:
+        """Return the tensor that is there now, in the shape it has there."""
+        buffer = self.owner._buffers.get(self.name)  # its __getattr__ takes longer
+        return getattr(self.owner, self.name) if buffer is None else buffer
+
+
+@dataclass(frozen=True)
+class FoundRouter:
+    """A router found in a model.
+
+    Attributes:
+        name: Its module name.
+        module: The module itself.
+        style: How it selects.
+        bias: Where the model's own selection bias is; None if it has none.
+    """
+
+    name: str
+    module: nn.Module
+    style: RoutingStyle
+    bias: BiasPlace | None = None
