@@ -27,9 +27,9 @@ PLUGIN = {
     "losses": {"errors", "types"},
     "experts": {"errors", "types", "number_checks", "routing"},
     "plots": {"errors", "metrics"},
-    "attach": {"errors", "types", "routing", "balancing", "metrics", "experts"},
+    "attach": {"errors", "types", "balancing", "metrics", "experts"},
     "sharding": {"errors", "attach", "experts"},
-    "callbacks": {"errors", "types", "balancing", "metrics", "attach", "plots"},
+    "callbacks": {"errors", "types", "number_checks", "balancing", "metrics", "attach", "plots"},
     "__init__": {"balancing", "attach", "sharding", "callbacks"},
 }
 APPS = {

@@ -1,9 +1,9 @@
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import copy
+import importlib
 import pickle
+import pkgutil
 from pathlib import Path
 
 import pytest
