@@ -7,7 +7,18 @@ from hypothesis import strategies as st
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from moe_plugin.balancing.counts import EXTRA_SLOTS, SPREAD_UNIT, count_, new_tally
+from moe_plugin.balancing.counts import (
+    EXTRA_SLOTS,
+    SPREAD_UNIT,
+    count_,
+    expert_counts,
+    new_tally,
+    num_rejected,
+    num_seen,
+    num_tokens,
+    reject_if_,
+    spread_sum,
+)
 
 NUM_EXPERTS = 5
 
@@ -136,3 +147,40 @@ class TestRecompute:
 
         step(torch.ones(3, 4, requires_grad=True)).backward()
         assert layer.tally[:NUM_EXPERTS].tolist() == slow_counts(layer.ids_TK)
+
+
+class TestSlots:
+    def test_each_slot_is_read_by_its_name(self):
+        """One forward with a masked token, an infinite score, a token that uses one expert only, and a rejection."""
+        slots_S = new_tally(NUM_EXPERTS)
+        ids_TK = torch.tensor([[0, 1], [1, 2], [4, 3], [2, 3]])
+        selected_TK = torch.tensor([[1.0, 1.0], [1.0, torch.inf], [1.0, 1.0], [1.0, 1.0]])
+        used_TK = torch.tensor([[True, True], [True, True], [True, False], [True, True]])
+        valid_T = torch.tensor([True, True, True, False])
+        scores_TE = torch.tensor([[1.0, 3.0, 1.0, 3.0, 2.0]] * 4)
+        count_(
+            slots_S,
+            ids_TK,
+            selected_TK,
+            scores_TE=scores_TE,
+            valid_T=valid_T,
+            used_TK=used_TK,
+            training=False,
+        )
+        assert expert_counts(slots_S).tolist() == [1, 2, 0, 0, 1]
+        assert num_tokens(slots_S) == 3
+        assert (
+            num_seen(slots_S) == 4 + 1 + 8
+        )  # counted, infinite, and all of the forward because it was masked
+        assert spread_sum(slots_S) / SPREAD_UNIT == pytest.approx(3 * 0.8**0.5)
+        assert num_rejected(slots_S) == 1
+        reject_if_(slots_S, torch.tensor(False))
+        assert num_rejected(slots_S) == 1
+        reject_if_(slots_S, torch.tensor(True))
+        assert num_rejected(slots_S) == 2
+        assert expert_counts(slots_S).tolist() == [1, 2, 0, 0, 1]
+
+    def test_several_tallies_are_read_at_once(self):
+        slots_LS = torch.arange(2 * (NUM_EXPERTS + EXTRA_SLOTS)).view(2, -1)
+        for read in (expert_counts, num_seen, num_tokens, spread_sum, num_rejected):
+            assert torch.equal(read(slots_LS), torch.stack([read(slots_S) for slots_S in slots_LS]))
