@@ -219,10 +219,27 @@ class TestPictures:
         first, second = (load.tokens_per_expert for load in monitor.training_load.values())
         assert stored.tolist() == [list(first), [*second, -1, -1, -1, -1]]
 
-    def test_pictures_come_at_growing_intervals_and_at_the_end(self, tmp_path):
-        fit(LoadMonitor(every_n_steps=1), tmp_path, steps=20)
-        steps = [image.step for image in events(tmp_path).Images("load/experts")]
-        assert steps == [0, 0, 2, 6, 14, 19]
+    @pytest.mark.parametrize(
+        ("every_n_steps", "steps"),
+        [(1, 20), (1, 16), (1, 1), (3, 30), (3, 25), (3, 24), (5, 1), (5, 4)],
+    )
+    def test_first_step_then_windows_of_powers_of_two_and_the_last_are_drawn(
+        self, tmp_path, every_n_steps, steps
+    ):
+        fit(LoadMonitor(every_n_steps), tmp_path, steps=steps)
+        read = events(tmp_path)
+        windows = [step for step in range(steps) if (step + 1) % every_n_steps == 0 or step == steps - 1]
+        drawn = {0, windows[-1]} | {windows[place] for place in (0, 1, 3, 7, 15) if place < len(windows)}
+        assert [image.step for image in read.Images("load/experts")] == sorted(drawn)
+        assert [each.step for each in read.Tensors("load/tokens_per_expert")] == sorted(drawn)
+
+    def test_first_picture_is_the_load_of_the_first_step_alone(self, tmp_path):
+        model, _ = fit(LoadMonitor(every_n_steps=5), tmp_path)
+        first, window, _ = events(tmp_path).Tensors("load/tokens_per_expert")[:3]
+        for steps, event in ((1, first), (5, window)):
+            for name, tokens_E in zip(SIZES, tensor_util.make_ndarray(event.tensor_proto), strict=True):
+                chosen_E = sum(batch[name] for batch in model.chosen["train"][:steps])
+                assert tokens_E[: SIZES[name]].tolist() == chosen_E.tolist()
 
     def test_configured_interval_is_kept(self, tmp_path):
         fit(LoadMonitor(every_n_steps=1, image_every_n_steps=5), tmp_path, steps=11)

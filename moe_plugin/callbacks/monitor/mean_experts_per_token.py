@@ -1,4 +1,4 @@
-"""How many experts tokens used in the mean, by layer."""
+"""How many experts tokens used on average, by layer."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class Used(NamedTuple):
     tokens: int
 
 
-class ExpertsPerToken:
-    """Sums up steps without waiting for the device."""
+class MeanExpertsPerToken:
+    """Sums over steps, added without waiting for the device."""
 
     def __init__(self) -> None:
         """Start empty."""
