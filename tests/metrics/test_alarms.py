@@ -126,7 +126,7 @@ class TestLoadAlarms:
         (alarm,) = LoadAlarms(LIMITS).new({"a": site, "b": site, "c": history({})})
         assert alarm.sites == ("a", "b")
         assert str(alarm).startswith(
-            "collapse at step 20: a and 1 more router: the load of 8 experts lies on 2"
+            "collapse at step 20: a and 1 more router: the load of 8 experts is on 2.1 of them"
         )
         assert "'rate'" in str(alarm)
 

@@ -49,7 +49,9 @@ class TestLoadPicture:
         assert load_picture(runs, tmp_path / "load.png").stat().st_size > 0
 
     def test_runs_without_load_are_refused(self, tmp_path):
-        with pytest.raises(ConfigError, match="LoadMonitor"):
+        with pytest.raises(
+            ConfigError, match=r"'RUN' must have logged its load with LoadMonitor, got \['a'\]"
+        ):
             load_picture([RunData("a", {"loss": CURVE})], tmp_path / "load.png")
         assert list(tmp_path.iterdir()) == []
 
@@ -73,4 +75,5 @@ class TestMain:
 
     def test_bad_out_folder_fails_before_reading(self, tmp_path, capsys):
         assert main([str(tmp_path), "--out", str(tmp_path / "no" / "load.png")]) == 2
-        assert "--out" in capsys.readouterr().err
+        folder = tmp_path / "no"
+        assert capsys.readouterr().err == f"'--out' must be in an existing folder, got '{folder}/load.png'.\n"

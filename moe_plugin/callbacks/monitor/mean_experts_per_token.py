@@ -11,7 +11,7 @@ from moe_plugin.types import LoadRecord
 
 
 class Used(NamedTuple):
-    """What tokens used in some steps.
+    """Experts that tokens used in some steps.
 
     Attributes:
         experts_per_token: The mean by site; sites without tokens are left out.
@@ -37,7 +37,7 @@ class MeanExpertsPerToken:
             self._tokens[name] = self._tokens.get(name, 0) + record.tokens[name]
 
     def take(self) -> Used:
-        """Return what was used since the last call."""
+        """Return the means since the last call."""
         if not self._tokens:
             return Used({}, 0)
         names = list(self._tokens)

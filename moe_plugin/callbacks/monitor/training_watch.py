@@ -24,12 +24,12 @@ from moe_plugin.types import LoadRecord
 
 
 class TrainingWatch:
-    """Follows the optimizer steps of a fit.
+    """A watch on the optimizer steps of a fit.
 
     Args:
         every_n_steps: Optimizer steps in a window; None for the trainer's `log_every_n_steps`.
         image_every_n_steps: See `LoadMonitor`.
-        alarms: Is shown each window.
+        alarms: The watch that raises alarms.
 
     Attributes:
         first_record: The load of the first optimizer step, on the host.
@@ -41,7 +41,7 @@ class TrainingWatch:
     def __init__(
         self, every_n_steps: int | None, image_every_n_steps: int | None, alarms: AlarmWatch
     ) -> None:
-        """Nothing is seen yet."""
+        """Start without a step."""
         self.first_record: LoadRecord | None = None
         self.load: dict[str, LayerLoad] = {}
         self.bias_ranges: dict[str, float] = {}
@@ -143,7 +143,7 @@ class TrainingWatch:
 
 
 def _ranges(bias: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return largest minus smallest bias by site, with one wait for the device."""
+    """Return the largest minus the smallest bias of each site, with one wait for the device."""
     ranges_L = torch.stack([bias_E.max() - bias_E.min() for bias_E in bias.values()])
     return dict(zip(bias, ranges_L.tolist(), strict=True))
 

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader
 from moe_plugin.attach.balance import balance_
 from moe_plugin.callbacks.load_monitor import LoadMonitor
 from moe_plugin.callbacks.monitor.image_log import log_image
-from moe_plugin.callbacks.monitor.specialisation import Specialisation, _kept, count_kinds
+from moe_plugin.callbacks.monitor.specialisation import Specialisation, _count_kinds, _kept
 from moe_plugin.callbacks.monitor.token_kinds import NOTHING, TokenKinds
 from moe_plugin.plots.lift import lift
 from tests.callbacks.test_load_monitor import events
@@ -108,7 +108,7 @@ class TestInARun:
 class TestCounting:
     def test_unused_experts_are_left_out(self):
         kinds_T, ids_TK = torch.tensor([0, 1]), torch.tensor([[0, 1], [1, 0]])
-        table = count_kinds(kinds_T, ids_TK, 2, 2, torch.tensor([[True, False], [True, True]]))
+        table = _count_kinds(kinds_T, ids_TK, 2, 2, torch.tensor([[True, False], [True, True]]))
         assert table.tolist() == [[1, 0], [1, 1]]
 
     def test_kinds_are_none_where_the_batch_is_a_tensor(self):
