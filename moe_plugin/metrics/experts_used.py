@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 LOSS_FROM, LOSS_STEPS, LOSS_BINS = -10, 16, 256
-"""Losses are told apart by sixteenths of an octave, from 2**-10 nats to 2**6."""
+"""Ranges of loss: sixteenths of an octave, from 2**-10 nats to 2**6."""
 POSITION_BINS = 8
 """Positions 0, 1, 2 to 3, 4 to 7, ..., from 64 on."""
 

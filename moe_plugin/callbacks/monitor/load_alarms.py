@@ -120,7 +120,7 @@ def _measures(bias_E: Tensor, decisions: Decisions | None) -> Tensor:
     if isinstance(bias_E, DTensor):
         bias_E = bias_E.full_tensor()
     bits = bias_E.contiguous().view(torch.int32).double()
-    # The place counts too, so that swapped biases differ; sums of integers below 2**53 are exact.
+    # The place counts too, so swapped biases differ; sums of integers below 2**53 are exact.
     checksum = (bits * (torch.arange(len(bits), device=bits.device) % 61 + 1)).sum()
     width = decisions.score_range if decisions is not None and math.isfinite(decisions.score_range) else 0.0
     nan = decisions is not None and not decisions.are_finite
