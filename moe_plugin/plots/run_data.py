@@ -47,7 +47,7 @@ def read_run(run: str) -> RunData:
     label, equals, path = run.partition("=")
     folder = Path(path if equals else run)
     if not folder.is_dir():
-        raise ConfigError("RUN", "must be an existing folder", str(folder))
+        raise ConfigError("RUN", "must be the folder of a run", str(folder), "There is no such folder.")
     label = label if equals else folder.resolve().name
     if events := sorted(folder.rglob("events.out.tfevents.*")):
         return _read_events(label, events)
