@@ -27,7 +27,7 @@ class LoadMetric(Metric, ABC):
 
     Args:
         num_experts: The number of experts of each MoE layer.
-        kwargs: Passed on to `torchmetrics.Metric`.
+        kwargs: Passed to `torchmetrics.Metric`.
 
     Raises:
         ConfigError: There is no layer, or a layer without experts.
@@ -40,9 +40,7 @@ class LoadMetric(Metric, ABC):
         """Start without any tokens."""
         super().__init__(**kwargs)
         if not num_experts or min(num_experts) < 1:
-            raise ConfigError(
-                f"'num_experts' must hold at least 1 expert for each layer, got {list(num_experts)}."
-            )
+            raise ConfigError("num_experts", "must hold at least 1 expert for each layer", list(num_experts))
         self.register_buffer("num_experts_L", torch.tensor(list(num_experts)), persistent=False)
 
     def update(self, tokens_per_expert: Tensor | Mapping[str, Tensor]) -> None:
@@ -50,20 +48,18 @@ class LoadMetric(Metric, ABC):
 
         Args:
             tokens_per_expert: Counts of routed tokens: an integer tensor (L, E), or (N, L, E) for several
-                batches at once, zeros filling the rows of smaller layers; or a mapping from each layer,
-                in order, to its (E,).
+                batches, with zeros past the last expert of smaller layers; or the (E,) of each layer, in order.
 
         Raises:
-            ConfigError: The counts don't have the shape this metric was made for.
+            ConfigError: The shape of the counts does not fit `num_experts`.
         """
         rectangle = (
             stack_layers(tokens_per_expert) if isinstance(tokens_per_expert, Mapping) else tokens_per_expert
         )
         shape = (len(self.num_experts_L), int(self.num_experts_L.max()))
         if rectangle.shape[-2:] != shape:
-            raise ConfigError(
-                f"'tokens_per_expert' must end in (layers, experts) = {shape}, got {tuple(rectangle.shape)}."
-            )
+            rule = f"must have a shape that ends in (layers, experts) = {shape}"
+            raise ConfigError("tokens_per_expert", rule, tuple(rectangle.shape))
         self.add_(rectangle.long().reshape(-1, *shape))
 
     def compute(self) -> Tensor:
@@ -81,7 +77,7 @@ class LoadMetric(Metric, ABC):
 
     @abstractmethod
     def by_layer(self) -> Tensor:
-        """Return the metric of each layer from the state as it is; shape (L,)."""
+        """Return the metric of each layer from this rank's state; shape (L,)."""
 
 
 class TotalLoadMetric(LoadMetric):
@@ -101,7 +97,7 @@ class TotalLoadMetric(LoadMetric):
 
 
 class MaxViolationGlobal(TotalLoadMetric):
-    """MaxVio of the counts summed over all batches, mean over layers (MaxVio_global, arXiv 2408.15664)."""
+    """MaxVio of the counts summed over all batches; mean over layers (MaxVio_global, arXiv 2408.15664)."""
 
     higher_is_better = False
 
@@ -116,7 +112,7 @@ class LoadEntropy(TotalLoadMetric):
     higher_is_better = True
 
     def by_layer(self) -> Tensor:
-        """Return normalised entropy of each layer; float64 (L,)."""
+        """Return the normalised entropy of each layer; float64 (L,)."""
         return load_entropy(self.tokens_per_expert_LE, self.num_experts_L)
 
 
@@ -130,15 +126,15 @@ class DeadExperts(TotalLoadMetric):
         return self.by_layer().sum()
 
     def by_layer(self) -> Tensor:
-        """Return dead experts of each layer; int64 (L,)."""
+        """Return the dead experts of each layer; int64 (L,)."""
         return dead_experts(self.tokens_per_expert_LE, self.num_experts_L)
 
 
 class MaxViolationBatch(LoadMetric):
     """MaxVio of each batch, averaged over batches, mean over layers (MaxVio_batch, arXiv 2408.15664).
 
-    A batch in which a layer saw no tokens does not count for that layer. Over ranks, what each rank passes
-    to `update` is one batch; pass counts that are already summed over ranks to mean the global batch.
+    A batch in which a layer saw no tokens does not count for that layer. Each rank's `update` is one batch; for the
+    global batch, pass counts that are already summed over ranks.
     """
 
     higher_is_better = False
@@ -158,5 +154,5 @@ class MaxViolationBatch(LoadMetric):
         self.batches_L += (tokens_NLE.sum(-1) > 0).sum(0)
 
     def by_layer(self) -> Tensor:
-        """Return mean MaxVio of each layer over its batches, 0 without any; float64 (L,)."""
+        """Return the mean MaxVio of each layer over its batches, 0 without batches; float64 (L,)."""
         return self.violation_L / self.batches_L.clamp(min=1)

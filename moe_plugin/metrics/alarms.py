@@ -1,6 +1,6 @@
 """What can be wrong with the load, in words, and what to do about it.
 
-Each check is a function of one site's history that says what it found, or None. `CHECKS` lists them with their cures.
+A check is a function of one site's history that returns what it found, or None. `CHECKS` lists them with what to do.
 
 Shape legend: E experts.
 """
@@ -14,17 +14,17 @@ from dataclasses import dataclass
 from moe_plugin.metrics.history import SiteHistory, mean_violation
 
 COLLAPSED_SHARE = 0.1
-"""A site has collapsed when its effective number of experts lies within this share of the way from K up to E."""
+"""A site has collapsed if its effective number of experts is less than this share of the way from K up to E."""
 SWINGING = -0.15
-"""Correlation of load errors from step to step below which a bias overshoots, if steps are less even than windows."""
+"""A bias overshoots if load errors correlate less than this from step to step, and steps are less even than windows."""
 SWING_RATIO = 1.5
-"""How many times the MaxVio of a window that of its steps must be for that."""
+"""The least ratio of a step's MaxVio to its window's for that."""
 SATURATED = 2.0
-"""A bias range of this many score ranges leaves the choice between the extremes to the bias alone."""
+"""With a bias range of this many score ranges, the bias alone decides between the extremes."""
 UNBALANCED = 0.5
-"""MaxVio of a step above which balance is called bad; twice the chance of its sampling, if that is more."""
+"""Balance is bad if a step's MaxVio is above this, and above twice what sampling alone gives."""
 IMPROVED = 0.9
-"""MaxVio has fallen if the later half of the history has less than this share of the earlier half's."""
+"""MaxVio has fallen if its later half is below this share of its earlier half."""
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,8 @@ class Limits:
     """How long something must last before it is worth an alarm, in optimizer steps.
 
     Attributes:
-        dead_steps: Without a token for one expert.
-        trend_steps: Without an improvement, or with a growing bias.
+        dead_steps: Steps without a token for an expert.
+        trend_steps: Steps without an improvement, or with a growing bias.
     """
 
     dead_steps: int = 200
@@ -45,10 +45,10 @@ class Alarm:
     """Something wrong with the load.
 
     Attributes:
-        kind: Which check, such as 'dead expert'.
-        sites: The routers it concerns.
-        step: The optimizer step at which it was noticed.
-        finding: What was found, in the first of the sites.
+        kind: The check, such as 'dead expert'.
+        sites: The routers with the problem.
+        step: The optimizer step at which it was found.
+        finding: What was found, for the first of the sites.
         cure: What to do.
     """
 
@@ -59,14 +59,14 @@ class Alarm:
     cure: str
 
     def __str__(self) -> str:
-        """Return one paragraph for a person."""
+        """Return all of it in one paragraph."""
         first, *rest = self.sites
         others = f" and {len(rest)} more router{'s' * (len(rest) > 1)}" if rest else ""
         return f"{self.kind} at step {self.step}: {first}{others}: {self.finding}. {self.cure}"
 
 
-def dead_expert(site: SiteHistory, limits: Limits) -> str | None:
-    """Return experts without a token for `limits.dead_steps` steps."""
+def _dead_expert(site: SiteHistory, limits: Limits) -> str | None:
+    """Find experts without a token for `limits.dead_steps` steps."""
     dead = (site.idle_steps_E >= limits.dead_steps).nonzero().flatten().tolist()
     if not dead:
         return None
@@ -74,19 +74,19 @@ def dead_expert(site: SiteHistory, limits: Limits) -> str | None:
     return f"expert{'s' * (len(dead) > 1)} {names} got no token for {int(site.idle_steps_E.max())} steps"
 
 
-def collapse(site: SiteHistory, limits: Limits) -> str | None:
-    """Return the load lies on hardly more experts than one token takes."""
+def _collapse(site: SiteHistory, limits: Limits) -> str | None:
+    """Find load on hardly more experts than one token takes."""
     load, least = site.last.load, site.top_k
     if site.num_experts <= least or not any(load.tokens_per_expert):
         return None
     effective = site.num_experts**load.entropy
     if effective > least + COLLAPSED_SHARE * (site.num_experts - least):
         return None
-    return f"the load of {site.num_experts} experts lies on {effective:.1f}, where one token takes {least}"
+    return f"the load of {site.num_experts} experts is on {effective:.1f} of them, and a token takes {least}"
 
 
-def swinging_bias(site: SiteHistory, limits: Limits) -> str | None:
-    """Return the bias overshoots: whoever is overloaded in one step is underloaded in the next."""
+def _swinging_bias(site: SiteHistory, limits: Limits) -> str | None:
+    """Find a bias that overshoots: an expert overloaded in one step is underloaded in the next."""
     load = site.last.load
     if load.steps < 8 or load.step_correlation > SWINGING or load.max_violation_batch <= _tolerated(site):
         return None
@@ -98,8 +98,8 @@ def swinging_bias(site: SiteHistory, limits: Limits) -> str | None:
     )
 
 
-def saturated_bias(site: SiteHistory, limits: Limits) -> str | None:
-    """Return the range of the bias is beyond that of the scores, for two windows."""
+def _saturated_bias(site: SiteHistory, limits: Limits) -> str | None:
+    """Find a bias range beyond the range of the scores, for two windows."""
     windows = site.windows[-2:]
     if len(windows) < 2 or any(
         not window.score_range or window.bias_range < SATURATED * window.score_range for window in windows
@@ -111,8 +111,8 @@ def saturated_bias(site: SiteHistory, limits: Limits) -> str | None:
     )
 
 
-def runaway_bias(site: SiteHistory, limits: Limits) -> str | None:
-    """Return the bias only ever grows, twofold over `limits.trend_steps`, and balance is bad all the same."""
+def _runaway_bias(site: SiteHistory, limits: Limits) -> str | None:
+    """Find a bias that only grows, twofold over `limits.trend_steps`, while balance stays bad."""
     windows = site.since(limits.trend_steps)
     ranges = [window.bias_range for window in windows]
     grows = len(ranges) > 3 and ranges[-1] >= 2 * ranges[0] > 0 and ranges == sorted(ranges)
@@ -121,37 +121,37 @@ def runaway_bias(site: SiteHistory, limits: Limits) -> str | None:
     return f"the bias range grew from {ranges[0]:.3g} to {ranges[-1]:.3g} and MaxVio did not fall"
 
 
-def no_improvement(site: SiteHistory, limits: Limits) -> str | None:
-    """Return a bias that moves, but in `limits.trend_steps` steps does not make the load better."""
+def _no_improvement(site: SiteHistory, limits: Limits) -> str | None:
+    """Find a bias that moves for `limits.trend_steps` steps, while the load gets no better."""
     windows = site.since(limits.trend_steps)
     moves = len({window.bias_range for window in windows}) > 1
-    if not moves or not _stays_unbalanced(site, limits) or runaway_bias(site, limits):
+    if not moves or not _stays_unbalanced(site, limits) or _runaway_bias(site, limits):
         return None
     return f"MaxVio is {mean_violation(windows):.2f} and has not fallen for {limits.trend_steps} steps"
 
 
-def no_tokens(site: SiteHistory, limits: Limits) -> str | None:
-    """Return a site without a token, while others counted some."""
+def _no_tokens(site: SiteHistory, limits: Limits) -> str | None:
+    """Find a site without a token, while others counted some."""
     load = site.last.load
     if any(load.tokens_per_expert) or load.steps <= site.last.rejected_steps:
         return None
     return f"it saw no token in the last {load.steps} steps, while other routers did"
 
 
-def diverging_ranks(site: SiteHistory, limits: Limits) -> str | None:
-    """Return ranks with different biases."""
+def _diverging_ranks(site: SiteHistory, limits: Limits) -> str | None:
+    """Find ranks with different biases."""
     return None if site.last.ranks_agree else "its bias is not the same on every rank"
 
 
-def not_finite(site: SiteHistory, limits: Limits) -> str | None:
-    """Return scores that are NaN."""
+def _not_finite(site: SiteHistory, limits: Limits) -> str | None:
+    """Find scores that are NaN."""
     if site.last.scores_are_finite:
         return None
     return f"its scores are NaN; {site.last.rejected_steps} of {site.last.load.steps} steps moved no bias"
 
 
-def rejected_steps(site: SiteHistory, limits: Limits) -> str | None:
-    """Return steps that were thrown away although no NaN was seen in the scores that were looked at."""
+def _rejected_steps(site: SiteHistory, limits: Limits) -> str | None:
+    """Find steps that were thrown away although no NaN was seen in the scores."""
     rejected = site.last.rejected_steps
     if not rejected or not site.last.scores_are_finite:
         return None
@@ -170,7 +170,7 @@ def _stays_unbalanced(site: SiteHistory, limits: Limits) -> bool:
 
 
 def _tolerated(site: SiteHistory) -> float:
-    """Return MaxVio of a step above which balance is bad, whatever chance does to batches of this size."""
+    """Return the MaxVio of a step above which balance is bad; see `UNBALANCED`."""
     load = site.last.load
     choices = sum(load.tokens_per_expert) / max(load.steps - load.empty_steps, 1)
     chance = math.sqrt(2 * math.log(max(site.num_experts, 2)) * site.num_experts / max(choices, 1))
@@ -181,51 +181,51 @@ Find = Callable[[SiteHistory, Limits], str | None]
 
 CHECKS: Mapping[str, tuple[Find, str]] = {
     "dead expert": (
-        dead_expert,
+        _dead_expert,
         "Balance it (LossFreeBalancing), or with a higher 'rate'; warm_start() revives the experts of a pretrained "
         "model at once.",
     ),
     "collapse": (
-        collapse,
+        _collapse,
         "Balance it (LossFreeBalancing) from the first step; if it is balanced, raise 'rate', lower the learning "
         "rate, or use sigmoid scores.",
     ),
     "swinging bias": (
-        swinging_bias,
+        _swinging_bias,
         "The rate is too high for this router, or the batch too small: lower 'rate', put more tokens in a step, or "
         "take Proportional() if the rule is Sign().",
     ),
     "saturated bias": (
-        saturated_bias,
+        _saturated_bias,
         "Lower 'rate' or end with RateSchedule(freeze_after=...); look whether the router still learns (learning "
         "rate, weight decay).",
     ),
     "runaway bias": (
-        runaway_bias,
+        _runaway_bias,
         "The bias does not reach the selection, or works against a router that runs ahead of it: look at the flip "
         "rate, lower the router's learning rate, or remove a second balancing (auxiliary loss).",
     ),
-    "no improvement": (no_improvement, "The rate is too low: raise 'rate', or take rate='auto'."),
-    "no tokens": (no_tokens, "Leave it out with 'sites', or look why its block is skipped."),
+    "no improvement": (_no_improvement, "The rate is too low: raise 'rate', or take rate='auto'."),
+    "no tokens": (_no_tokens, "Leave it out with 'sites', or look why its block is skipped."),
     "diverging ranks": (
-        diverging_ranks,
+        _diverging_ranks,
         "Its counts were not summed over all ranks, or something else writes the bias: check the process group, and "
         "that every rank loads the same checkpoint.",
     ),
     "NaN scores": (
-        not_finite,
+        _not_finite,
         "Lower the learning rate, clip gradients, or compute the router in fp32.",
     ),
     "rejected steps": (
-        rejected_steps,
+        _rejected_steps,
         "Lower the learning rate, clip gradients, and look for NaN in the data.",
     ),
 }
-"""By kind: the check and its cure. Each has fired at most once for a site."""
+"""By kind: the check, and what to do."""
 
 
 class LoadAlarms:
-    """Runs all checks after each window; each kind is raised once for a site.
+    """All checks, run after each window; each kind is raised once for a site.
 
     Args:
         limits: How long is too long.
@@ -237,7 +237,7 @@ class LoadAlarms:
         self._raised: set[tuple[str, str]] = set()
 
     def new(self, sites: Mapping[str, SiteHistory]) -> list[Alarm]:
-        """Return what is wrong since the last window, the sites of a kind together."""
+        """Return what is newly wrong, the sites of a kind together."""
         alarms = []
         for kind, (find, cure) in CHECKS.items():
             found = {

@@ -1,4 +1,4 @@
-"""Dead experts: those that no token reached.
+"""Dead experts: those without a token.
 
 Shape legend: L MoE layers, E experts.
 """
@@ -11,14 +11,5 @@ from moe_plugin.metrics.layers import experts_per_layer
 
 
 def dead_experts(tokens_per_expert: Tensor, num_experts: Tensor | None = None) -> Tensor:
-    """Return number of experts without a single token in the window the counts were taken over.
-
-    Args:
-        tokens_per_expert: Counts of routed tokens; an integer dtype, shape (..., E). Rows of layers with
-            fewer than E experts end in zeros.
-        num_experts: How many experts each row really has; int64, shape (...). All E if left out.
-
-    Returns:
-        Dead experts per row; int64, shape (...). In a row without tokens every expert is dead.
-    """
+    """Return the number of experts without a token in each row; int64, shape (...). See `max_violation`."""
     return experts_per_layer(tokens_per_expert, num_experts) - (tokens_per_expert > 0).sum(-1)

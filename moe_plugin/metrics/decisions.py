@@ -1,4 +1,4 @@
-"""How a router decides: how sure it is, how often the bias overrules it, how far apart its scores lie.
+"""How a router decides: how sure it is, how often the bias overrules it, how far apart its scores are.
 
 Shape legend: T tokens, K experts selected per token, E experts.
 """
@@ -10,10 +10,10 @@ from torch import Tensor
 
 
 def router_confidence(scores_TE: Tensor, expert_ids_TK: Tensor, used_TK: Tensor) -> Tensor:
-    """Return correlation between a token's scores and its selection, mean over tokens.
+    """Return the correlation between a token's scores and its selection, mean over tokens.
 
-    It is 1 if the selected experts share one score and all others another, about 0 if the selection has nothing to
-    do with the scores (the bias alone decides), and means the same for every score function and any E and K.
+    It is 1 if the selected experts share one score and all others another, and about 0 if the selection has nothing to
+    do with the scores (the bias alone decides). It means the same for every score function and any E and K.
 
     Args:
         scores_TE: Unbiased scores; floating point, (T, E). Infinite ones (closed groups) are left out.
@@ -33,7 +33,7 @@ def router_confidence(scores_TE: Tensor, expert_ids_TK: Tensor, used_TK: Tensor)
 
 
 def flip_rate(scores_TE: Tensor, expert_ids_TK: Tensor, used_TK: Tensor) -> Tensor:
-    """Return share of the selections that the bias made against the scores: without it another expert would have won.
+    """Return the share of the selections that the bias made: without it another expert would have won.
 
     Args:
         scores_TE: Unbiased scores, (T, E).
@@ -50,7 +50,7 @@ def flip_rate(scores_TE: Tensor, expert_ids_TK: Tensor, used_TK: Tensor) -> Tens
 
 
 def score_range(scores_TE: Tensor) -> Tensor:
-    """Return largest less smallest finite score of a token, mean over tokens; fp32 scalar."""
+    """Return the largest minus the smallest finite score of a token, mean over tokens; fp32 scalar."""
     open_TE = scores_TE.isfinite()
     scores_TE = scores_TE.float()
     highest_T = scores_TE.where(open_TE, -torch.inf).amax(-1)

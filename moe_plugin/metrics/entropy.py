@@ -1,4 +1,4 @@
-"""Load entropy: how evenly the whole load is spread.
+"""Load entropy: how evenly the load is spread.
 
 Shape legend: L MoE layers, E experts.
 """
@@ -12,18 +12,12 @@ from moe_plugin.metrics.layers import experts_per_layer
 
 
 def load_entropy(tokens_per_expert: Tensor, num_experts: Tensor | None = None) -> Tensor:
-    """Return entropy of the load in nats divided by `ln E`, the entropy of an even load.
+    """Return the entropy of the load in nats divided by `ln E`, the entropy of an even load.
 
-    Between 0 (one expert takes every token) and 1 (perfectly even).
-
-    Args:
-        tokens_per_expert: Counts of routed tokens; an integer dtype, shape (..., E). Rows of layers with
-            fewer than E experts end in zeros.
-        num_experts: How many experts each row really has; int64, shape (...). All E if left out.
+    It is between 0 (one expert takes every token) and 1 (perfectly even). For the arguments see `max_violation`.
 
     Returns:
-        Normalised entropy per row; float64, shape (...). A row without tokens, or with a single expert,
-        is spread as evenly as it can be: 1.
+        Normalised entropy per row; float64, shape (...). It is 1 without tokens, or with a single expert.
     """
     tokens = tokens_per_expert.long()
     total = tokens.sum(-1)

@@ -1,6 +1,6 @@
-"""How many experts tokens used where their number varies: by layer, by kind of token, and by the loss of the token.
+"""How many experts tokens use if their number varies: by layer, by kind of token, and by the loss of the token.
 
-Everything is kept as counts of tokens, so that batches add up exactly and memory does not grow with them.
+Only counts of tokens are kept, so batches add up exactly and memory does not grow with them.
 
 Shape legend: L layers, T tokens, U numbers of experts used (0, 1, ... up to the most), G kinds of tokens,
 P ranges of positions, B ranges of loss, Q parts of the tokens with equally many in each.
@@ -14,13 +14,13 @@ import torch
 from torch import Tensor
 
 LOSS_FROM, LOSS_STEPS, LOSS_BINS = -10, 16, 256
-"""Losses are told apart by sixteenths of an octave, from 2**-10 nats to 2**6."""
+"""Ranges of loss: sixteenths of an octave, from 2**-10 nats to 2**6."""
 POSITION_BINS = 8
 """Positions 0, 1, 2 to 3, 4 to 7, ..., from 64 on."""
 
 
 class ExpertsUsed:
-    """Counts tokens by the number of experts that they used.
+    """Counts of tokens by the number of experts that they used.
 
     Attributes:
         tokens_LU: Tokens of each layer by the number of experts that they used; int64.
@@ -34,7 +34,7 @@ class ExpertsUsed:
         Args:
             num_layers: L.
             max_k: The most experts of a token.
-            kinds: By what tokens are told apart, and the number of kinds G.
+            kinds: The number of kinds G, by what distinguishes them.
         """
         self.tokens_LU = torch.zeros(num_layers, max_k + 1, dtype=torch.int64)
         self.by_kind = {
@@ -56,7 +56,7 @@ class ExpertsUsed:
             used_LT: Experts that each token used; int64.
             kinds: The kind of each token; int64 (T,). Others than 0 to G - 1 are left out.
             losses_T: Loss of each token in nats; those not finite are left out.
-            positions_T: Place of each token in its sequence; int64. Needed with losses.
+            positions_T: Place of each token in its sequence; int64. Required with losses.
         """
         self.tokens_LU += _count(used_LT, *self.tokens_LU.shape)
         most = self.tokens_LU.shape[1]
@@ -75,31 +75,31 @@ class ExpertsUsed:
 
 
 def mean_used(tokens_U: Tensor) -> Tensor:
-    """Return mean number of experts of a token, from counts of tokens (..., U); float64 (...), NaN without tokens."""
+    """Return the mean number of experts of a token from counts (..., U); float64 (...), NaN without tokens."""
     numbers_U = torch.arange(tokens_U.shape[-1], dtype=torch.float64)
     return (tokens_U * numbers_U).sum(-1) / tokens_U.sum(-1)
 
 
 def loss_bins(losses_T: Tensor) -> Tensor:
-    """Return the range of loss that each token falls into; int64."""
+    """Return the range of each token's loss; int64."""
     octaves_T = losses_T.double().clamp(min=2.0**LOSS_FROM).log2()
     return ((octaves_T - LOSS_FROM) * LOSS_STEPS).long().clamp(max=LOSS_BINS - 1)
 
 
 def position_bins(positions_T: Tensor) -> Tensor:
-    """Return the range of positions that each token falls into; int64."""
+    """Return the range of each token's position; int64."""
     return (positions_T + 1).double().log2().long().clamp(max=POSITION_BINS - 1)
 
 
 def loss_correlation(by_loss_LPUB: Tensor) -> Tensor:
-    """Rank correlation (Spearman) of the experts of a token with its loss; float64 (L,), NaN if one is constant."""
+    """Return the rank correlation of a token's experts with its loss; float64 (L,), NaN if one is constant."""
     return rank_correlation(by_loss_LPUB.sum(1))
 
 
 def loss_correlation_in_place(by_loss_LPUB: Tensor) -> Tensor:
-    """As `loss_correlation`, but among tokens of about the same position, and then the mean over all tokens.
+    """Return the `loss_correlation` among tokens of about the same position, mean over all tokens.
 
-    Early tokens have high losses for want of context; what is left here does not come from that.
+    Early tokens have high losses because they have little context; this leaves that effect out.
     """
     within_LP = rank_correlation(by_loss_LPUB)
     tokens_LP = by_loss_LPUB.sum((-2, -1)).where(within_LP.isfinite(), 0)
@@ -107,7 +107,7 @@ def loss_correlation_in_place(by_loss_LPUB: Tensor) -> Tensor:
 
 
 def rank_correlation(table_UB: Tensor) -> Tensor:
-    """Spearman's rank correlation, ties with their mean rank, of rows with columns of a table of counts (..., U, B)."""
+    """Return Spearman's rank correlation, with mean ranks for ties, of a table of counts (..., U, B)."""
     table_UB = table_UB.double()
     total = table_UB.sum((-2, -1))
     rows_U = _mean_ranks(table_UB.sum(-1)) - (total / 2).unsqueeze(-1)
@@ -118,11 +118,11 @@ def rank_correlation(table_UB: Tensor) -> Tensor:
 
 
 def used_by_loss(by_loss_LPUB: Tensor, parts: int = 10) -> tuple[Tensor, Tensor]:
-    """Return mean number of experts from the tokens of the lowest losses to those of the highest.
+    """Return the mean number of experts, from the tokens of the lowest losses to those of the highest.
 
     Args:
         by_loss_LPUB: Counts of tokens.
-        parts: Q. A range of loss falls into one part as a whole.
+        parts: Q. A range of loss is never divided between two parts.
 
     Returns:
         The mean loss of each part, float64 (Q,), and the mean number of experts, float64 (L, Q); parts without tokens

@@ -1,4 +1,4 @@
-"""What a routing site looked like over the last windows of training steps.
+"""The state of a routing site over the last windows of training steps.
 
 Shape legend: E experts.
 """
@@ -22,10 +22,10 @@ class SiteWindow:
     Attributes:
         step: The optimizer step at the window's end.
         load: The load over the window.
-        bias_range: Largest less smallest bias at its end.
-        score_range: Largest less smallest score of a token, mean over the tokens that were looked at; None if none.
+        bias_range: Largest minus smallest bias at its end.
+        score_range: Largest minus smallest score of a token, mean over the tokens that were looked at, if any.
         scores_are_finite: Whether no score that was looked at is NaN.
-        rejected_steps: Steps in which no site counted any token, because a loss or score was NaN or infinite.
+        rejected_steps: Steps in which no site counted a token, because a loss or score was NaN or infinite.
         ranks_agree: Whether the bias is the same on every rank, to the bit.
     """
 
@@ -46,7 +46,7 @@ class SiteHistory:
         num_experts: E.
         top_k: Experts per token.
         steps_kept: How far back the history reaches, in optimizer steps.
-        windows: The oldest first; only the last knows its tokens per expert.
+        windows: The oldest first; only the last has its tokens per expert.
         idle_steps_E: Steps since each expert's last token, to the precision of a window; int64 (E,).
     """
 
@@ -57,7 +57,7 @@ class SiteHistory:
     idle_steps_E: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        """No expert has been idle yet."""
+        """Start without idle steps."""
         self.idle_steps_E = torch.zeros(self.num_experts, dtype=torch.int64)
 
     @property
@@ -66,7 +66,7 @@ class SiteHistory:
         return self.windows[-1]
 
     def add_(self, window: SiteWindow) -> None:
-        """Go on by a window."""
+        """Add a window."""
         if self.windows:
             self.windows[-1] = replace(self.last, load=replace(self.last.load, tokens_per_expert=()))
         self.windows.append(window)
@@ -77,7 +77,7 @@ class SiteHistory:
         self.idle_steps_E = torch.where(tokens_E > 0, 0, self.idle_steps_E + counted)
 
     def since(self, steps: int) -> list[SiteWindow]:
-        """Return the windows of the last `steps` steps, if the history reaches back that far, else none."""
+        """Return the windows of the last `steps` steps, or [] if the history is shorter."""
         first = next((i for i in reversed(range(len(self.windows))) if self._age(i) >= steps), None)
         return [] if first is None else self.windows[first:]
 
@@ -86,5 +86,5 @@ class SiteHistory:
 
 
 def mean_violation(windows: Sequence[SiteWindow]) -> float:
-    """Return mean over windows of the MaxVio of a step."""
+    """Return the mean over windows of the MaxVio of a step."""
     return fmean(window.load.max_violation_batch for window in windows)

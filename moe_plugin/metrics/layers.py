@@ -31,7 +31,7 @@ def experts_per_layer(tokens_per_expert: Tensor, num_experts: Tensor | None) -> 
 
     Args:
         tokens_per_expert: Counts, shape (..., E).
-        num_experts: The answer where it is known, int64, shape (...) or one that broadcasts to it.
+        num_experts: The answer if it is known; int64, shape (...) or one that broadcasts to it.
 
     Returns:
         int64, on the device of the counts; E for each row if `num_experts` is None.

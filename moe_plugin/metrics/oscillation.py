@@ -1,4 +1,4 @@
-"""Whether load swings from step to step: the sign of a bias that is moved too far.
+"""Whether load swings from step to step, as it does when a bias is moved too far.
 
 Shape legend: N batches, L MoE layers, E experts (of the layer that has most).
 """
@@ -14,8 +14,8 @@ from torch import Tensor
 class StepCorrelation:
     """Correlation of each layer's load errors `load / ideal - 1` with those of the batch before, over all experts.
 
-    Near 1 the same experts stay overloaded, near 0 what is left is the chance of small batches, and towards -1
-    the experts that were overloaded are underloaded in the next batch: the bias overshoots.
+    Near 1 the same experts stay overloaded; near 0 only the chance of small batches is left; near -1 the experts that
+    were overloaded are underloaded in the next batch: the bias overshoots.
 
     Args:
         num_experts: The number of experts of each layer.
@@ -44,13 +44,13 @@ class StepCorrelation:
         self._last_1LE = errors_NLE[-1:]
 
     def by_layer(self) -> Tensor:
-        """Return the correlation of each layer, 0 where there was no error or one batch only; float64 (L,)."""
+        """Return the correlation of each layer, 0 without errors or with one batch; float64 (L,)."""
         products_L, before_L, after_L = self._sums_3L
         scale_L = (before_L * after_L).sqrt()
         return torch.where(scale_L > 0, products_L / scale_L.clamp(min=1e-300), 0.0)
 
     def _errors(self, tokens_NLE: Tensor) -> Tensor:
-        """Return load over ideal less one; 0 for a layer without tokens, and where a layer has no expert."""
+        """Return load over ideal minus 1; 0 for a layer without tokens, and past its last expert."""
         total_NL1 = tokens_NLE.sum(-1, keepdim=True)
         errors_NLE = self._sizes_L1 * tokens_NLE.double() / total_NL1.clamp(min=1) - 1
         present_LE = torch.arange(tokens_NLE.shape[-1]) < self._sizes_L1

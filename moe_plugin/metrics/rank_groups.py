@@ -1,4 +1,4 @@
-"""The load of ranks that hold several experts each: what expert parallelism waits for.
+"""The load of ranks with several experts each, which expert parallelism waits for.
 
 Shape legend: N batches, L MoE layers, E experts (of the layer that has most), R ranks.
 """
@@ -16,7 +16,7 @@ RANKS = (8, 16, 64)
 
 
 def rank_violation(tokens_NLE: Tensor, num_experts: Sequence[int], ranks: int) -> Tensor:
-    """Return MaxVio of the tokens per rank, each rank holding `E / ranks` neighbouring experts.
+    """Return MaxVio of the tokens per rank, if each rank has `E / ranks` neighbouring experts.
 
     Args:
         tokens_NLE: Counts; int64, rows of smaller layers end in zeros.

@@ -1,4 +1,4 @@
-"""MaxVio: how far the most loaded expert lies above the mean load.
+"""MaxVio: how far the most loaded expert is above the mean load.
 
 Shape legend: L MoE layers, E experts.
 """
@@ -12,19 +12,19 @@ from moe_plugin.metrics.layers import experts_per_layer
 
 
 def max_violation(tokens_per_expert: Tensor, num_experts: Tensor | None = None) -> Tensor:
-    """Return maximal violation of the ideal load, `(max load - mean load) / mean load`.
+    """Return the maximal violation of the ideal load, `(max load - mean load) / mean load`.
 
     arXiv 2408.15664, equation 4. It is 0 for a perfectly even load and `E - 1` when one expert takes
-    every token. Both the numerator and the denominator are integers (`E * max - sum` and `sum`), so the
-    result is the exact ratio rounded once to float64, whatever the counts.
+    every token. Numerator and denominator are computed as integers (`E * max - sum` and `sum`), so the
+    result is the exact ratio rounded once to float64.
 
     Args:
         tokens_per_expert: Counts of routed tokens; an integer dtype, shape (..., E). Rows of layers with
             fewer than E experts end in zeros.
-        num_experts: How many experts each row really has; int64, shape (...). All E if left out.
+        num_experts: How many experts each row really has; int64, shape (...). E if left out.
 
     Returns:
-        MaxVio per row; float64, shape (...). A row without tokens has no violation: 0.
+        MaxVio per row; float64, shape (...). It is 0 without tokens.
     """
     tokens = tokens_per_expert.long()
     total = tokens.sum(-1)

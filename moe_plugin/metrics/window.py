@@ -21,7 +21,7 @@ from moe_plugin.metrics.oscillation import StepCorrelation
 from moe_plugin.metrics.rank_groups import RANKS, rank_violation
 
 PENDING_BATCHES = 64
-"""Batches held on the device before they are moved to the host in one copy."""
+"""Batches kept on the device before they move to the host in one copy."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,10 @@ class LayerLoad:
         dead_experts: Experts without a token in the whole window.
         tokens_per_expert: The summed counts.
         steps: Batches in the window.
-        empty_steps: Those in which the layer saw no token.
-        step_correlation: Of the load errors of a batch with those of the batch before, see `StepCorrelation`.
-        rank_violations: MaxVio of each batch over this many ranks of expert parallelism, averaged over the batches;
-            without numbers of ranks over which the experts do not divide.
+        empty_steps: Batches in which the layer saw no token.
+        step_correlation: See `StepCorrelation`.
+        rank_violations: By number of ranks of expert parallelism that divides E: MaxVio of each batch over the ranks,
+            averaged over the batches.
     """
 
     max_violation_batch: float
@@ -59,11 +59,11 @@ class LayerLoad:
 
 
 class LoadWindow:
-    """Collects the counts of batches, and gives the load of each layer over all of them.
+    """The load of each layer over a number of batches.
 
     Adding a batch makes one small copy on the device; the host waits for the device once in
-    `PENDING_BATCHES` batches and when the load is read. The arithmetic is done on the host in int64 and
-    float64, so the numbers are the same on every kind of device.
+    `PENDING_BATCHES` batches and when the load is read. The host computes in int64 and float64, so the
+    numbers are the same on every kind of device.
 
     Args:
         num_experts: The number of experts of each layer, by name, in the order of the layers.

@@ -12,7 +12,7 @@ from moe_plugin.plots.run_data import read_run
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Draw the runs named on the command line; 0, or 2 with one line on stderr for a bad one."""
+    """Draw the runs named on the command line; return 0, or 2 after one line on stderr if one is wrong."""
     parser = argparse.ArgumentParser(prog="python -m moe_plugin.plots", description=__doc__)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="folder of a run, or label=folder")
     parser.add_argument(
@@ -20,13 +20,17 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        if not options.out.resolve().parent.is_dir():
-            raise ConfigError(f"'--out' must lie in an existing folder, got '{options.out}'.")
-        print(load_picture([read_run(run) for run in options.runs], options.out))
+        print(_draw(options.runs, options.out))
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
     return 0
+
+
+def _draw(runs: list[str], out: Path) -> Path:
+    if not out.resolve().parent.is_dir():
+        raise ConfigError("--out", "must be in an existing folder", str(out))
+    return load_picture([read_run(run) for run in runs], out)
 
 
 if __name__ == "__main__":

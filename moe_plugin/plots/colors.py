@@ -1,6 +1,6 @@
 """The colours of load: a diverging scale centred on the ideal load, and a plain one for amounts.
 
-Blue is below the ideal, orange above, and lightness alone tells how far, so that the scale reads with any
+Blue is below the ideal, orange above, and lightness alone shows how far, so the scale can be read with any
 kind of colour blindness and in grey. It is fixed: the same colour means the same load in every picture.
 
 Shape legend: L MoE layers, E experts (of the layer that has most).
@@ -49,7 +49,7 @@ def diverging_scale(shades: int = _SHADES) -> np.ndarray:
 
 
 def amount_scale(shades: int = _SHADES) -> np.ndarray:
-    """Return the scale from nothing, near white, to all, dark blue: lightness alone tells; uint8 (shades, 3), RGB."""
+    """Return the scale from nothing, near white, to all, dark blue; uint8 (shades, 3), RGB."""
     return _mixed(_AMOUNTS, shades)
 
 
@@ -70,10 +70,10 @@ def load_octaves(tokens_per_expert: Tensor, num_experts: Tensor | None = None) -
 
     Args:
         tokens_per_expert: Counts; integer (L, E). Rows of layers with fewer experts end in any values.
-        num_experts: How many experts each layer really has; int64 (L,). All E if left out.
+        num_experts: How many experts each layer really has; int64 (L,). E if left out.
 
     Returns:
-        float64 (L, E): -inf for an expert without tokens, NaN where a layer has no expert.
+        float64 (L, E): -inf for an expert without tokens, NaN past the last expert of a layer.
     """
     experts_L1 = experts_per_layer(tokens_per_expert, num_experts).cpu().numpy()[:, None]
     present_LE = np.arange(tokens_per_expert.shape[-1]) < experts_L1
@@ -85,14 +85,7 @@ def load_octaves(tokens_per_expert: Tensor, num_experts: Tensor | None = None) -
 
 
 def load_colors(octaves: np.ndarray) -> np.ndarray:
-    """Return the colours of loads.
-
-    Args:
-        octaves: `log2(load / ideal)` of any shape, as made by `load_octaves`.
-
-    Returns:
-        uint8 (..., 3), RGB.
-    """
+    """Return the colours of `load_octaves` of any shape; uint8 (..., 3), RGB."""
     place = (octaves.clip(-OCTAVES, OCTAVES) + OCTAVES) / (2 * OCTAVES) * (_SHADES - 1)
     colors = _SCALE[np.rint(np.nan_to_num(place)).astype(np.int64)]
     colors[np.isneginf(octaves)] = DEAD

@@ -1,4 +1,4 @@
-"""A grid of coloured cells with labels, drawn without matplotlib: cheap enough for a training loop.
+"""A grid of coloured cells with labels, drawn without matplotlib to be cheap in a training loop.
 
 Shape legend: R rows, C columns, L MoE layers, E experts (of the layer that has most), H, W pixels.
 """
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from moe_plugin.metrics import stack_layers
 from moe_plugin.plots.colors import DEAD, ink_on, load_colors, load_octaves
+from moe_plugin.plots.grid import Grid
 
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
@@ -31,67 +32,21 @@ LOAD_BAR = {3.0: "8x", 2.0: "4x", 1.0: "2x", 0.0: "ideal", -1.0: "1/2", -2.0: "1
 
 @dataclass(frozen=True)
 class Axis:
-    """What rows or columns are: a name for all of them, and one for each."""
+    """The names of rows or columns: one for all of them, and one for each."""
 
     title: str
     names: Sequence[str]
 
     @classmethod
     def numbered(cls, title: str, count: int) -> Axis:
-        """Named by their place, from 0."""
+        """Return an axis of `count` numbers from 0; see `Axis`."""
         return cls(title, [str(place) for place in range(count)])
-
-
-@dataclass(frozen=True)
-class Grid:
-    """Where the cells of a heatmap lie, in pixels.
-
-    Attributes:
-        rows: R.
-        columns: C.
-        cell: Width and height of a cell, the gap to the next one included.
-        origin: x and y of the first cell.
-    """
-
-    rows: int
-    columns: int
-    cell: tuple[int, int]
-    origin: tuple[int, int] = (52, 30)
-
-    @classmethod
-    def fit(cls, rows: int, columns: int, left: int = 52) -> Grid:
-        """Return the largest cells with which the picture stays near 800 x 500, and never too small to see."""
-        cell = (_within(800 // columns, 4, 44), _within(480 // rows, 4 if rows > 60 else 8, 36))
-        return cls(rows, columns, cell, origin=(left, 30))
-
-    @property
-    def gap(self) -> int:
-        """Pixels of paper between cells: none where they are too narrow to spare one."""
-        return 1 if min(self.cell) >= 8 else 0
-
-    @property
-    def size(self) -> tuple[int, int]:
-        """Width and height of all cells together."""
-        return self.columns * self.cell[0], self.rows * self.cell[1]
-
-    @property
-    def canvas(self) -> tuple[int, int]:
-        """Width and height of the picture with its labels and colour bar."""
-        (x, y), (width, height) = self.origin, self.size
-        return max(x + width + 92, 380), max(y + height, 190) + 40
-
-    def center(self, row: int, column: int) -> tuple[int, int]:
-        """Return the middle of a cell, x and y."""
-        return (
-            self.origin[0] + column * self.cell[0] + (self.cell[0] - self.gap) // 2,
-            self.origin[1] + row * self.cell[1] + (self.cell[1] - self.gap) // 2,
-        )
 
 
 def load_heatmap(counts: Mapping[str, Tensor], title: str = "") -> np.ndarray:
     """Draw the load of each expert of each layer as log2 of load over ideal load.
 
-    White is the ideal, blue below, orange above, up to eight-fold; a black cell is an expert without tokens.
+    White is the ideal, blue is below, orange above, up to eight-fold; a black cell is an expert without tokens.
     Layers run downwards from 0 in the order of the mapping.
 
     Args:
@@ -104,14 +59,8 @@ def load_heatmap(counts: Mapping[str, Tensor], title: str = "") -> np.ndarray:
     sizes_L = torch.tensor([len(count) for count in counts.values()])
     octaves_LE = load_octaves(stack_layers(counts), sizes_L)
     layers, experts = octaves_LE.shape
-    return heatmap(
-        octaves_LE,
-        Axis.numbered("layer", layers),
-        Axis.numbered("expert", experts),
-        LOAD_BAR,
-        title,
-        dead="dead",
-    )
+    rows, columns = Axis.numbered("layer", layers), Axis.numbered("expert", experts)
+    return heatmap(octaves_LE, rows, columns, LOAD_BAR, title, dead="dead")
 
 
 def heatmap(
@@ -127,15 +76,14 @@ def heatmap(
     """Draw cells in the colours of a scale.
 
     Args:
-        places_RC: Places on the scale, with `load_colors` from -3 to 3; -inf is drawn black and crossed out, NaN left
-            out.
-        rows: What the rows are, from above.
-        columns: What the columns are.
+        places_RC: Places on the scale, with `load_colors` from -3 to 3; -inf is black and crossed out, NaN is empty.
+        rows: Names of the rows, from above.
+        columns: Names of the columns.
         bar: Labels of the colour bar by place on the scale.
         title: A line above the picture.
-        dead: What a black cell means; None if there can be none.
+        dead: The meaning of a black cell; None if there is none.
         colors: The scale.
-        texts: What to write into the cells, row by row, where they are large enough.
+        texts: Written into the cells, row by row, if these are large enough.
 
     Returns:
         uint8 (3, H, W), RGB.
@@ -192,13 +140,8 @@ def _label_(draw: ImageDraw, grid: Grid, rows: Axis, columns: Axis, title: str) 
     for row in range(0, grid.rows, _stride(grid.cell[1], 16)):
         draw.text((x - 7, grid.center(row, 0)[1]), rows.names[row], fill=INK, font=face, anchor="rm")
     for column in range(0, grid.columns, _stride(grid.cell[0], max(30, widest))):
-        draw.text(
-            (grid.center(0, column)[0], y + height + 5),
-            columns.names[column],
-            fill=INK,
-            font=face,
-            anchor="mt",
-        )
+        place = grid.center(0, column)[0], y + height + 5
+        draw.text(place, columns.names[column], fill=INK, font=face, anchor="mt")
     draw.text((x, y + height + 22), columns.title, fill=FAINT, font=face, anchor="lt")
     draw.text((x - 7, y - 10), rows.title, fill=FAINT, font=face, anchor="rs")
 
@@ -225,19 +168,15 @@ def _color_bar_(
 
 @cache
 def font() -> FreeTypeFont | ImageFont:
-    """Return the font of all pictures that are drawn without matplotlib."""
+    """Return the font of pictures drawn without matplotlib."""
     from PIL import ImageFont
 
     return ImageFont.load_default(FONT_PIXELS)
 
 
 def _stride(cell: int, least: int) -> int:
-    """Label every 1st, 2nd, 4th, 8th, ... cell, so that labels are `least` pixels apart."""
+    """Return how many cells to go from label to label (1, 2, 4, 8, ...) if these are `least` pixels apart."""
     stride = 1
     while stride * cell < least:
         stride *= 2
     return stride
-
-
-def _within(value: int, low: int, high: int) -> int:
-    return max(low, min(high, value))

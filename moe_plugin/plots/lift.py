@@ -1,6 +1,6 @@
-"""What experts are for: how much more often than by chance they take a kind of token, or work together.
+"""How much more often than by chance experts take a kind of token, or work together; pictures are uint8 (3, H, W), RGB.
 
-Shape legend: G kinds of tokens (such as domains), E experts.
+Shape legend: G kinds of tokens (such as domains), E experts, H, W pixels.
 """
 
 from __future__ import annotations
@@ -10,13 +10,13 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from moe_plugin.plots.colors import OCTAVES
-from moe_plugin.plots.heatmap import Axis, heatmap
+from moe_plugin.plots.heatmap import LOAD_BAR, Axis, heatmap
 
-LIFT_BAR = {3.0: "8x", 2.0: "4x", 1.0: "2x", 0.0: "chance", -1.0: "1/2", -2.0: "1/4", -3.0: "1/8"}
+LIFT_BAR = LOAD_BAR | {0.0: "chance"}
 
 
 def lift(counts_GE: np.ndarray) -> np.ndarray:
-    """Return log2 of the share of an expert among a kind's choices over its share among all; -inf where it has none.
+    """Return log2 of an expert's share of a kind's choices over its share of all choices; -inf without choices.
 
     Args:
         counts_GE: How often tokens of each kind chose each expert; integers.
@@ -37,9 +37,6 @@ def lift_heatmap(counts: Mapping[str, np.ndarray], kinds: Sequence[str], title: 
         counts: By layer, how often tokens of each kind chose each expert; integers (G, E), E may differ.
         kinds: Names of the kinds.
         title: A line above the picture.
-
-    Returns:
-        uint8 (3, H, W), RGB.
     """
     width = max(table.shape[1] for table in counts.values())
     rows = [
@@ -47,24 +44,16 @@ def lift_heatmap(counts: Mapping[str, np.ndarray], kinds: Sequence[str], title: 
         for table in counts.values()
     ]
     names = [f"{layer}  {kind}" for layer in counts for kind in kinds]
-    return heatmap(
-        np.concatenate(rows),
-        Axis("layer, kind", names),
-        Axis.numbered("expert", width),
-        LIFT_BAR,
-        title,
-    )
+    columns = Axis.numbered("expert", width)
+    return heatmap(np.concatenate(rows), Axis("layer, kind", names), columns, LIFT_BAR, title)
 
 
 def coactivation_heatmap(pairs_EE: np.ndarray, title: str = "") -> np.ndarray:
     """Draw how much more often than by chance two experts are chosen for the same token.
 
     Args:
-        pairs_EE: How often tokens chose both; integers, the diagonal is not looked at.
+        pairs_EE: How often tokens chose both; integers. The diagonal does not count.
         title: A line above the picture.
-
-    Returns:
-        uint8 (3, H, W), RGB.
     """
     off_diagonal = pairs_EE * ~np.eye(len(pairs_EE), dtype=bool)
     places_EE = np.maximum(lift(off_diagonal), -OCTAVES)

@@ -1,6 +1,6 @@
-"""How load, bias and the bias's part in the choices change over training: time runs downwards.
+"""How load, bias and the bias's part in the choices change over training; uint8 (3, H, W), RGB. Time runs downwards.
 
-Shape legend: N windows of training steps, E experts, L layers.
+Shape legend: N windows of training steps, E experts, L layers, H, W pixels.
 """
 
 from __future__ import annotations
@@ -22,9 +22,6 @@ def load_over_time(tokens_NE: np.ndarray, steps: Sequence[int], title: str = "")
         tokens_NE: Tokens per expert of each window; integers.
         steps: The step at each window's end.
         title: A line above the picture.
-
-    Returns:
-        uint8 (3, H, W), RGB.
     """
     octaves_NE = load_octaves(torch.from_numpy(tokens_NE))
     return heatmap(octaves_NE, _steps(steps), _experts(tokens_NE), LOAD_BAR, title, dead="dead")
@@ -37,9 +34,6 @@ def bias_over_time(bias_NE: np.ndarray, steps: Sequence[int], title: str = "") -
         bias_NE: Biases; floating point.
         steps: The step at each window's end.
         title: A line above the picture.
-
-    Returns:
-        uint8 (3, H, W), RGB.
     """
     largest = float(np.abs(bias_NE).max())
     end = 2.0 ** math.ceil(math.log2(largest)) if largest > 0 else 1.0
@@ -51,12 +45,9 @@ def flips_over_time(flips_NL: np.ndarray, steps: Sequence[int], layers: Sequence
     """Draw the share of the choices that the bias made against the scores.
 
     Args:
-        flips_NL: Shares from 0 to 1, NaN where a layer was not looked at.
+        flips_NL: Shares from 0 to 1, NaN if a layer was not looked at.
         steps: The step at each window's end.
         layers: Names of the layers.
-
-    Returns:
-        uint8 (3, H, W), RGB.
     """
     title = "share of the choices that the bias flips"
     bar = {1.0: "50%", 0.5: "25%", 0.0: "none"}

@@ -1,4 +1,4 @@
-"""The picture of one run or of several: the load of each expert, and MaxVio over time.
+"""The picture of one or several runs: the load of each expert, and MaxVio over time.
 
 Shape legend: L MoE layers, E experts (of the layer that has most).
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,7 +46,7 @@ VIOLATION = "load/max_violation_global"
 
 @dataclass(frozen=True)
 class Panel:
-    """One heatmap: what it shows, over which tokens, and the counts (L, E)."""
+    """One heatmap: its title, the tokens it covers, and the counts (L, E)."""
 
     title: str
     window: str
@@ -55,18 +56,18 @@ class Panel:
 def load_picture(runs: Sequence[RunData], out: Path) -> Path:
     """Draw the load of runs: a heatmap for each, and MaxVio over training steps for all.
 
-    One run is shown at its first step and at its end; of several runs each is shown at its end, on held-out
-    data where it was validated.
+    A single run is shown at its first step and at its end; several runs are shown at their ends, on held-out
+    data if they were validated.
 
     Args:
         runs: At least one run.
-        out: Where the picture goes; its suffix chooses the format.
+        out: The file to write; its suffix chooses the format.
 
     Returns:
         The file.
 
     Raises:
-        ConfigError: No run has logged any load.
+        ConfigError: No run has logged its load.
     """
     import matplotlib.style
     from matplotlib.figure import Figure
@@ -74,12 +75,13 @@ def load_picture(runs: Sequence[RunData], out: Path) -> Path:
     panels = _panels(runs)
     curves = [run for run in runs if VIOLATION in run.scalars]
     if not panels and not curves:
-        raise ConfigError(f"'RUN' must have logged load with LoadMonitor, got {[run.label for run in runs]}.")
+        raise ConfigError("RUN", "must have logged its load with LoadMonitor", [run.label for run in runs])
     with matplotlib.style.context(STYLE):
         figure = Figure(layout="constrained", facecolor="white")
         figure.get_layout_engine().set(w_pad=0.08, h_pad=0.1)  # pyright: ignore
         columns, rows = max(1, min(len(panels), PANELS_PER_ROW)), -(-len(panels) // PANELS_PER_ROW)
-        heights = [_heatmap_inches(panels)] * rows + [CURVES_INCHES]
+        layers = max((len(panel.tokens_LE) for panel in panels), default=0)
+        heights = [min(1.1 + 0.22 * layers, 4.5)] * rows + [CURVES_INCHES]
         figure.set_size_inches(10, sum(heights))
         widths = [*[1.0] * columns, 0.25 * columns]
         grid = figure.add_gridspec(rows + 1, columns + 1, height_ratios=heights, width_ratios=widths)
@@ -112,11 +114,6 @@ def _last_load(run: RunData, title: str) -> Panel:
     return Panel(title, f"{window}, step {step + 1}", tokens_LE)
 
 
-def _heatmap_inches(panels: Sequence[Panel]) -> float:
-    layers = max((len(panel.tokens_LE) for panel in panels), default=0)
-    return min(1.1 + 0.22 * layers, 4.5)
-
-
 def _draw_panel(ax: Axes, panel: Panel, *, is_first: bool) -> None:
     tokens_LE = torch.from_numpy(panel.tokens_LE).long()
     sizes_L = (tokens_LE >= 0).sum(-1)
@@ -125,8 +122,7 @@ def _draw_panel(ax: Axes, panel: Panel, *, is_first: bool) -> None:
     violation = max_violation(counts_LE, sizes_L).mean().item()
     dead = int(dead_experts(counts_LE, sizes_L).sum())
     ax.imshow(load_colors(octaves_LE), aspect="auto", interpolation="nearest")
-    _rule_cells(ax, *octaves_LE.shape)
-    _cross_out(ax, octaves_LE)
+    _mark_cells(ax, octaves_LE)
     ax.spines[:].set_visible(False)
     ax.set_xlabel(f"expert  ({panel.window})")
     ax.set_ylabel("layer" if is_first else "")
@@ -137,27 +133,21 @@ def _draw_panel(ax: Axes, panel: Panel, *, is_first: bool) -> None:
     ax.annotate(numbers, (0, 1), (0, 6), "axes fraction", "offset points", color=FAINT).set_in_layout(False)
 
 
-def _rule_cells(ax: Axes, layers: int, experts: int) -> None:
-    """White lines between cells, where cells are wide enough to spare them."""
+def _mark_cells(ax: Axes, octaves_LE: np.ndarray) -> None:
+    """Draw lines between cells and crosses on dead experts, if the cells are large enough."""
+    layers, experts = octaves_LE.shape
     if layers > 32 or experts > 64:
         return
     for edge in range(1, experts):
         ax.axvline(edge - 0.5, color="white", linewidth=0.8)
     for edge in range(1, layers):
         ax.axhline(edge - 0.5, color="white", linewidth=0.8)
-
-
-def _cross_out(ax: Axes, octaves_LE: np.ndarray) -> None:
-    layers, experts = octaves_LE.shape
-    if layers <= 32 and experts <= 64:
-        dead = np.argwhere(np.isneginf(octaves_LE))
-        ax.scatter(
-            dead[:, 1], dead[:, 0], marker="x", s=min(20, 300 / experts), color="white", linewidths=0.9
-        )
+    dead, size = np.argwhere(np.isneginf(octaves_LE)), min(20, 300 / experts)
+    ax.scatter(dead[:, 1], dead[:, 0], marker="x", s=size, color="white", linewidths=0.9)
 
 
 def _draw_color_bar(ax: Axes) -> None:
-    """The scale and the mark of a dead expert, in the column right of the heatmaps."""
+    """Draw the scale and the mark of a dead expert, in the column right of the heatmaps."""
     ax.set_axis_off()
     ramp = ax.inset_axes((0, 0.22, 0.07, 0.78))
     ramp.imshow(diverging_scale()[:, None], aspect="auto", origin="lower", extent=(0, 1, -OCTAVES, OCTAVES))
@@ -174,7 +164,7 @@ def _draw_color_bar(ax: Axes) -> None:
 
 
 def _draw_curves(ax: Axes, runs: Sequence[RunData]) -> None:
-    """The mean over layers as a strong line, each layer as a faint one, the run's name at its end."""
+    """Draw the mean over layers as a strong line, each layer as a faint one, and the run's name at the end."""
     from matplotlib.ticker import LogLocator
 
     ax.set_title("MaxVio in training", loc="left", fontsize=11, fontweight="bold", pad=19)
@@ -189,7 +179,7 @@ def _draw_curves(ax: Axes, runs: Sequence[RunData]) -> None:
     ax.yaxis.set_major_formatter("{x:g}")
     ax.yaxis.set_minor_formatter("")
     ends = []
-    for run, color in zip(runs, _repeat(LINES, len(runs)), strict=True):
+    for run, color in zip(runs, cycle(LINES), strict=False):
         for tag, (steps, values) in run.scalars.items():
             if tag.startswith("load_layers/max_violation/"):
                 ax.plot(steps, values, color=color, linewidth=0.7, alpha=0.28)
@@ -201,7 +191,7 @@ def _draw_curves(ax: Axes, runs: Sequence[RunData]) -> None:
 
 
 def _label_ends(ax: Axes, ends: list[tuple[float, str, str]]) -> None:
-    """Write each run's name beside the end of its line, no two closer than a line of text."""
+    """Write each run's name next to the end of its line, at least a line of text apart."""
     low, high = np.log10(ax.get_ylim())
     ends = sorted(ends)
     heights = [(np.log10(max(value, 10**low)) - low) / (high - low) for value, _, _ in ends]
@@ -213,7 +203,7 @@ def _label_ends(ax: Axes, ends: list[tuple[float, str, str]]) -> None:
 
 
 def _spread(heights: list[float], least: float) -> list[float]:
-    """Return rising heights moved so that neighbours are `least` apart and the last is at most 1."""
+    """Return rising heights, moved until neighbours are `least` apart and the last is at most 1."""
     apart = list(heights)
     for place in range(1, len(apart)):
         apart[place] = max(apart[place], apart[place - 1] + least)
@@ -222,7 +212,3 @@ def _spread(heights: list[float], least: float) -> list[float]:
         apart[place] = min(apart[place], top)
         top = apart[place] - least
     return apart
-
-
-def _repeat(colors: Sequence[str], count: int) -> list[str]:
-    return [colors[index % len(colors)] for index in range(count)]

@@ -1,4 +1,4 @@
-"""What a finished run logged: from its TensorBoard events, or from the CSV logger where there are none.
+"""The logs of a finished run: from its TensorBoard events, or from the CSV logger if there are none.
 
 Shape legend: L MoE layers, E experts (of the layer that has most).
 """
@@ -14,7 +14,7 @@ import numpy as np
 from moe_plugin.errors import ConfigError
 
 EXPERT_USE_FILE = "expert_use.json"
-"""What experts are for and how many tokens use, beside the logs; of the last validation run."""
+"""File next to the logs with what experts take, and how many tokens use, in the last validation run."""
 
 Series = tuple[list[int], list[float]]
 
@@ -24,10 +24,10 @@ class RunData:
     """The logged load of a run.
 
     Attributes:
-        label: What to call the run.
+        label: The run's name in pictures.
         scalars: Steps and values of each scalar tag.
         counts: Steps and tokens per expert (L, E) under `load` (windows of training steps) and `val`
-            (validation runs); -1 stands for an expert that a layer does not have. Empty without events.
+            (validation runs), with -1 past the last expert of a layer. Empty without events.
     """
 
     label: str
@@ -36,26 +36,24 @@ class RunData:
 
 
 def read_run(run: str) -> RunData:
-    """Read what a run logged.
+    """Read the logs of a run.
 
     Args:
         run: The run's folder, or `label=folder`; the label is the folder's name if left out.
 
     Raises:
-        ConfigError: The folder is missing, or holds neither events nor `metrics.csv`.
+        ConfigError: The folder is missing, or has neither events nor `metrics.csv`.
     """
     label, equals, path = run.partition("=")
     folder = Path(path if equals else run)
     if not folder.is_dir():
-        raise ConfigError(f"'RUN' must be the folder of a run, got {str(folder)!r}, which is not a folder.")
+        raise ConfigError("RUN", "must be the folder of a run", str(folder), "There is no such folder.")
     label = label if equals else folder.resolve().name
     if events := sorted(folder.rglob("events.out.tfevents.*")):
         return _read_events(label, events)
     if tables := sorted(folder.rglob("metrics.csv")):
         return RunData(label, _read_csv(tables[-1]))
-    raise ConfigError(
-        f"'RUN' must hold TensorBoard events or metrics.csv, got {str(folder)!r} without either."
-    )
+    raise ConfigError("RUN", "must have TensorBoard events or metrics.csv", str(folder))
 
 
 def _read_events(label: str, events: list[Path]) -> RunData:

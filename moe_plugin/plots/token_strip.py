@@ -1,4 +1,4 @@
-"""Text with each token on a ground that tells how many experts it used: one sees where the computation goes.
+"""Text with each token on a background that shows how many experts it used.
 
 Shape legend: L layers, S tokens of a text, H, W pixels.
 """
@@ -16,7 +16,7 @@ from moe_plugin.plots.colors import amount_scale, ink_on
 from moe_plugin.plots.heatmap import FAINT, INK, PAPER, font
 
 LEVELS = 8
-"""Grounds that are told apart."""
+"""Different backgrounds."""
 CELL, COLUMNS, MARGIN = (9, 19), 96, 14
 
 
@@ -25,10 +25,10 @@ class TokenStrip:
     """A text, and the experts that each of its tokens used.
 
     Attributes:
-        title: What the text is, such as its domain.
+        title: A name for the text, such as its domain.
         pieces: The text of each token (S).
         used: Experts by layer and token (L, S).
-        losses: The loss of each token, that of predicting the next one, in nats (S); empty if unknown.
+        losses: The loss at each token, of predicting the next one, in nats (S); empty if unknown.
     """
 
     title: str
@@ -37,7 +37,7 @@ class TokenStrip:
     losses: list[float]
 
     def means(self) -> list[float]:
-        """Return experts of each token, mean over layers (S)."""
+        """Return the experts of each token, mean over layers (S)."""
         return [fmean(of_token) for of_token in zip(*self.used, strict=True)]
 
     def as_json(self) -> dict[str, Any]:
@@ -46,39 +46,35 @@ class TokenStrip:
 
     @classmethod
     def from_json(cls, fields: Mapping[str, Any]) -> TokenStrip:
-        """Return what `as_json` gave."""
+        """Return the strip of fields from `as_json`."""
         return cls(**fields)
 
 
 @dataclass(frozen=True)
 class Scale:
-    """The range of numbers that the grounds tell apart."""
+    """The range of numbers that the backgrounds show."""
 
     low: float
     high: float
 
     @classmethod
     def of(cls, strips: Sequence[TokenStrip]) -> Scale:
-        """From the smallest to the largest mean over layers in any of the texts."""
+        """Return the range from the smallest to the largest mean over layers in any of the texts."""
         means = [mean for strip in strips for mean in strip.means()]
         return cls(min(means), max(means))
 
     def level(self, number: float) -> int:
-        """Return the ground of a number, from 0 to `LEVELS` - 1."""
+        """Return the background of a number, from 0 to `LEVELS` - 1."""
         width = self.high - self.low
         return min(LEVELS - 1, max(0, int(LEVELS * (number - self.low) / width))) if width else 0
 
     def ends(self) -> list[float]:
-        """Return where the grounds begin, and where the last one ends."""
+        """Return the numbers at which the backgrounds begin, and the last one's end."""
         return [self.low + (self.high - self.low) * place / LEVELS for place in range(LEVELS + 1)]
 
 
 def draw_strips(strips: Sequence[TokenStrip]) -> np.ndarray:
-    """Draw texts under one another, grounds by the mean over layers.
-
-    Returns:
-        uint8 (3, H, W), RGB.
-    """
+    """Draw texts under one another, with backgrounds by the mean over layers; uint8 (3, H, W), RGB."""
     from PIL import Image, ImageDraw
 
     scale, places = Scale.of(strips), [list(_places(strip.pieces)) for strip in strips]
@@ -121,7 +117,7 @@ def _draw_legend_(draw: Any, scale: Scale, grounds: np.ndarray) -> None:
 
 
 def _places(pieces: Sequence[str]) -> Iterator[tuple[int, int, tuple[str, int]]]:
-    """Yield line and column of each character, and the token that it is of; a line's end takes a cell, as a space."""
+    """Yield line and column of each character, and its token; a line's end takes a cell, as a space."""
     line, column = 0, 0
     for token, piece in enumerate(pieces):
         for character in piece:

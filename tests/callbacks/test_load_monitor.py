@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import io
+from itertools import count
+from types import SimpleNamespace
 
 import lightning
 import numpy as np
@@ -17,13 +19,14 @@ from torch.utils.data import DataLoader
 from moe_plugin.attach.balanced_model import find_balanced
 from moe_plugin.callbacks.load_monitor import LoadMonitor
 from moe_plugin.callbacks.loss_free import LossFreeBalancing
+from moe_plugin.callbacks.monitor import token_clock
 from moe_plugin.callbacks.monitor.run_card import active_parameters
 from moe_plugin.errors import AttachError, ConfigError
 from moe_plugin.experts import GroupedExperts, MoEBlock
 from moe_plugin.metrics import dead_experts, max_violation
 from moe_plugin.plots import load_heatmap
 from moe_plugin.plots.colors import load_colors, load_octaves
-from moe_plugin.plots.heatmap import Grid
+from moe_plugin.plots.grid import Grid
 from moe_plugin.routing import Router, Sigmoid
 
 pytestmark = [
@@ -109,11 +112,18 @@ def fit(
 
 
 def events(folder) -> EventAccumulator:
-    return EventAccumulator(str(folder), size_guidance={"scalars": 0, "images": 0, "tensors": 0}).Reload()
+    return EventAccumulator(
+        str(folder), size_guidance=dict.fromkeys(("scalars", "images", "tensors", "histograms"), 0)
+    ).Reload()
 
 
 def scalars(folder, tag: str) -> dict[int, float]:
     return {event.step: event.value for event in events(folder).Scalars(tag)}
+
+
+def picture(read: EventAccumulator, tag: str) -> np.ndarray:
+    """The last image of a tag; uint8 (H, W, 3)."""
+    return np.asarray(Image.open(io.BytesIO(read.Images(tag)[-1].encoded_image_string)))
 
 
 def mean_violation(batches: list[dict[str, torch.Tensor]]) -> float:
@@ -205,12 +215,11 @@ class TestPictures:
         monitor = LoadMonitor()
         fit(monitor, tmp_path)
         read = events(tmp_path)
-        image = read.Images("load/experts")[-1]
+        assert read.Images("load/experts")[-1].step == 11
         counts = {name: torch.tensor(load.tokens_per_expert) for name, load in monitor.training_load.items()}
-        pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string))).transpose(2, 0, 1)
-        drawn = load_heatmap(counts)
-        assert image.step == 11
-        assert np.array_equal(pixels[:, 26:], drawn[:, 26:])
+        # The title is above; the cells' colours are held by tests/plots/test_heatmap.py.
+        pixels = picture(read, "load/experts").transpose(2, 0, 1)
+        assert np.array_equal(pixels[:, 26:], load_heatmap(counts)[:, 26:])
 
     def test_counts_in_the_event_file_mark_experts_a_layer_lacks(self, tmp_path):
         monitor = LoadMonitor()
@@ -219,10 +228,27 @@ class TestPictures:
         first, second = (load.tokens_per_expert for load in monitor.training_load.values())
         assert stored.tolist() == [list(first), [*second, -1, -1, -1, -1]]
 
-    def test_pictures_come_at_growing_intervals_and_at_the_end(self, tmp_path):
-        fit(LoadMonitor(every_n_steps=1), tmp_path, steps=20)
-        steps = [image.step for image in events(tmp_path).Images("load/experts")]
-        assert steps == [0, 0, 2, 6, 14, 19]
+    @pytest.mark.parametrize(
+        ("every_n_steps", "steps"),
+        [(1, 20), (1, 16), (1, 1), (3, 30), (3, 25), (3, 24), (5, 1), (5, 4)],
+    )
+    def test_first_step_then_windows_of_powers_of_two_and_the_last_are_drawn(
+        self, tmp_path, every_n_steps, steps
+    ):
+        fit(LoadMonitor(every_n_steps), tmp_path, steps=steps)
+        read = events(tmp_path)
+        windows = [step for step in range(steps) if (step + 1) % every_n_steps == 0 or step == steps - 1]
+        drawn = {0, windows[-1]} | {windows[place] for place in (0, 1, 3, 7, 15) if place < len(windows)}
+        assert [image.step for image in read.Images("load/experts")] == sorted(drawn)
+        assert [each.step for each in read.Tensors("load/tokens_per_expert")] == sorted(drawn)
+
+    def test_first_picture_is_the_load_of_the_first_step_alone(self, tmp_path):
+        model, _ = fit(LoadMonitor(every_n_steps=5), tmp_path)
+        first, window, _ = events(tmp_path).Tensors("load/tokens_per_expert")[:3]
+        for steps, event in ((1, first), (5, window)):
+            for name, tokens_E in zip(SIZES, tensor_util.make_ndarray(event.tensor_proto), strict=True):
+                chosen_E = sum(batch[name] for batch in model.chosen["train"][:steps])
+                assert tokens_E[: SIZES[name]].tolist() == chosen_E.tolist()
 
     def test_configured_interval_is_kept(self, tmp_path):
         fit(LoadMonitor(every_n_steps=1, image_every_n_steps=5), tmp_path, steps=11)
@@ -234,7 +260,9 @@ class TestPictures:
 
 
 class TestDashboard:
-    def test_slowdown_and_variation_equal_what_the_routers_chose(self, tmp_path):
+    def test_slowdown_and_variation_equal_what_the_routers_chose(self, tmp_path, monkeypatch):
+        seconds = count()
+        monkeypatch.setattr(token_clock, "time", SimpleNamespace(perf_counter=lambda: next(seconds)))
         model, _ = fit(LoadMonitor(), tmp_path)
         chosen = model.chosen["train"][:5]
         # Eight experts over eight ranks; the layer of four experts divides over none of the numbers of ranks.
@@ -247,7 +275,7 @@ class TestDashboard:
         variation = (tokens_E.std(correction=0) / tokens_E.mean()).item()
         assert scalars(tmp_path, "load_layers/variation/blocks.1.router")[4] == pytest.approx(variation)
         assert scalars(tmp_path, "load/active_parameters")[4] == size.active
-        assert scalars(tmp_path, "load/tokens_per_second")[4] > 0
+        assert scalars(tmp_path, "load/tokens_per_second")[4] == 5 * TOKENS  # one tick of the clock
 
     def test_active_parameters_are_counted(self):
         size = active_parameters(Model())
@@ -256,21 +284,29 @@ class TestDashboard:
             n - n * TOP_K // e for n, e in zip(experts, SIZES.values(), strict=True)
         )
 
-    def test_films_histograms_and_run_card_are_written(self, tmp_path):
-        fit(LoadMonitor(), tmp_path)
-        tags = events(tmp_path).Tags()
-        for name in SIZES:
-            assert {f"load_over_time/{name}", f"bias_over_time/{name}"} <= set(tags["images"])
-            assert f"bias/{name}" in tags["histograms"]
-        card = events(tmp_path).Tensors("run/text_summary")[0].tensor_proto.string_val[0].decode()
+    def test_bias_as_picture_and_histogram_and_the_run_card_are_written(self, tmp_path):
+        model, _ = fit(LoadMonitor(), tmp_path)
+        read = events(tmp_path)
+        for name, site in find_balanced(model).items():
+            assert read.Images(f"load_over_time/{name}")[-1].step == 11
+            windows = [each.histogram_value for each in read.Histograms(f"bias/{name}")]
+            assert [histogram.num for histogram in windows] == [SIZES[name]] * 3
+            assert (windows[-1].min, windows[-1].max) == (site.bias.min().item(), site.bias.max().item())
+            pixels, grid = picture(read, f"bias_over_time/{name}"), Grid.fit(3, SIZES[name])
+            largest = max(max(-histogram.min, histogram.max) for histogram in windows)
+            end = next(2.0**power for power in range(-20, 20) if 2.0**power >= largest)
+            for expert, bias in enumerate(site.bias.tolist()):
+                x, y = grid.center(2, expert)
+                expected = load_colors(np.array([3 * bias / end]))[0]
+                assert pixels[y + 5, x + 9].tolist() == expected.tolist()
+        card = read.Tensors("run/text_summary")[0].tensor_proto.string_val[0].decode()
         assert "| 1 | `blocks.1.router` |" in card
         assert "Proportional" in card
 
-    def test_last_row_of_the_film_is_the_last_window(self, tmp_path):
+    def test_last_row_of_load_over_time_is_the_last_window(self, tmp_path):
         monitor = LoadMonitor()
         fit(monitor, tmp_path, steps=15)
-        image = events(tmp_path).Images("load_over_time/blocks.1.router")[-1]
-        pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string)))
+        pixels = picture(events(tmp_path), "load_over_time/blocks.1.router")
         grid = Grid.fit(3, 4)
         tokens = torch.tensor([monitor.training_load["blocks.1.router"].tokens_per_expert])
         colors = load_colors(load_octaves(tokens))[0]
@@ -335,8 +371,9 @@ class TestValidation:
         trainer = lightning.Trainer(
             logger=False, callbacks=[monitor], enable_progress_bar=False, accelerator="cpu"
         )
-        (metrics,) = trainer.validate(Model(), loader(2), verbose=False)
-        assert metrics["val/max_violation_global"] >= 0
+        model = Model()
+        (metrics,) = trainer.validate(model, loader(2), verbose=False)
+        assert metrics["val/max_violation_global"] == pytest.approx(mean_violation(model.chosen["val"]))
         assert all(
             sum(load.tokens_per_expert) == 2 * TOKENS * TOP_K for load in monitor.validation_load.values()
         )

@@ -13,6 +13,8 @@ from moe_plugin.plots.run_data import RunData
 SKEWED_LE = np.array([[64.0, 0, 16, 16], [24, 24, 24, -1]])
 EVEN_LE = np.array([[24.0, 24, 24, 24], [24, 24, 24, -1]])
 CURVE = ([0, 10, 20], [2.0, 0.5, 0.1])
+LINE, IDEAL = (0xC4, 0x57, 0x0C), (0xF5, 0xF3, 0xEE)
+"""The colour of the first curve, and that of an ideal load."""
 
 
 def run(label: str, **counts) -> RunData:
@@ -23,6 +25,12 @@ def run(label: str, **counts) -> RunData:
 def colors_of(path) -> set[tuple[int, ...]]:
     pixels = np.asarray(Image.open(path).convert("RGB"))
     return set(map(tuple, np.unique(pixels.reshape(-1, 3), axis=0).tolist()))
+
+
+def pieces(is_set: np.ndarray) -> list[np.ndarray]:
+    """The places that are set, in runs without a gap."""
+    places = np.flatnonzero(is_set)
+    return np.split(places, np.flatnonzero(np.diff(places) > 1) + 1)
 
 
 class TestLoadPicture:
@@ -38,18 +46,24 @@ class TestLoadPicture:
         path = load_picture([validated, run("b", load=[(20, EVEN_LE)])], tmp_path / "load.png")
         assert tuple(load_colors(np.array([np.log2(64 / 24)]))[0].tolist()) not in colors_of(path)
 
-    @pytest.mark.parametrize(
-        "runs", [[run("curves only")], [RunData("counts only", {}, {"load": [(0, EVEN_LE)]})]]
-    )
-    def test_half_of_the_data_is_enough(self, tmp_path, runs):
-        assert load_picture(runs, tmp_path / "load.png").stat().st_size > 0
+    def test_half_of_the_data_is_enough(self, tmp_path):
+        curves = colors_of(load_picture([run("curves only")], tmp_path / "curves.png"))
+        counts = RunData("counts only", {}, {"load": [(0, EVEN_LE)]})
+        cells = colors_of(load_picture([counts], tmp_path / "counts.png"))
+        assert (LINE in curves, LINE in cells) == (True, False)
+        assert (IDEAL in curves, IDEAL in cells) == (False, True)
 
-    def test_many_runs_of_large_models_fit(self, tmp_path):
+    def test_each_of_many_runs_has_a_panel_three_in_a_row(self, tmp_path):
         runs = [run(f"run {i}", load=[(0, np.ones((60, 256)))]) for i in range(7)]
-        assert load_picture(runs, tmp_path / "load.png").stat().st_size > 0
+        path = load_picture(runs, tmp_path / "load.png")
+        is_ideal_HW = (np.asarray(Image.open(path).convert("RGB")) == IDEAL).all(-1)
+        bands = [rows for rows in pieces(is_ideal_HW.sum(1) > 100) if len(rows) > 20]
+        assert [len(pieces(is_ideal_HW[rows[5]])) for rows in bands] == [3, 3, 1]
 
     def test_runs_without_load_are_refused(self, tmp_path):
-        with pytest.raises(ConfigError, match="LoadMonitor"):
+        with pytest.raises(
+            ConfigError, match=r"'RUN' must have logged its load with LoadMonitor, got \['a'\]"
+        ):
             load_picture([RunData("a", {"loss": CURVE})], tmp_path / "load.png")
         assert list(tmp_path.iterdir()) == []
 
@@ -73,4 +87,5 @@ class TestMain:
 
     def test_bad_out_folder_fails_before_reading(self, tmp_path, capsys):
         assert main([str(tmp_path), "--out", str(tmp_path / "no" / "load.png")]) == 2
-        assert "--out" in capsys.readouterr().err
+        folder = tmp_path / "no"
+        assert capsys.readouterr().err == f"'--out' must be in an existing folder, got '{folder}/load.png'.\n"

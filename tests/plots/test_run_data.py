@@ -40,7 +40,11 @@ class TestReadRun:
         assert read_run(str(tmp_path)).scalars == {"a": ([4, 14], [1.5, 2.5]), "b": ([9, 14], [2.0, 3.0])}
 
     def test_missing_or_empty_folder_is_named(self, tmp_path):
-        with pytest.raises(ConfigError, match="not a folder"):
+        with pytest.raises(
+            ConfigError, match=r"'RUN' must be the folder of a run, got '.*missing'. There is no such folder"
+        ):
             read_run(str(tmp_path / "missing"))
-        with pytest.raises(ConfigError, match="without either"):
+        with pytest.raises(
+            ConfigError, match=rf"'RUN' must have TensorBoard events or metrics.csv, got '{tmp_path}'"
+        ):
             read_run(str(tmp_path))

@@ -1,1 +1,1 @@
-"""What `LoadMonitor` is made of."""
+"""The parts of `LoadMonitor`."""

@@ -1,4 +1,4 @@
-"""What each expert of a layer takes, in words: its top kinds of tokens, and text that is typical for it.
+"""The tokens that each expert of a layer takes, in words: their top kinds, and typical text.
 
 Shape legend: G kinds of tokens, E experts.
 """
@@ -14,7 +14,7 @@ from moe_plugin.callbacks.monitor.typical_tokens import Snippet
 from moe_plugin.plots.lift import lift
 
 TOP = 2
-"""So many kinds are named."""
+"""Number of kinds that are named."""
 LINE = "<br>"
 """Ends a line in a cell."""
 
@@ -28,12 +28,12 @@ def expert_profiles(
 
     Args:
         counts: By kind, how often tokens of each kind used each expert; integers (G, E).
-        names: By kind, what its numbers mean (G).
-        snippets: For each of the first experts, text typical for it.
+        names: By kind, the names of its numbers (G).
+        snippets: For each of the first experts, its typical text.
 
     Returns:
         For each expert `expert`, its `load` over the ideal load, `kinds` (by kind, names with how often the expert
-        takes them over chance, the highest first, none below 1), and `snippets`.
+        takes them over chance, the highest first, only those above 1), and `snippets`.
     """
     tokens_E = next(iter(counts.values())).sum(0)
     ideal = max(tokens_E.mean(), 1e-9)
@@ -52,7 +52,7 @@ def expert_profiles(
 def profile_table(experts: Sequence[Mapping[str, Any]]) -> str:
     """Return the experts of a layer as a table in Markdown.
 
-    Kinds and texts have lines of their own: TensorBoard breaks words of the narrow columns where another is wide.
+    Each kind and each text has its own line: TensorBoard breaks words of narrow columns next to a wide one.
     """
     kinds = list(experts[0]["kinds"]) if experts else []
     lines = [
@@ -74,6 +74,6 @@ def _top(lifts_G: np.ndarray, names: Sequence[str]) -> list[tuple[str, float]]:
 
 
 def _plain(text: str) -> str:
-    """On one line, without what ends a cell or code in Markdown."""
+    """Return the text on one line, without the characters that end a cell or code in Markdown."""
     shown = text.replace("\n", "↵").replace("\t", "→").replace("|", "¦").replace("`", "'")
     return "".join(character if character.isprintable() else "·" for character in shown)

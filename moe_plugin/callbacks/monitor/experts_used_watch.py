@@ -1,4 +1,4 @@
-"""How many experts tokens used in a validation run, where their number varies: by layer, kind and loss, and in a text.
+"""How many experts tokens use in a validation run, if their number varies: by layer, kind and loss, and in a text.
 
 Shape legend: L sites, T tokens, S tokens of a sample, K experts selected per token, U numbers of experts used,
 G kinds of tokens.
@@ -27,21 +27,26 @@ from moe_plugin.plots import experts_per_token as pictures
 from moe_plugin.plots.token_strip import TokenStrip, draw_strips
 
 SAMPLES, SAMPLE_TOKENS = 4, 320
-"""So many sequences are kept as text, of different domains if they can be, and so many tokens of each."""
+"""Sequences that are kept as text, of different domains if possible, and the tokens kept of each."""
 
 
 class ExpertsUsedWatch:
-    """Looks at the sites whose tokens use different numbers of experts, over the validation batches of this rank."""
+    """A watch on the sites whose tokens use different numbers of experts, over the validation batches of this rank."""
 
     def __init__(self) -> None:
-        """Nothing is seen yet."""
+        """Start without tokens."""
         self.counts: ExpertsUsed | None = None
         self.strips: list[TokenStrip] = []
         self._seen: dict[str, Tensor] = {}
         self._batch = NOTHING
 
     def start_(self, sites: Mapping[str, Site], kinds: TokenKinds) -> None:
-        """Begin a validation run."""
+        """Begin a validation run.
+
+        Args:
+            sites: The routers.
+            kinds: What is known of the tokens.
+        """
         self._targets = {name: site.target_k for name, site in sites.items() if site.target_k is not None}
         self._kinds, self.strips, self.counts = kinds, [], None
         if self._targets:
@@ -50,18 +55,19 @@ class ExpertsUsedWatch:
             self.counts = ExpertsUsed(len(self._targets), most, groups)
 
     def batch_starts(self, batch: TokenBatch) -> None:
-        """The next forward is of these tokens."""
+        """Expect these tokens in the next forward."""
         self._batch, self._seen = batch, {}
 
     def look(self, name: str, site: Site, selection: Selection, valid_T: Tensor | None) -> None:
-        """See what a site selected; padding becomes -1."""
+        """Count what a site selected; see `Site.witness`."""
         if self.counts is None or name not in self._targets or selection.used_TK is None:
             return
         used_T = selection.used_TK.flatten(0, -2).sum(-1)
+        # Padding becomes -1.
         self._seen[name] = used_T if valid_T is None else used_T.where(valid_T.reshape(-1).bool(), -1)
 
     def batch_ends(self, outputs: Any) -> None:
-        """Take in a batch, with the `token_losses` of what the validation step returned, if it did."""
+        """Take in a batch, with its `token_losses` if the validation step returned them."""
         if self.counts is None or list(self._seen) != list(self._targets):
             return
         used_LT = torch.stack(list(self._seen.values())).cpu()
@@ -83,24 +89,18 @@ class ExpertsUsedWatch:
         )
 
     def scalars(self) -> dict[str, float]:
-        """Return rank correlation of a token's experts with its loss, over layers and of each; none without losses."""
+        """Return the rank correlation of a token's experts with its loss: by layer, and the mean."""
         if self.counts is None or not self.counts.by_loss_LPUB.any():
             return {}
         scalars = {}
-        for tag, measure in (
-            ("loss_correlation", loss_correlation),
-            ("loss_correlation_in_place", loss_correlation_in_place),
-        ):
-            values_L = measure(self.counts.by_loss_LPUB)
-            scalars[f"val/{tag}"] = values_L.nanmean().item()
-            scalars |= {
-                f"val_layers/{tag}/{name}": value
-                for name, value in zip(self._targets, values_L.tolist(), strict=True)
-            }
+        for measure, values_L in _correlations(self.counts).items():
+            scalars[f"val/loss_{measure}"] = values_L.nanmean().item()
+            for name, value in zip(self._targets, values_L.tolist(), strict=True):
+                scalars[f"val_layers/loss_{measure}/{name}"] = value
         return {name: value for name, value in scalars.items() if np.isfinite(value)}
 
     def images(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield tag and picture of everything that was counted."""
+        """Yield the tag and picture of all counts."""
         record = self.record()
         if record is None:
             return
@@ -116,7 +116,7 @@ class ExpertsUsedWatch:
             yield "experts_per_token/text", draw_strips(self.strips)
 
     def record(self) -> dict[str, Any] | None:
-        """Everything that was counted, as JSON takes it; None if no number of experts varies or nothing was seen."""
+        """Return all counts, ready for JSON; None if no number of experts varies or no token was seen."""
         if self.counts is None or not self.counts.tokens_LU.any():
             return None
         counts = self.counts
@@ -128,7 +128,7 @@ class ExpertsUsedWatch:
             "by_kind": {
                 kind: self._table(kind, table) for kind, table in counts.by_kind.items() if table.any()
             },
-            "by_loss": self._by_loss() if counts.by_loss_LPUB.any() else None,
+            "by_loss": _by_loss(counts) if counts.by_loss_LPUB.any() else None,
             "text": [strip.as_json() for strip in self.strips],
         }
 
@@ -139,20 +139,6 @@ class ExpertsUsedWatch:
         names = [name for name, seen in zip(self._kinds.names[kind], seen_G.tolist(), strict=True) if seen]
         means_LG = mean_used(table_LGU[:, seen_G])
         return {"names": names, "tokens": tokens_G[seen_G].tolist(), "means": means_LG.tolist()}
-
-    def _by_loss(self) -> dict[str, Any]:
-        assert self.counts is not None
-        table = self.counts.by_loss_LPUB
-        losses_Q, means_LQ = used_by_loss(table)
-        correlations = {
-            "correlation": loss_correlation(table),
-            "correlation_in_place": loss_correlation_in_place(table),
-        }
-        finite = {
-            name: [value if np.isfinite(value) else None for value in values_L.tolist()]
-            for name, values_L in correlations.items()
-        }
-        return {"losses": losses_Q.tolist(), "means": means_LQ.tolist(), **finite}
 
     def _samples(self, tokens_BS: Tensor, used_LT: Tensor, losses_T: Tensor | None) -> Iterator[TokenStrip]:
         used_LBS = used_LT.view(-1, *tokens_BS.shape)[..., :SAMPLE_TOKENS]
@@ -170,3 +156,17 @@ class ExpertsUsedWatch:
                 used=used_LBS[:, row].clamp(min=0).tolist(),
                 losses=[round(loss, 2) for loss in losses],
             )
+
+
+def _by_loss(counts: ExpertsUsed) -> dict[str, Any]:
+    losses_Q, means_LQ = used_by_loss(counts.by_loss_LPUB)
+    finite = {
+        measure: [value if np.isfinite(value) else None for value in values_L.tolist()]
+        for measure, values_L in _correlations(counts).items()
+    }
+    return {"losses": losses_Q.tolist(), "means": means_LQ.tolist(), **finite}
+
+
+def _correlations(counts: ExpertsUsed) -> dict[str, Tensor]:
+    table = counts.by_loss_LPUB
+    return {"correlation": loss_correlation(table), "correlation_in_place": loss_correlation_in_place(table)}

@@ -12,11 +12,11 @@ from lightning.pytorch.loggers import Logger
 
 
 def log_image(loggers: Iterable[Logger], tag: str, image_3HW: np.ndarray, step: int) -> None:
-    """Write an image to each logger that takes one; the others are left alone.
+    """Write an image to each logger that takes images.
 
     Args:
-        loggers: The trainer's.
-        tag: Its name.
+        loggers: The trainer's loggers.
+        tag: The image's name.
         image_3HW: uint8, RGB.
         step: Where on the x-axis it belongs.
     """

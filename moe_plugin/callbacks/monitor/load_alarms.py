@@ -1,4 +1,4 @@
-"""Tells people what is wrong with the load: once, in words, with a cure."""
+"""Alarms about the load: once each, in words, with what to do."""
 
 from __future__ import annotations
 
@@ -23,24 +23,24 @@ OnAlarm = Literal["warn", "raise"] | Callable[[Alarm], object] | None
 
 
 class AlarmWatch:
-    """Follows every site over the windows of a run, and raises the alarms.
+    """A watch on every site over the windows of a run, which raises the alarms.
 
     Args:
         on_alarm: 'warn' warns with `LoadAlarmWarning` and 'raise' raises `LoadAlarmError`; a function is called with
-            the `Alarm` instead. None looks for nothing. Warnings and calls happen on the first rank only.
+            the `Alarm` instead. None turns alarms off. Warnings and calls happen on the first rank only.
         limits: How long is too long.
 
     Attributes:
-        alarms: All so far.
+        alarms: All alarms so far.
 
     Raises:
-        ConfigError: If 'on_alarm' is none of these.
+        ConfigError: If `on_alarm` is anything else.
     """
 
     def __init__(self, on_alarm: OnAlarm, limits: Limits) -> None:
         """Start without any alarm."""
         if on_alarm not in ("warn", "raise", None) and not callable(on_alarm):
-            raise ConfigError(f"'on_alarm' must be 'warn', 'raise', null or a function, got {on_alarm!r}.")
+            raise ConfigError("on_alarm", "must be 'warn', 'raise', null or a function", on_alarm)
         self.alarms: list[Alarm] = []
         self._on_alarm = on_alarm
         self._limits = limits
@@ -58,11 +58,18 @@ class AlarmWatch:
     ) -> list[Alarm]:
         """Take in a window. Every rank must call it, with the same loads.
 
+        Args:
+            balanced: The routers.
+            loads: The load of each.
+            bias_ranges: The range of each one's bias.
+            decisions: How those that were looked at decided.
+            is_first_rank: Whether this rank warns.
+
         Returns:
             The new alarms.
 
         Raises:
-            LoadAlarmError: If there are any and they are to be raised.
+            LoadAlarmError: If there are any and `on_alarm` is 'raise'.
         """
         if self._on_alarm is None:
             return []
@@ -93,7 +100,7 @@ class AlarmWatch:
 
 
 def _shared(balanced: BalancedModel, decisions: Mapping[str, Decisions]) -> dict[str, dict]:
-    """Return what ranks may see differently, the same on all: the largest score range, any NaN, and any other bias."""
+    """Return what ranks may see differently, combined: the largest score range, any NaN, and any other bias."""
     rows = [_measures(site.bias, decisions.get(name)) for name, site in balanced.items()]
     measures_L4 = torch.stack(rows)
     if dist.is_available() and dist.is_initialized():
@@ -109,11 +116,11 @@ def _shared(balanced: BalancedModel, decisions: Mapping[str, Decisions]) -> dict
 
 
 def _measures(bias_E: Tensor, decisions: Decisions | None) -> Tensor:
-    """Return Float64 (4,), made to be combined by their maximum over ranks."""
+    """Return four numbers that are combined by their maximum over ranks; float64."""
     if isinstance(bias_E, DTensor):
         bias_E = bias_E.full_tensor()
     bits = bias_E.contiguous().view(torch.int32).double()
-    # The place counts too, so that swapped biases differ; sums of integers below 2**53 are exact.
+    # The place counts too, so swapped biases differ; sums of integers below 2**53 are exact.
     checksum = (bits * (torch.arange(len(bits), device=bits.device) % 61 + 1)).sum()
     width = decisions.score_range if decisions is not None and math.isfinite(decisions.score_range) else 0.0
     nan = decisions is not None and not decisions.are_finite

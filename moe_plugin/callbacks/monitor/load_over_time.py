@@ -1,4 +1,4 @@
-"""The load and bias of layers, and how often the bias flips a choice, over the whole of training, in bounded memory.
+"""The load and bias of layers, and how often the bias flips a choice, over all of training, in bounded memory.
 
 Shape legend: N windows of training steps, E experts, L layers.
 """
@@ -14,13 +14,14 @@ from moe_plugin.callbacks.monitor.router_sample import Decisions
 from moe_plugin.metrics import LayerLoad
 from moe_plugin.plots.over_time import bias_over_time, flips_over_time, load_over_time
 
-FRAMES = 96
+ROWS = 96
+"""Rows of a picture at most, one for each window."""
 LAYERS = 8
-"""At most so many layers are drawn, evenly spaced: long and deep runs must stay small."""
+"""Layers that are shown at most, evenly spaced: the logs of deep models must stay small."""
 
 
 class LoadOverTime:
-    """Keeps a row per window; when there are too many, neighbours are joined and time gets coarser.
+    """One row for each window; when there are too many, neighbours are joined and time gets coarser.
 
     Args:
         names: The routers, in the order of the layers.
@@ -42,7 +43,14 @@ class LoadOverTime:
         bias: Mapping[str, Tensor],
         decisions: Mapping[str, Decisions],
     ) -> None:
-        """Go on by a window."""
+        """Add a window.
+
+        Args:
+            step: The step at its end.
+            loads: The load of each router.
+            bias: The bias of each at its end.
+            decisions: How those that were looked at decided.
+        """
         self._steps.append(step)
         self._flips.append(
             np.array([decisions[name].flip_rate if name in decisions else np.nan for name in self._names])
@@ -50,11 +58,11 @@ class LoadOverTime:
         for name in self._names:
             self._tokens[name].append(np.asarray(loads[name].tokens_per_expert))
             self._biases[name].append(bias[name].float().cpu().numpy().copy())
-        if len(self._steps) == FRAMES:
+        if len(self._steps) == ROWS:
             self._join_()
 
     def images(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield tag and picture of each layer's load and bias, from the first window to the last."""
+        """Yield the tag and picture of each layer's load and bias, from the first window to the last."""
         for name in self._names if self._steps else ():
             tokens_NE, bias_NE = np.stack(self._tokens[name]), np.stack(self._biases[name])
             yield (
@@ -79,7 +87,12 @@ class LoadOverTime:
 
 
 def spread(count: int, at_most: int) -> list[int]:
-    """Return evenly spaced places among `count`, the first and the last with them."""
+    """Return evenly spaced places, the first and the last included.
+
+    Args:
+        count: How many places there are.
+        at_most: How many are returned at most.
+    """
     if count <= at_most:
         return list(range(count))
     return [round(place * (count - 1) / (at_most - 1)) for place in range(at_most)]

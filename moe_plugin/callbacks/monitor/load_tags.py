@@ -10,51 +10,52 @@ from moe_plugin.metrics import LayerLoad
 
 _DASHBOARD = {
     "Overview": {
-        "loss": ["Multiline", [r"((train|val)[/_])?loss(_step|_epoch)?$"]],
-        "MaxVio: (max load - mean load) / mean load": [
-            "Multiline",
-            [r"(load|val)/max_violation_(batch|global)$"],
-        ],
-        "dead experts": ["Multiline", [r"(load|val)/dead_experts$"]],
-        "entropy of the load (1 = even)": ["Multiline", [r"load/entropy$", r"val/load_entropy$"]],
-        "step time over ideal, by ranks of expert parallelism": ["Multiline", [r"load/slowdown_ep\d+$"]],
-        "tokens per second": ["Multiline", [r"load/tokens_per_second$"]],
-        "parameters a token uses": ["Multiline", [r"load/active_parameters$"]],
+        "loss": [r"((train|val)[/_])?loss(_step|_epoch)?$"],
+        "MaxVio: (max load - mean load) / mean load": [r"(load|val)/max_violation_(batch|global)$"],
+        "dead experts": [r"(load|val)/dead_experts$"],
+        "entropy of the load (1 = even)": [r"load/entropy$", r"val/load_entropy$"],
+        "step time over ideal, by ranks of expert parallelism": [r"load/slowdown_ep\d+$"],
+        "tokens per second": [r"load/tokens_per_second$"],
+        "parameters a token uses": [r"load/active_parameters$"],
         "router: confidence, and choices the bias flips": [
-            "Multiline",
-            [r"load/(confidence|flip_rate)$", r"val/kept_choices$"],
+            r"load/(confidence|flip_rate)$",
+            r"val/kept_choices$",
         ],
-        "largest bias range": ["Multiline", [r"load/bias_range$"]],
+        "largest bias range": [r"load/bias_range$"],
     },
     "Layers": {
-        "MaxVio by layer": ["Multiline", [r"load_layers/max_violation/"]],
-        "load variation (sd / mean) by layer": ["Multiline", [r"load_layers/variation/"]],
-        "bias range by layer": ["Multiline", [r"load_layers/bias_range/"]],
-        "router confidence by layer": ["Multiline", [r"load_layers/confidence/"]],
-        "choices the bias flips, by layer": ["Multiline", [r"load_layers/flip_rate/"]],
-        "entropy by layer": ["Multiline", [r"load_layers/entropy/"]],
-        "dead experts by layer": ["Multiline", [r"load_layers/dead_experts/"]],
+        "MaxVio by layer": [r"load_layers/max_violation/"],
+        "load variation (sd / mean) by layer": [r"load_layers/variation/"],
+        "bias range by layer": [r"load_layers/bias_range/"],
+        "router confidence by layer": [r"load_layers/confidence/"],
+        "choices the bias flips, by layer": [r"load_layers/flip_rate/"],
+        "entropy by layer": [r"load_layers/entropy/"],
+        "dead experts by layer": [r"load_layers/dead_experts/"],
     },
 }
 _EXPERTS_PER_TOKEN = {
     "Experts per token": {
-        "experts per token": ["Multiline", [r"(load|val)/experts_per_token$"]],
-        "budget error: experts per token over target, less 1": ["Multiline", [r"load/budget_error$"]],
-        "experts per token by layer": ["Multiline", [r"load_layers/experts_per_token/"]],
-        "budget error by layer": ["Multiline", [r"load_layers/budget_error/"]],
-        "rank correlation of a token's experts with its loss": ["Multiline", [r"val/loss_correlation"]],
-        "the same by layer": ["Multiline", [r"val_layers/loss_correlation/"]],
+        "experts per token": [r"(load|val)/experts_per_token$"],
+        "budget error: experts per token over target, less 1": [r"load/budget_error$"],
+        "experts per token by layer": [r"load_layers/experts_per_token/"],
+        "budget error by layer": [r"load_layers/budget_error/"],
+        "rank correlation of a token's experts with its loss": [r"val/loss_correlation"],
+        "the same by layer": [r"val_layers/loss_correlation/"],
     },
 }
 
 
 def dashboard(*, experts_vary: bool) -> dict[str, dict[str, list]]:
-    """Return custom-scalar layout for `SummaryWriter.add_custom_scalars`: charts of tags by regular expression.
+    """Return the layout for `SummaryWriter.add_custom_scalars`: charts of tags by regular expression.
 
     Args:
         experts_vary: Whether tokens use different numbers of experts.
     """
-    return _DASHBOARD | (_EXPERTS_PER_TOKEN if experts_vary else {})
+    charts = _DASHBOARD | (_EXPERTS_PER_TOKEN if experts_vary else {})
+    return {
+        category: {title: ["Multiline", tags] for title, tags in titles.items()}
+        for category, titles in charts.items()
+    }
 
 
 def training_scalars(
@@ -63,10 +64,10 @@ def training_scalars(
     decisions: Mapping[str, Decisions],
     expert_share: float,
 ) -> dict[str, float]:
-    """Return what a window of training steps is logged as.
+    """Return the scalars of a window of training steps.
 
     `load/*` is the mean over layers, except for dead experts (the sum) and the bias range (the largest);
-    `load_layers/*/<site>` is each layer by itself, its violation that of the window's summed counts.
+    `load_layers/*/<site>` is one layer, with the violation of the window's summed counts.
 
     Args:
         loads: The load of each layer.
@@ -76,7 +77,7 @@ def training_scalars(
     """
     scalars = {f"load/{name}": value for name, value in _over_layers(loads).items()}
     scalars["load/bias_range"] = max(bias_ranges.values())
-    scalars |= slowdowns(loads, expert_share)
+    scalars |= _slowdowns(loads, expert_share)
     for name, load in loads.items():
         scalars[f"load_layers/max_violation/{name}"] = load.max_violation_global
         scalars[f"load_layers/variation/{name}"] = load.coefficient_of_variation
@@ -90,11 +91,11 @@ def training_scalars(
     return scalars
 
 
-def slowdowns(loads: Mapping[str, LayerLoad], expert_share: float) -> dict[str, float]:
-    """Return step time over that of an even load, were the experts spread over 8, 16 or 64 ranks.
+def _slowdowns(loads: Mapping[str, LayerLoad], expert_share: float) -> dict[str, float]:
+    """Return the step time over that of an even load, if the experts were spread over 8, 16 or 64 ranks.
 
-    `1 + f * MaxVio` with the MaxVio of a step's tokens per rank, mean over layers: all ranks wait for the fullest.
-    Numbers of ranks that divide no layer's experts are left out.
+    It is `1 + f * MaxVio` with the MaxVio of a step's tokens per rank, mean over layers: all ranks wait for the
+    fullest. Numbers of ranks that divide no layer's experts are left out.
     """
     by_ranks: dict[int, list[float]] = {}
     for load in loads.values():
@@ -104,14 +105,14 @@ def slowdowns(loads: Mapping[str, LayerLoad], expert_share: float) -> dict[str, 
 
 
 def budget_scalars(experts_per_token: Mapping[str, float], targets: Mapping[str, float]) -> dict[str, float]:
-    """Return how many experts a token used, and how far from the target that is, where their number varies.
+    """Return how many experts a token used, and how far from the target that is, if their number varies.
 
-    `load/experts_per_token` is the mean over layers and `load/budget_error` that over the mean target, less 1;
-    `load_layers/*` is each layer by itself.
+    `load/experts_per_token` is the mean over layers and `load/budget_error` its ratio to the mean target, less 1;
+    `load_layers/*` is one layer.
 
     Args:
         experts_per_token: The mean of each layer; those without a target are left out.
-        targets: What it should be.
+        targets: The mean that each layer should have.
     """
     means = {name: mean for name, mean in experts_per_token.items() if name in targets}
     if not means:
@@ -125,7 +126,7 @@ def budget_scalars(experts_per_token: Mapping[str, float], targets: Mapping[str,
 
 
 def validation_scalars(loads: Mapping[str, LayerLoad]) -> dict[str, float]:
-    """Return what a validation run is logged as; means over layers, dead experts are the sum."""
+    """Return the scalars of a validation run: means over layers, and the sum of dead experts."""
     scalars = _over_layers(loads)
     return {
         "val/max_violation_batch": scalars["max_violation_batch"],

@@ -11,12 +11,12 @@ from lightning.pytorch.loggers import Logger
 
 
 def first_rank_loggers(trainer: Trainer) -> list[Logger]:
-    """Return the trainer's loggers; none on other ranks than the first."""
+    """Return the trainer's loggers on the first rank, else []."""
     return trainer.loggers if trainer.is_global_zero else []
 
 
 def tensorboard_writers(loggers: Iterable[Logger]) -> list[Any]:
-    """Return the TensorBoard writers among the loggers: they take histograms, tensors and layouts too."""
+    """Return the TensorBoard writers among the loggers; they also take histograms, tensors and layouts."""
     writers = [getattr(logger, "experiment", None) for logger in loggers]
     return [writer for writer in writers if hasattr(writer, "add_custom_scalars")]
 
@@ -31,5 +31,5 @@ def log_folder(loggers: Iterable[Logger]) -> Path | None:
 
 
 def logged_step(trainer: Trainer) -> int:
-    """Return the x-axis of everything that Lightning logs itself."""
+    """Return the step under which Lightning logs its own scalars."""
     return trainer.fit_loop.epoch_loop._batches_that_stepped

@@ -1,4 +1,4 @@
-"""How many experts tokens used in the mean, by layer."""
+"""How many experts tokens used on average, by layer."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from moe_plugin.types import LoadRecord
 
 
 class Used(NamedTuple):
-    """What tokens used in some steps.
+    """Experts that tokens used in some steps.
 
     Attributes:
         experts_per_token: The mean by site; sites without tokens are left out.
@@ -22,8 +22,8 @@ class Used(NamedTuple):
     tokens: int
 
 
-class ExpertsPerToken:
-    """Sums up steps without waiting for the device."""
+class MeanExpertsPerToken:
+    """Sums over steps, added without waiting for the device."""
 
     def __init__(self) -> None:
         """Start empty."""
@@ -37,7 +37,7 @@ class ExpertsPerToken:
             self._tokens[name] = self._tokens.get(name, 0) + record.tokens[name]
 
     def take(self) -> Used:
-        """Return what was used since the last call."""
+        """Return the means since the last call."""
         if not self._tokens:
             return Used({}, 0)
         names = list(self._tokens)

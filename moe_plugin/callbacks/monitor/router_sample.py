@@ -1,4 +1,4 @@
-"""A look at what routers decide in one micro-batch, now and then: counting alone does not show their scores.
+"""Samples of what routers decide in one micro-batch: counts alone do not show their scores.
 
 Shape legend: T tokens, K experts selected per token, E experts.
 """
@@ -17,7 +17,7 @@ from moe_plugin.attach.site import Site
 from moe_plugin.metrics.decisions import flip_rate, router_confidence, score_range
 
 TOKENS = 4096
-"""At most so many tokens of a micro-batch are looked at."""
+"""Tokens of a micro-batch that are looked at, at most."""
 
 
 @dataclass(frozen=True)
@@ -38,27 +38,27 @@ class Decisions:
 
 
 class RouterSample:
-    """Looks at one training forward of each router between two `take`s, on this rank, without waiting for the device.
+    """One training forward of each router between two `take`s, on this rank, seen without waiting for the device.
 
     Compiled routers are not seen.
     """
 
     def __init__(self) -> None:
-        """Nothing is seen yet."""
+        """Start without a sample."""
         self._seen: dict[str, Tensor] = {}
 
     def start_(self, sites: Mapping[str, Site]) -> None:
-        """Look at the next forwards of those that were not seen yet."""
+        """Look at the next forward of each router that was not seen yet."""
         for name, site in sites.items():
             site.witness = partial(self._look, name, site)
 
     def stop_(self, sites: Mapping[str, Site]) -> None:
-        """Look no longer."""
+        """Stop looking."""
         for site in sites.values():
             site.witness = None
 
     def take(self) -> dict[str, Decisions]:
-        """Return what was seen since the last call, by router; empty if nothing was."""
+        """Return what was seen since the last call, by router."""
         seen, self._seen = self._seen, {}
         if not seen:
             return {}

@@ -1,4 +1,4 @@
-"""What a run is, as text for TensorBoard, and what its parameters do for a token."""
+"""A run described as text for TensorBoard, and its parameters by what they do for a token."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ class ActiveParameters:
     """Parameters of a model by what they do for one token.
 
     Attributes:
-        total: All of them.
+        total: All parameters.
         active: Those that one token uses.
-        routed: The part of `active` that lies in routed experts.
+        routed: Those of `active` that are in routed experts.
     """
 
     total: int
@@ -30,12 +30,12 @@ class ActiveParameters:
 
     @property
     def expert_share(self) -> float:
-        """Share of a token's parameters, and so about of its operations, that expert parallelism spreads over ranks."""
+        """Share of a token's parameters (and roughly of its operations) that expert parallelism spreads over ranks."""
         return self.routed / self.active if self.active else 0.0
 
 
 def active_parameters(model: torch.nn.Module) -> ActiveParameters | None:
-    """Count the parameters that one token uses; None where the experts of a router are not found or are sharded."""
+    """Count the parameters that one token uses; None if the experts of a router are not found or are sharded."""
     total = sum(parameter.numel() for parameter in model.parameters())
     try:
         experts = find_routed_experts(model)
@@ -48,7 +48,13 @@ def active_parameters(model: torch.nn.Module) -> ActiveParameters | None:
 
 
 def run_card(trainer: Trainer, pl_module: LightningModule, balanced: BalancedModel) -> str:
-    """Return a run in Markdown: model, routers, training, machine."""
+    """Describe a run in Markdown: model, routers, training, machine.
+
+    Args:
+        trainer: The run's trainer.
+        pl_module: The model.
+        balanced: Its routers.
+    """
     size = active_parameters(pl_module)
     first = next(iter(balanced.values()))
     experts = sorted({site.num_routed for site in balanced.values()})

@@ -1,4 +1,4 @@
-"""What experts are for, seen over a validation run: which domains and token classes they take, and with whom.
+"""What experts do in a validation run: which domains and token classes they take, and which work together.
 
 Shape legend: T tokens, K experts selected per token, E experts, G kinds of tokens.
 """
@@ -17,20 +17,18 @@ from moe_plugin.attach.site import Site
 from moe_plugin.callbacks.monitor.expert_profiles import expert_profiles, profile_table
 from moe_plugin.callbacks.monitor.load_over_time import LAYERS, spread
 from moe_plugin.callbacks.monitor.token_kinds import NOTHING, TokenBatch, TokenKinds
-from moe_plugin.callbacks.monitor.typical_tokens import TypicalTokens
+from moe_plugin.callbacks.monitor.typical_tokens import TOKENS, TypicalTokens
 from moe_plugin.plots.lift import coactivation_heatmap, lift_heatmap
 
 KINDS = ("domain", "token class", "word")
 """The kinds of tokens that are counted by expert, where they are known."""
-TOKENS = 2048
-"""At most so many tokens of a batch are looked at for pairs of experts and for changes since the last run."""
 PAIRED_LAYERS = 3
 
 
 class Specialisation:
-    """Counts what kinds of tokens each expert takes, over the validation batches of this rank.
+    """Counts of the kinds of tokens that each expert takes, over the validation batches of this rank.
 
-    Without kinds of tokens experts' pairs and changes are still counted.
+    If no kinds of tokens are known, pairs of experts and changes are still counted.
 
     Attributes:
         counts: By kind and router, how often tokens of each kind used each expert; int64 (G, E).
@@ -38,7 +36,7 @@ class Specialisation:
     """
 
     def __init__(self) -> None:
-        """Nothing is counted yet."""
+        """Start without counts."""
         self.counts: dict[str, dict[str, Tensor]] = {}
         self.pairs: dict[str, Tensor] = {}
         self._batch = NOTHING
@@ -49,7 +47,7 @@ class Specialisation:
         self._is_first_batch = True
 
     def start_(self, sites: Mapping[str, Site], kinds: TokenKinds) -> None:
-        """Begin a validation run."""
+        """Begin a validation run; see `ExpertsUsedWatch.start_`."""
         self._kinds, self.pairs = kinds, {}
         self.counts = {kind: {} for kind in KINDS if kind in kinds.names}
         self._last_first, self._first, self._is_first_batch = self._first, {}, True
@@ -60,15 +58,15 @@ class Specialisation:
         }
 
     def batch_starts(self, batch: TokenBatch) -> None:
-        """The next forward is of these tokens."""
+        """Expect these tokens in the next forward."""
         self._batch = batch
 
     def batch_ends(self) -> None:
-        """A batch is over."""
+        """End a batch."""
         self._is_first_batch = False
 
     def look(self, name: str, site: Site, selection: Selection, valid_T: Tensor | None) -> None:
-        """See what a site selected."""
+        """Count what a site selected; see `Site.witness`."""
         if name not in self._typical:
             return
         ids_TK = selection.expert_ids_TK.flatten(0, -2)
@@ -92,7 +90,7 @@ class Specialisation:
             self._first[name] = ids_TK[:TOKENS].masked_fill(~used_TK[:TOKENS], -1)
 
     def scalars(self) -> dict[str, float]:
-        """Return share of the choices in the first batch that are those of the run before, over layers and of each."""
+        """Return the share of the first batch's choices that equal the last run's, by layer and on average."""
         shares = {
             name: _kept(now_TK, self._last_first[name])
             for name, now_TK in self._first.items()
@@ -107,7 +105,7 @@ class Specialisation:
         }
 
     def images(self) -> Iterator[tuple[str, np.ndarray]]:
-        """Yield tag and picture of everything that was counted."""
+        """Yield the tag and picture of all counts."""
         for kind, tables in self.counts.items():
             if tables:
                 shown = {str(place): table.cpu().numpy() for place, table in enumerate(tables.values())}
@@ -123,12 +121,12 @@ class Specialisation:
                 yield f"coactivation/{name}", coactivation_heatmap(pairs_EE.cpu().long().numpy(), title)
 
     def texts(self) -> Iterator[tuple[str, str]]:
-        """Yield tag and Markdown table of the experts of each layer."""
+        """Yield the tag and Markdown table of each layer's experts."""
         for layer in self.record():
             yield f"experts/{layer['layer']}", profile_table(layer["experts"])
 
     def record(self) -> list[dict[str, Any]]:
-        """Return what each expert takes, layer by layer, as JSON takes it; empty if no kinds of tokens are known."""
+        """Return what each expert of each layer takes, ready for JSON; empty if no kinds of tokens are known."""
         names = {kind: self._kinds.names[kind] for kind, tables in self.counts.items() if tables}
         if not names:
             return []
@@ -149,11 +147,11 @@ class Specialisation:
             kinds_T = self._batch.kinds.get(kind)
             if kinds_T is not None and len(kinds_T) == len(ids_TK):
                 groups = len(self._kinds.names[kind])
-                table = count_kinds(kinds_T, ids_TK, groups, site.num_experts, used_TK)[:, : site.num_routed]
+                table = _count_kinds(kinds_T, ids_TK, groups, site.num_experts, used_TK)[:, : site.num_routed]
                 tables[name] = tables[name] + table if name in tables else table
 
 
-def count_kinds(
+def _count_kinds(
     kinds_T: Tensor, expert_ids_TK: Tensor, groups: int, num_experts: int, used_TK: Tensor
 ) -> Tensor:
     """Return how often tokens of each kind used each expert; int64 (G, E)."""
@@ -164,7 +162,7 @@ def count_kinds(
 
 
 def _kept(now_TK: Tensor, before_TK: Tensor) -> Tensor:
-    """Return share of the experts used now that the same token used before; -1 stands for none."""
+    """Return the share of the experts used now that the same token used before; -1 stands for no expert."""
     same_TK = (now_TK.unsqueeze(-1) == before_TK.unsqueeze(-2)).any(-1)
     used_TK = now_TK >= 0
     return (same_TK & used_TK).sum() / used_TK.sum()

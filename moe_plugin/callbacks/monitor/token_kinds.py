@@ -1,6 +1,6 @@
 """What is known of the tokens of a batch: their domain, their class, the difficulty of their place, their text.
 
-It is asked of the trainer's data module, which may have all of these or none: `domains` (names of what
+The trainer's data module may have any of these: `domains` (names of what
 `batch["domain"]` numbers), `token_classes` (names, and a class for each token id), `difficulty_names` and
 `difficulty(tokens_BS)` (labels of each token by its surroundings), and `token_bytes` (the text of each token id).
 
@@ -20,8 +20,8 @@ class TokenBatch(NamedTuple):
     """The tokens of a batch.
 
     Attributes:
-        tokens_BS: Token ids that the model read; int64. None where the batch does not tell.
-        kinds: By kind ('domain', 'token class', ...), that of each token; int64 (T,).
+        tokens_BS: Token ids that the model read; int64. None if they are not known.
+        kinds: By kind ('domain', 'token class', ...), a number for each token; int64 (T,).
     """
 
     tokens_BS: Tensor | None
@@ -32,10 +32,10 @@ NOTHING = TokenBatch(None, {})
 
 
 class TokenKinds:
-    """Tells kinds of tokens apart.
+    """The kinds of tokens that a data module knows.
 
     Attributes:
-        names: By kind, what its numbers mean.
+        names: By kind, the names of its numbers.
         difficulty: The kinds of `names` that are labels of difficulty.
         token_bytes: The text of each token id; None if it is not known.
     """
@@ -66,7 +66,7 @@ class TokenKinds:
         return TokenBatch(tokens_BS, kinds)
 
     def text(self, tokens_S: Tensor) -> list[str]:
-        """Return the text of each token, bytes that are no text of their own as dots; `token_bytes` must be known."""
+        """Return the text of each token, with dots for broken characters; `token_bytes` must be known."""
         assert self.token_bytes is not None
         return [
             self.token_bytes[token].decode("utf-8", "replace").replace("\ufffd", "·")

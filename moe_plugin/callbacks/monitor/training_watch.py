@@ -15,7 +15,7 @@ from moe_plugin.callbacks.monitor.load_over_time import LoadOverTime
 from moe_plugin.callbacks.monitor.load_pictures import LoadPictures
 from moe_plugin.callbacks.monitor.load_tags import budget_scalars, dashboard, training_scalars
 from moe_plugin.callbacks.monitor.loggers import first_rank_loggers, logged_step, tensorboard_writers
-from moe_plugin.callbacks.monitor.mean_experts_per_token import ExpertsPerToken
+from moe_plugin.callbacks.monitor.mean_experts_per_token import MeanExpertsPerToken
 from moe_plugin.callbacks.monitor.router_sample import RouterSample
 from moe_plugin.callbacks.monitor.run_card import active_parameters, run_card
 from moe_plugin.callbacks.monitor.token_clock import TokenClock
@@ -24,12 +24,12 @@ from moe_plugin.types import LoadRecord
 
 
 class TrainingWatch:
-    """Follows the optimizer steps of a fit.
+    """A watch on the optimizer steps of a fit.
 
     Args:
         every_n_steps: Optimizer steps in a window; None for the trainer's `log_every_n_steps`.
         image_every_n_steps: See `LoadMonitor`.
-        alarms: Is shown each window.
+        alarms: The watch that raises alarms.
 
     Attributes:
         first_record: The load of the first optimizer step, on the host.
@@ -41,7 +41,7 @@ class TrainingWatch:
     def __init__(
         self, every_n_steps: int | None, image_every_n_steps: int | None, alarms: AlarmWatch
     ) -> None:
-        """Nothing is seen yet."""
+        """Start without a step."""
         self.first_record: LoadRecord | None = None
         self.load: dict[str, LayerLoad] = {}
         self.bias_ranges: dict[str, float] = {}
@@ -51,15 +51,21 @@ class TrainingWatch:
         self._alarms = alarms
         self._pictures = LoadPictures("load", image_every_n_steps)
         self._sample = RouterSample()
-        self._used = ExpertsPerToken()
+        self._used = MeanExpertsPerToken()
         self._expert_share = 0.0
         self._constants: dict[str, float] = {}
 
     def start_(self, trainer: Trainer, pl_module: LightningModule, balanced: BalancedModel) -> None:
-        """Lay out TensorBoard's custom scalars, and write down what the run is."""
+        """Lay out TensorBoard's custom scalars, and describe the run.
+
+        Args:
+            trainer: Whose loggers are written to.
+            pl_module: The model.
+            balanced: Its routers.
+        """
         self._window = LoadWindow({name: site.num_routed for name, site in balanced.items()})
         self._last_record = balanced.record
-        self._film = LoadOverTime(list(balanced))
+        self._over_time = LoadOverTime(list(balanced))
         self._targets = {name: site.target_k for name, site in balanced.items() if site.target_k is not None}
         size = active_parameters(pl_module)
         if size is not None:
@@ -71,12 +77,12 @@ class TrainingWatch:
         self.clock.go()
 
     def batch_starts(self, trainer: Trainer, balanced: BalancedModel) -> None:
-        """Routers are looked at in the step that ends a window."""
+        """Look at the routers if the step ends a window; see `start_`."""
         if self._ends_window(trainer, balanced.step + 1):
             self._sample.start_(balanced)
 
     def batch_ends(self, trainer: Trainer, balanced: BalancedModel) -> None:
-        """Take in the optimizer step of this batch, if it made one."""
+        """Take in the optimizer step of this batch, if it made one; see `start_`."""
         self._sample.stop_(balanced)
         record = balanced.record
         if record is None or record is self._last_record:
@@ -89,18 +95,18 @@ class TrainingWatch:
                 record.step, _on_host(record.counts), _on_host(record.tokens), _on_host(record.bias)
             )
             if self._draws:
-                self._pictures.offer(trainer, logged_step(trainer), self._window.layer_loads())
+                self._pictures.write_first(trainer, logged_step(trainer), self._window.layer_loads())
         if self._ends_window(trainer, record.step):
             self._end_window(trainer, balanced, record, logged_step(trainer))
 
     def end_(self, trainer: Trainer, balanced: BalancedModel) -> None:
-        """Log the steps since the last window, and the last pictures."""
+        """Log the steps since the last window, and the last pictures; see `start_`."""
         # Lightning has moved on by one since the last batch.
         step, record = logged_step(trainer) - 1, balanced.record
         if record is not None and self._window.batches:
             self._end_window(trainer, balanced, record, step)
         if self._pictures.write_waiting(first_rank_loggers(trainer)) and record is not None:
-            self._draw_films(trainer, record, step)
+            self._draw_over_time(trainer, record, step)
 
     def _ends_window(self, trainer: Trainer, update: int) -> bool:
         every_n_steps = self._every_n_steps or trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
@@ -118,18 +124,18 @@ class TrainingWatch:
             logger.log_metrics(scalars, step=step)
         loggers = first_rank_loggers(trainer)
         if loggers and self._draws:
-            self._film.add_(step, self.load, record.bias, decisions)
+            self._over_time.add_(step, self.load, record.bias, decisions)
             if self._pictures.offer(trainer, step, self.load):
-                self._draw_films(trainer, record, step)
+                self._draw_over_time(trainer, record, step)
         new = self._alarms.window_ends(
             balanced, self.load, self.bias_ranges, decisions, is_first_rank=trainer.is_global_zero
         )
         for writer in tensorboard_writers(loggers) if new else ():
             writer.add_text("alarms", "\n\n".join(map(str, new)), global_step=step)
 
-    def _draw_films(self, trainer: Trainer, record: LoadRecord, step: int) -> None:
+    def _draw_over_time(self, trainer: Trainer, record: LoadRecord, step: int) -> None:
         loggers = first_rank_loggers(trainer)
-        for tag, image in self._film.images():
+        for tag, image in self._over_time.images():
             log_image(loggers, tag, image, step)
         for writer in tensorboard_writers(loggers):
             for name, bias_E in record.bias.items():
@@ -137,7 +143,7 @@ class TrainingWatch:
 
 
 def _ranges(bias: Mapping[str, Tensor]) -> dict[str, float]:
-    """Return largest minus smallest bias by site, with one wait for the device."""
+    """Return the largest minus the smallest bias of each site, with one wait for the device."""
     ranges_L = torch.stack([bias_E.max() - bias_E.min() for bias_E in bias.values()])
     return dict(zip(bias, ranges_L.tolist(), strict=True))
 

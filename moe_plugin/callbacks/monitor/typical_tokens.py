@@ -16,16 +16,16 @@ KEPT, SHOWN = 16, 4
 BEFORE, AFTER = 20, 12
 """Tokens of a window before and after the one that went to the expert."""
 TOKENS = 2048
-"""At most so many tokens of a batch are looked at."""
+"""Tokens of a validation batch that are looked at, at most, for all but counts."""
 EXPERTS = 64
-"""At most so many experts of a layer are looked at: nobody reads more."""
+"""Experts of a layer that are shown, at most."""
 
 Snippet = tuple[str, str, str]
-"""The text before a token, the token's, and the text after it."""
+"""The text before a token, of the token, and after it."""
 
 
 class TypicalTokens:
-    """Keeps, for each expert, the tokens with the highest scores among those that used it.
+    """For each expert, the tokens with the highest scores among those that used it.
 
     Args:
         num_experts: Experts of the layer; the first `EXPERTS` are looked at.
@@ -58,7 +58,7 @@ class TypicalTokens:
         )
 
     def snippets(self, kinds: TokenKinds) -> list[list[Snippet]]:
-        """For each expert the text around its best tokens, best first, no two of them alike."""
+        """Return for each expert the text around its best tokens, the best first, without repetitions."""
         return [
             _distinct([_snippet(window_W, kinds) for window_W in windows_NW[scores_N > -torch.inf]])
             for windows_NW, scores_N in zip(self._windows_ENW, self._scores_EN, strict=True)
@@ -78,7 +78,7 @@ def _snippet(window_W: Tensor, kinds: TokenKinds) -> Snippet:
 
 
 def _distinct(snippets: list[Snippet]) -> list[Snippet]:
-    """Return the first of those whose token follows on the same few letters."""
+    """Return the first of the snippets whose token follows the same few letters."""
     first: dict[tuple[str, str], Snippet] = {}
     for before, token, after in snippets:
         first.setdefault((before[-4:], token), (before, token, after))

@@ -22,7 +22,7 @@ class ValidationLoad(NamedTuple):
     """The load of each validation batch over all ranks; int64, on the host.
 
     Attributes:
-        tokens_per_expert_NLE: Zero where a layer has fewer experts.
+        tokens_per_expert_NLE: Zero past the last expert of a layer.
         tokens_NL: Tokens that the layers saw.
     """
 
@@ -36,9 +36,9 @@ class ValidationLoad(NamedTuple):
 
 
 class ValidationCounts:
-    """Keeps the counts of this rank's validation batches, and sums them over ranks when all are through.
+    """The counts of this rank's validation batches, summed over ranks at the end.
 
-    One collective for the whole run, so that ranks may have different numbers of batches.
+    The run needs one collective, so ranks may have different numbers of batches.
 
     Args:
         balanced: The sites whose evaluation counts are taken; they start from zero.
@@ -52,7 +52,7 @@ class ValidationCounts:
         self._zero_()
 
     def take_(self) -> None:
-        """End a batch: keep what was counted since the last call."""
+        """End a batch: keep the counts since the last call."""
         tokens_L = torch.stack([site.eval_tokens for site in self._balanced.values()])
         counts_LE = stack_layers(site.eval_counts for site in self._balanced.values())
         self._on_device.append(torch.cat([counts_LE, tokens_L[:, None]], dim=1))

@@ -1,4 +1,4 @@
-"""The load of a validation run, and what experts are for."""
+"""The load of a validation run, and what its experts do."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ from moe_plugin.plots.run_data import EXPERT_USE_FILE
 
 
 class ValidationWatch:
-    """Follows validation runs.
+    """A watch on validation runs.
 
     Args:
         image_every_n_steps: See `LoadMonitor`.
 
     Attributes:
         load: The load of each layer in the last validation run.
-        specialisation: What each expert takes.
+        specialisation: The kinds of tokens that each expert takes.
         used: How many experts tokens use.
     """
 
     def __init__(self, image_every_n_steps: int | None) -> None:
-        """Nothing is seen yet."""
+        """Start without a batch."""
         self.load: dict[str, LayerLoad] = {}
         self.specialisation = Specialisation()
         self.used = ExpertsUsedWatch()
@@ -53,7 +53,12 @@ class ValidationWatch:
         self._kinds = TokenKinds(None)
 
     def start_(self, trainer: Trainer, balanced: BalancedModel) -> None:
-        """Forget what was counted in evaluation mode before; look at the routers if anything is to be drawn."""
+        """Forget earlier counts of evaluation mode; look at the routers if pictures are due.
+
+        Args:
+            trainer: Whose loggers are written to.
+            balanced: The routers.
+        """
         self._counts = ValidationCounts(balanced)
         self._looks = bool(first_rank_loggers(trainer)) and self._draws and not trainer.sanity_checking
         if self._looks:
@@ -64,7 +69,7 @@ class ValidationWatch:
                 site.witness = partial(self._look, name, site)
 
     def batch_starts(self, batch: Any) -> None:
-        """See what tokens come."""
+        """Expect the tokens of this batch."""
         if self._looks:
             tokens = self._kinds.of(batch)
             self.specialisation.batch_starts(tokens)
@@ -78,7 +83,13 @@ class ValidationWatch:
             self.used.batch_ends(outputs)
 
     def end_(self, trainer: Trainer, pl_module: LightningModule, balanced: BalancedModel) -> None:
-        """Log the load over the whole validation set, and what experts are for."""
+        """Log the load over the validation set, and what its experts do.
+
+        Args:
+            trainer: Whose loggers are written to.
+            pl_module: The model, which logs the scalars.
+            balanced: Its routers.
+        """
         for site in balanced.values():
             site.witness = None
         if trainer.sanity_checking:

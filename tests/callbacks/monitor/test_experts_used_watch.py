@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import io
 import json
 from functools import partial
 
@@ -9,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch.loggers import TensorBoardLogger
-from PIL import Image
 from torch.utils.data import DataLoader
 
 from moe_plugin.apps.models import LanguageModel
@@ -18,6 +16,7 @@ from moe_plugin.callbacks.load_monitor import LoadMonitor
 from moe_plugin.callbacks.monitor.load_tags import budget_scalars
 from moe_plugin.experts import ExpertShape
 from moe_plugin.metrics.experts_used import loss_bins
+from moe_plugin.plots.experts_per_token import by_kind, distribution
 from moe_plugin.plots.run_data import EXPERT_USE_FILE
 from moe_plugin.plots.token_strip import draw_strips
 from moe_plugin.routing import (
@@ -30,7 +29,7 @@ from moe_plugin.routing import (
     ZeroExpertCounts,
     ZeroExpertRouter,
 )
-from tests.callbacks.test_load_monitor import events
+from tests.callbacks.test_load_monitor import events, picture
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
@@ -156,8 +155,7 @@ class TestARun:
         for row, strip in enumerate(strips):
             assert strip.pieces == [Data.token_bytes[token].decode() for token in first[row, :-1].tolist()]
             assert strip.used == [k[row * LENGTH : (row + 1) * LENGTH] for k in used.values()]
-        image = events(tmp_path).Images("experts_per_token/text")[-1]
-        pixels = np.asarray(Image.open(io.BytesIO(image.encoded_image_string))).transpose(2, 0, 1)
+        pixels = picture(events(tmp_path), "experts_per_token/text").transpose(2, 0, 1)
         assert np.array_equal(pixels, draw_strips(strips))
 
     def test_budget_error_is_the_mean_over_the_target(self, tmp_path, name):
@@ -168,13 +166,23 @@ class TestARun:
         errors = [point.value for point in read.Scalars("load/budget_error")]
         assert errors == pytest.approx([k / 2 - 1 for k in used], abs=1e-6)
 
-    def test_pictures_are_written(self, tmp_path, name):
-        fit(tmp_path, ROUTERS[name])
+    def test_pictures_show_what_the_routers_did(self, tmp_path, name):
+        model, _ = fit(tmp_path, ROUTERS[name])
         pictures = {
             f"experts_per_token/{each}"
             for each in ("distribution", "by_domain", "by_half", "by_loss", "text")
         }
-        assert pictures <= set(events(tmp_path).Tags()["images"])
+        read = events(tmp_path)
+        assert pictures <= set(read.Tags()["images"])
+        used, rows = slow_use(model)
+        counts_LU = [[of_tokens.count(number) for number in range(5)] for of_tokens in used.values()]
+        shown = picture(read, "experts_per_token/distribution").transpose(2, 0, 1)
+        assert np.array_equal(shown, distribution(counts_LU))
+        domains = np.array([domain for domain, *_ in rows])
+        means_LG = [[np.array(each)[domains == domain].mean() for domain in (0, 1)] for each in used.values()]
+        table = {"names": Data.domains, "means": means_LG}
+        drawn = by_kind(table, [np.mean(each) for each in used.values()], "domain")
+        assert np.array_equal(picture(read, "experts_per_token/by_domain").transpose(2, 0, 1), drawn)
 
 
 class TestFixedNumber:

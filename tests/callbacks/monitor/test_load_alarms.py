@@ -14,8 +14,9 @@ from moe_plugin.callbacks.loss_free import LossFreeBalancing
 from moe_plugin.callbacks.monitor.load_alarms import AlarmWatch
 from moe_plugin.callbacks.monitor.router_sample import RouterSample
 from moe_plugin.errors import ConfigError, LoadAlarmError, LoadAlarmWarning
+from moe_plugin.metrics import max_violation
 from moe_plugin.metrics.alarms import Limits
-from tests.callbacks.test_load_monitor import SIZES, events, fit, scalars
+from tests.callbacks.test_load_monitor import SIZES, fit, scalars
 from tests.hosts import Host, OwningRouter, SoftmaxRouter
 
 pytestmark = [
@@ -159,10 +160,16 @@ class TestRouterSample:
         assert first.are_finite
 
     def test_counts_are_the_same_while_it_looks(self, tmp_path):
-        looked, plain = LoadMonitor(every_n_steps=1), LoadMonitor(every_n_steps=6)
-        fit(looked, tmp_path / "looked", steps=6)
-        fit(plain, tmp_path / "plain", steps=6)
-        last = scalars(tmp_path / "looked", "load_layers/max_violation/blocks.0.router")
-        assert len(last) == 6
-        assert set(looked.training_load) == set(plain.training_load) == set(SIZES)
-        assert events(tmp_path / "plain").Tags()["scalars"]
+        plain = LoadMonitor(every_n_steps=6)
+        looked_at, _ = fit(LoadMonitor(every_n_steps=1), tmp_path / "looked", steps=6)
+        model, _ = fit(plain, tmp_path / "plain", steps=6)
+        chosen = model.chosen["train"]
+        for name in SIZES:
+            assert [batch[name].tolist() for batch in looked_at.chosen["train"]] == [
+                batch[name].tolist() for batch in chosen
+            ]
+            by_step = scalars(tmp_path / "looked", f"load_layers/max_violation/{name}")
+            expected = {step: max_violation(batch[name]).item() for step, batch in enumerate(chosen)}
+            assert by_step == pytest.approx(expected)
+            summed_E = sum(batch[name] for batch in chosen)
+            assert plain.training_load[name].tokens_per_expert == tuple(summed_E.tolist())

@@ -12,10 +12,10 @@ from torch.utils.data import DataLoader
 from moe_plugin.attach.balance import balance_
 from moe_plugin.callbacks.load_monitor import LoadMonitor
 from moe_plugin.callbacks.monitor.image_log import log_image
-from moe_plugin.callbacks.monitor.specialisation import Specialisation, _kept, count_kinds
+from moe_plugin.callbacks.monitor.specialisation import Specialisation, _count_kinds, _kept
 from moe_plugin.callbacks.monitor.token_kinds import NOTHING, TokenKinds
-from moe_plugin.plots.lift import lift
-from tests.callbacks.test_load_monitor import events
+from moe_plugin.plots.lift import coactivation_heatmap, lift, lift_heatmap
+from tests.callbacks.test_load_monitor import events, picture
 from tests.hosts import Host
 
 pytestmark = [
@@ -84,13 +84,22 @@ class TestInARun:
         # Nothing was learnt between the two validations.
         assert [point.value for point in events(tmp_path).Scalars("val/kept_choices")] == [1.0]
         table = monitor.validation.specialisation.counts["domain"]["model.layers.0.router"]
-        expected = torch.zeros(2, 4, dtype=torch.long)
+        expected, pairs_EE = torch.zeros(2, 4, dtype=torch.long), torch.zeros(4, 4, dtype=torch.long)
         for batch in Data().val_dataloader():
             x_TD = model.model.embedding(batch["tokens"][:, :-1]).flatten(0, 1)
             ids_TK = (x_TD @ model.model.layers[0].router.weight.T).topk(2).indices
             for token, ids_K in enumerate(ids_TK):
                 expected[batch["domain"][token // 6], ids_K] += 1
+                pairs_EE[ids_K[0], ids_K[1]] += 1
         assert torch.equal(table, expected)
+        name = "model.layers.0.router"
+        drawn = coactivation_heatmap((pairs_EE + pairs_EE.T).numpy())
+        shown = picture(events(tmp_path), f"coactivation/{name}").transpose(2, 0, 1)
+        assert np.array_equal(shown[:, 26:], drawn[:, 26:])  # below the title
+        tables = monitor.validation.specialisation.counts["domain"].values()
+        drawn = lift_heatmap({str(i): each.numpy() for i, each in enumerate(tables)}, Data.domains)
+        shown = picture(events(tmp_path), "experts_by_domain/lift").transpose(2, 0, 1)
+        assert np.array_equal(shown[:, 26:], drawn[:, 26:])
 
     def test_project_without_kinds_still_gets_pairs(self, tmp_path):
         data = Data().train_dataloader()
@@ -108,7 +117,7 @@ class TestInARun:
 class TestCounting:
     def test_unused_experts_are_left_out(self):
         kinds_T, ids_TK = torch.tensor([0, 1]), torch.tensor([[0, 1], [1, 0]])
-        table = count_kinds(kinds_T, ids_TK, 2, 2, torch.tensor([[True, False], [True, True]]))
+        table = _count_kinds(kinds_T, ids_TK, 2, 2, torch.tensor([[True, False], [True, True]]))
         assert table.tolist() == [[1, 0], [1, 1]]
 
     def test_kinds_are_none_where_the_batch_is_a_tensor(self):
@@ -132,7 +141,11 @@ class TestCounting:
                 site.witness = partial(seen.look, name, site)
             model(tokens_BS)
         scalars = seen.scalars()
-        assert 0 < scalars["val/kept_choices"] < 1
+        # The second run chose experts 0 and 1 for every token.
+        x_TD = model.embedding(tokens_BS).flatten(0, 1)
+        first_TK = (x_TD @ model.layers[0].router.weight.T).topk(2).indices
+        share = (first_TK < 2).float().mean().item()
+        assert scalars["val_layers/kept_choices/layers.0.router"] == pytest.approx(share)
         by_layer = [share for tag, share in scalars.items() if tag.startswith("val_layers/kept_choices/")]
         assert scalars["val/kept_choices"] == pytest.approx(sum(by_layer) / len(balanced))
 

@@ -1,0 +1,30 @@
+"""Cells of heatmaps, found in the pixels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from moe_plugin.plots.grid import Grid
+from moe_plugin.plots.heatmap import font
+
+
+def grid_of(rows: int, columns: int, names: Sequence[str] = ()) -> Grid:
+    """The grid of a picture; `names` label its rows, the title of the rows among them."""
+    widest = max((font().getlength(name) for name in names), default=0)
+    return Grid.fit(rows, columns, max(52, 16 + round(widest)))
+
+
+def cell_color(image: np.ndarray, grid: Grid, row: int, column: int) -> list[int]:
+    """A pixel near the upper left corner of a cell, off the cross of dead experts and off any text."""
+    x = grid.origin[0] + column * grid.cell[0] + 1
+    y = grid.origin[1] + row * grid.cell[1] + 1
+    return image[:, y, x].tolist()
+
+
+def cell_colors(image: np.ndarray, grid: Grid) -> list[list[list[int]]]:
+    """The colours of all cells, row by row."""
+    return [
+        [cell_color(image, grid, row, column) for column in range(grid.columns)] for row in range(grid.rows)
+    ]
