@@ -60,10 +60,10 @@ class TestMeasure:
         single = measure(nn.Linear(10, 10, bias=False).requires_grad_(False)).memory[0]
         assert (single.parameters, single.gradients, single.optimizer) == (400, 0, 0)
 
-    @pytest.mark.parametrize("numbers", [{"context_length": -1}, {"num_devices": 0}])
-    def test_bad_number_is_named(self, numbers):
-        with pytest.raises(ConfigError, match=f"'{next(iter(numbers))}' must be a positive integer"):
-            measure(nn.Linear(2, 2), **numbers)
+    @pytest.mark.parametrize(("name", "value"), [("context_length", -1), ("num_devices", 0)])
+    def test_bad_number_is_named(self, name, value):
+        with pytest.raises(ConfigError, match=f"'{name}' must be an integer >= 1, got {value}"):
+            measure(nn.Linear(2, 2), **{name: value})
 
 
 class TestTable:
