@@ -32,9 +32,7 @@ class DomainsInTurn(CorpusDataModule):
         before, after = (order[domain == self._place(key)] for key in ("first", "then"))
         needed = self.change_after * self.batch_size
         if len(before) < needed:
-            rule = (
-                f"must be <= {len(before) // self.batch_size}, the steps in the text of domain {self.first!r}"
-            )
+            rule = f"must be <= {len(before) // self.batch_size}, as domain {self.first!r} has no more text"
             raise ConfigError("data.change_after", rule, self.change_after)
         return torch.cat([before[:needed], after])
 
