@@ -3,11 +3,13 @@
 Forward and backward with all gradients on the same weights, fresh routing each round, equal outputs checked first.
 The dense limit is T * K rows through one SwiGLU of the same width; "equal groups" is one batched product over experts
 that all have as many rows. In bf16 all tensors are bf16, which is transformers' best; under autocast its `grouped_mm`
-computes in fp32.
+computes in fp32. On a GPU, `device=cuda`, it is Triton's kernels over pure torch instead.
 """
 
 from __future__ import annotations
 
+import os
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from typing import NamedTuple
@@ -18,6 +20,7 @@ from benchmarks.expert_layer import LIMITS, LOOPED, SHAPES, Layer, Shape
 from benchmarks.memory import peak_mib
 from benchmarks.row import Row
 from benchmarks.turns import Turns, take_turns
+from moe_plugin.experts.kernels.choice import VARIABLE
 from moe_plugin.experts.kernels.dtypes import product_dtype
 from moe_plugin.types import Routing
 
@@ -36,8 +39,11 @@ GOALS = {
 }
 
 
-def rows(rounds: int = 9, tokens: int = 4096) -> Iterator[Row]:
+def rows(rounds: int = 9, tokens: int = 4096, device: str = "cpu") -> Iterator[Row]:
     """Every shape against its peers, growth in tokens and experts, and skew; in bf16 too if the CPU has it."""
+    if device != "cpu":
+        yield from (triton_over_torch(name, tokens, rounds, device) for name in SHAPES)
+        return
     for dtype, goal in ((torch.float32, 1.3), (torch.bfloat16, 1.6)):
         if product_dtype(dtype, torch.device("cpu")) == dtype:
             for name in SHAPES:
@@ -68,6 +74,28 @@ def beside_peers(name: str, tokens: int, dtype: torch.dtype, rounds: int) -> Ite
         for peer in sorted(peers):
             note = f"peak of the peer {peaks[peer]:.0f} MiB"
             yield turns.row(title, "ours", peer, goal=goals.get(peer), memory_mib=peaks["ours"], note=note)
+
+
+def triton_over_torch(name: str, tokens: int, rounds: int, device: str) -> Row:
+    """Time our experts on a GPU in bf16, with Triton's kernels over pure torch: wall time until the device is done."""
+    with torch.device(device):
+        layer = Layer(SHAPES[name], tokens, torch.bfloat16)
+
+        def run(kernels: str, routing: Routing) -> torch.Tensor:
+            os.environ[VARIABLE] = kernels
+            y_TD = layer.ours(routing)
+            torch.cuda.synchronize()
+            return y_TD
+
+        turns = take_turns(
+            {kernels: partial(run, kernels) for kernels in ("triton", "torch")},
+            rounds,
+            fresh=layer.routing,
+            before=torch.cuda.synchronize,
+            agree=lambda results: layer.give_the_same({"ours": results["torch"], **results}),
+            clock=time.perf_counter,
+        )
+    return turns.row(f"{name} on {device}, {tokens} tokens, bf16", "triton", "torch")
 
 
 def growth_in_tokens(dtype: torch.dtype, rounds: int) -> Row:

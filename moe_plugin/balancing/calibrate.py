@@ -1,4 +1,4 @@
-"""The bias that balances given scores, solved for at once instead of step by step.
+"""The bias that balances given scores, found at once instead of step by step.
 
 Shape legend: T tokens, E experts, K experts selected per token.
 """
@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 MAX_ROUNDS = 200
-"""Rounds after which the best bias so far is taken; a few dozen are the rule."""
+"""Rounds after which the best bias so far is taken; a few dozen are usual."""
 TOLERANCE = 0.005
-"""Excess of the largest load over the mean at which to stop: far below the sampling error of a few batches."""
+"""Excess of the largest load over the mean at which to stop, far below the sampling error of a few batches."""
 
 
 @torch.no_grad()
@@ -19,20 +19,20 @@ def solve_bias(scores_TE: Tensor, top_k: int, bias_E: Tensor) -> Tensor:
     """Return the bias under which the top-k of ``scores_TE + bias_E`` uses every expert equally often.
 
     Solves the dual of balanced assignment: the bias that minimises ``sum_t topk_sum(s_t + b) - (T K / E) sum_e b_e``, a
-    convex function whose gradient is the load error. In each round every expert looks for the quantile of its margins,
-    how much its score misses the K-th best of the other experts, at which it would get its share if the others stood
-    still; all move half of the way there, for they move against one another.
+    convex function whose gradient is the load error. In each round every expert takes the quantile of its margins, how
+    much its score misses the K-th best of the other experts, at which it would get its share if the others stayed; all
+    move half of the way there, as they move against one another.
 
-    Deterministic. Tokens with equal scores move together, so that they are balanced only as far as they can be told
-    apart. An expert that is masked for all tokens keeps its bias.
+    Deterministic. Tokens with equal scores move together, so they are balanced only as far as scores differ. An expert
+    that is masked for all tokens keeps its bias.
 
     Args:
-        scores_TE: Unbiased scores, any floating dtype; not finite where a token may not select an expert.
+        scores_TE: Unbiased scores, any floating dtype; not finite if a token may not select an expert.
         top_k: K.
         bias_E: Where to start; fp32 (E,).
 
     Returns:
-        The best bias found; fp32 (E,), with zero mean over the experts. ``bias_E`` where there is nothing to solve.
+        The best bias found; fp32 (E,), with zero mean over the experts. ``bias_E`` if there is nothing to solve.
     """
     num_tokens, num_experts = scores_TE.shape
     if num_tokens == 0 or top_k >= num_experts:
@@ -54,7 +54,7 @@ def solve_bias(scores_TE: Tensor, top_k: int, bias_E: Tensor) -> Tensor:
 def _shares(open_TE: Tensor, top_k: int) -> Tensor:
     """Return tokens per expert if all that compete share evenly; fp32 (E,).
 
-    Where groups of experts are masked, experts that are never open to one token do not compete, even over others.
+    If groups of experts are masked, experts that are never open to the same token do not compete, even over others.
     """
     linked_EE = open_TE.float().T @ open_TE.float() > 0
     for _ in range(len(linked_EE).bit_length()):
@@ -71,11 +71,11 @@ def _counts(ranked_TE: Tensor, top_k: int) -> Tensor:
 
 
 def _margins(ranked_TE: Tensor, top_k: int) -> Tensor:
-    """What must be added to each score for it to equal the K-th best of the token's other experts; fp32 (T, E)."""
+    """Return what each score misses to equal the K-th best of the token's other experts; fp32 (T, E)."""
     best = ranked_TE.topk(top_k + 1).values
     last_T1, next_T1 = best[:, -2:-1], best[:, -1:]
     threshold_TE = torch.where(ranked_TE >= last_T1, next_T1, last_T1)
-    # Masked experts never get in (inf); those that no open expert competes with are in for good (-inf).
+    # Masked experts never get in (inf); those without an open competitor are always in (-inf).
     return torch.where(ranked_TE.isfinite(), threshold_TE - ranked_TE, torch.inf)
 
 

@@ -2,9 +2,9 @@
 
 Shape legend: T tokens, E experts, G bins.
 
-The gap of a score is what it has, biased, over the (k+1)-th largest biased score of its token: positive where the
-expert was selected. Bins are fixed and symmetric around 0, half an octave wide from `SMALLEST` to `LARGEST` and with
-everything outside in the outermost, so that they suit scores of any scale and sum exactly over ranks and micro-batches.
+The gap of a score is its biased value minus the (k+1)-th largest biased score of its token: positive if the expert was
+selected. Bins are fixed and symmetric around 0, half an octave wide from `SMALLEST` to `LARGEST`, with everything
+outside in the outermost: they suit scores of any scale and sum exactly over ranks and micro-batches.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def gaps_of(biased_TE: Tensor, top_k: int) -> Tensor:
     """Return the gap of each score, see above; fp32 (T, E).
 
     Args:
-        biased_TE: Scores plus bias, not finite where a token may not select an expert; any leading shape.
+        biased_TE: Scores plus bias, not finite if a token may not select an expert; any leading shape.
         top_k: K, fewer than E.
     """
     biased_TE = biased_TE.reshape(-1, biased_TE.shape[-1]).float()
@@ -67,21 +67,21 @@ def _count_gaps(gaps_EG: Tensor, gap_TE: Tensor, valid_T: Tensor | None, grad_en
     counted_TE = gap_TE.isfinite().long()
     if valid_T is not None:
         counted_TE *= valid_T.reshape(-1, 1)
-    # Comparisons alone, no logarithm: a gap falls into the same bin wherever in a tensor it stands.
+    # Comparisons only, no logarithm: a gap falls into the same bin at every place of a tensor.
     bins_TE = torch.bucketize(gap_TE.contiguous(), gap_edges(gap_TE.device))
     bins_TE += num_bins * torch.arange(num_experts, device=bins_TE.device)
     gaps_EG.view(-1).scatter_add_(0, bins_TE.view(-1), counted_TE.view(-1))
 
 
 def balanced_gap(gaps_EG: Tensor, expected_E: Tensor) -> Tensor:
-    """Return the biased gap above which each expert has ``expected_E`` tokens, nearest to 0 where there are several.
+    """Return the biased gap above which each expert has ``expected_E`` tokens, nearest to 0 if there are several.
 
     Args:
         gaps_EG: Histogram; int64 (..., E, G).
         expected_E: Tokens per expert; float64 (..., E) or (..., 1).
 
     Returns:
-        float64 (..., E); 0 where the histogram is empty.
+        float64 (..., E); 0 if the histogram is empty.
     """
     edges = gap_edges(gaps_EG.device).double()
     lower_G, upper_G = torch.cat([edges[:1], edges]), torch.cat([edges, edges[-1:]])

@@ -1,4 +1,4 @@
-"""What a rule remembers of several sites, as one memory and back.
+"""A rule's memories of several sites, as one memory and back.
 
 Shape legend: L sites.
 """
@@ -14,7 +14,7 @@ from moe_plugin.balancing.rules.rule import Memory
 
 
 def stacked(memories: Sequence[Memory]) -> Memory:
-    """Return one memory with a leading dimension (L, ...); what a site lacks stands for zero."""
+    """Return one memory with a leading dimension (L, ...); what a site lacks is zero."""
     found = {key: value for memory in memories for key, value in memory.items()}
     return {
         key: torch.stack(
@@ -25,7 +25,7 @@ def stacked(memories: Sequence[Memory]) -> Memory:
 
 
 def remember_(memories: Sequence[Memory], before: Memory, after: Memory, moved_L: Tensor) -> None:
-    """Give each site its part of what a rule has changed, unless the site had no tokens: that leaves no trace.
+    """Give each site its part of what a rule has changed; a site without tokens keeps its memory.
 
     Args:
         memories: One for each site; changed in place.

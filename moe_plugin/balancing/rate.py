@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from moe_plugin.balancing.rules.rule import Rule
 
 AUTO_FRACTION = 0.05
-"""`rate: auto` is this fraction of the spread of a site's scores, unless the rule has an `auto_fraction` of its own."""
+"""`rate: auto` is this fraction of the spread of a site's scores, unless the rule has an `auto_fraction`."""
 
 
 def check_rate(rate: float | str) -> None:

@@ -3,10 +3,10 @@
 Activation checkpointing runs a block's forward twice. Only the first run may count, and the two kinds of
 checkpointing hide it differently:
 
-* both kinds recompute while autograd runs backward, which is exactly what ``ModuleTracker.is_bw`` reports;
-* the reentrant kind runs the *first* forward with gradients off, which ``is_grad_enabled`` cannot tell from a
-  user's ``no_grad``. The checkpoint's own frame can: it is on the call stack, and its context knows whether
-  any input needs a gradient.
+* both kinds recompute while autograd runs backward, which ``ModuleTracker.is_bw`` reports;
+* the reentrant kind runs the *first* forward with gradients off, which ``is_grad_enabled`` cannot distinguish from a
+  user's ``no_grad``. The checkpoint's own frame can: it is on the call stack, and its context knows whether any input
+  needs a gradient.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def is_training_forward(grad_enabled: bool) -> bool:
     """Return True in a forward pass that a backward will follow, once per pass whatever the checkpointing.
 
     Args:
-        grad_enabled: The grad mode where the forward was written, which compiled code no longer shows.
+        grad_enabled: The grad mode of the forward as written, which compiled code no longer shows.
     """
     return not _TRACKER.is_bw and (grad_enabled or _in_reentrant_checkpoint())
 

@@ -12,8 +12,8 @@ from torch import Tensor
 def all_reduce_(counts: Sequence[Tensor], group: dist.ProcessGroup | None = None) -> None:
     """Replace each tensor by its sum over the ranks of ``group``, with a single packed all-reduce.
 
-    Every rank must call it, with the same shapes, also when it has seen no tokens. Without an initialised
-    process group, or alone in it, nothing happens.
+    All ranks must call it with the same shapes, also without tokens. Without an initialised process group, or alone
+    in it, it does nothing.
 
     Args:
         counts: int64 tensors on one device, changed in place.

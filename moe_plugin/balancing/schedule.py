@@ -1,10 +1,11 @@
-"""How the size of a bias update changes over a run."""
+"""The size of a bias update over a run."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from moe_plugin.errors import ConfigError
+from moe_plugin.number_checks import check_integer
 
 
 @dataclass(frozen=True)
@@ -33,22 +34,14 @@ class RateSchedule:
         Raises:
             ConfigError: On a negative or fractional step, half a decay, or one that ends before it starts.
         """
-        for name in ("warmup_steps", "decay_start", "decay_end", "freeze_after"):
-            value = getattr(self, name)
-            optional = name != "warmup_steps"
-            if value is None and optional:
-                continue
-            if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-                allowed = "an integer >= 0" + (" or null" if optional else "")
-                raise ConfigError(f"'{name}' must be {allowed}, got {value!r}.")
+        check_integer("warmup_steps", self.warmup_steps, least=0)
+        for name in ("decay_start", "decay_end", "freeze_after"):
+            check_integer(name, getattr(self, name), least=0, or_none=True)
         if (self.decay_start is None) != (self.decay_end is None):
-            raise ConfigError(
-                f"'decay_start' and 'decay_end' must be given together, got {self.decay_start} and {self.decay_end}."
-            )
+            rule = f"must be given together with decay_start ({self.decay_start})"
+            raise ConfigError("decay_end", rule, self.decay_end)
         if self.decay_start is not None and self.decay_end is not None and self.decay_end <= self.decay_start:
-            raise ConfigError(
-                f"'decay_end' must be > decay_start ({self.decay_start}), got {self.decay_end}."
-            )
+            raise ConfigError("decay_end", f"must be > decay_start ({self.decay_start})", self.decay_end)
 
     def __call__(self, step: int) -> float:
         """Return the factor, 0 to 1, for update number ``step`` (the first is 1)."""

@@ -13,13 +13,13 @@ from torch import Tensor
 
 
 class Exchange(NamedTuple):
-    """Who sends how many rows to whom; zero is a number like any other.
+    """Which rank sends how many rows to which, zero included.
 
     Attributes:
         sent_R: Rows that this rank sends to each rank.
         received_R: Rows that it receives from each rank.
-        expert_ids_Q: The expert of each received row, counted from this rank's first; int64. Rows lie by sender, and
-            by expert within a sender.
+        expert_ids_Q: The expert of each received row, counted from this rank's first; int64. Rows are sorted by sender,
+            and by expert within a sender.
         group: The expert-parallel ranks.
     """
 
@@ -48,7 +48,7 @@ def plan_exchange(rows_per_expert_E: Tensor, group: dist.ProcessGroup) -> Exchan
     sent_RX = rows_per_expert_E.view(num_ranks, -1)
     received_RX = torch.empty_like(sent_RX)
     dist.all_to_all_single(received_RX, sent_RX, group=group)
-    # The one place that waits for the device: the host has to know the sizes of what it receives.
+    # The only place that waits for the device: the host has to know the sizes of what it receives.
     sent_R, received_R = torch.stack([sent_RX.sum(1), received_RX.sum(1)]).tolist()
     ids_RX = torch.arange(sent_RX.shape[1], device=sent_RX.device).repeat(num_ranks)
     expert_ids_Q = ids_RX.repeat_interleave(received_RX.flatten(), output_size=sum(received_R))
@@ -56,7 +56,7 @@ def plan_exchange(rows_per_expert_E: Tensor, group: dist.ProcessGroup) -> Exchan
 
 
 class _AllToAll(torch.autograd.Function):
-    """An exchange of rows, whose gradient is the exchange the other way round."""
+    """An exchange of rows; its gradient is the exchange the other way round."""
 
     @staticmethod
     def forward(

@@ -1,4 +1,4 @@
-"""The mixture-of-experts block that takes the place of a feed-forward network.
+"""The mixture-of-experts block that replaces a feed-forward network.
 
 Shape legend: T tokens, D model width.
 """
@@ -11,7 +11,7 @@ from moe_plugin.experts.grouped import GroupedExperts
 
 
 class MoEBlock(nn.Module):
-    """Routed experts, an optional shared network that every token passes through, and experts that cost nothing."""
+    """Routed experts, an optional shared network that every token passes through, and experts without cost."""
 
     def __init__(
         self,
@@ -26,7 +26,7 @@ class MoEBlock(nn.Module):
             router: Maps x_TD to a `Routing`, usually a `moe_plugin.routing.Router`.
             experts: Maps x_TD and the `Routing` to (T, D).
             shared: Maps x_TD to (T, D), added without a gate: arXiv 2401.06066, equation 9.
-            zero_experts: Maps x_TD and the `Routing` to (T, D), what experts without computation give.
+            zero_experts: Maps x_TD and the `Routing` to (T, D), the output of experts without computation.
         """
         super().__init__()
         self.router = router

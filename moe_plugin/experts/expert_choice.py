@@ -14,7 +14,7 @@ from moe_plugin.types import Routing
 
 
 class ExpertChoiceBlock(nn.Module):
-    """As `MoEBlock`, around an `ExpertChoiceRouter`, which sees later tokens: a baseline only."""
+    """A block like `MoEBlock` around an `ExpertChoiceRouter`, which sees later tokens: a baseline only."""
 
     def __init__(
         self, router: ExpertChoiceRouter, experts: GroupedExperts, shared: nn.Module | None = None

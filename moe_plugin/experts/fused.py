@@ -1,7 +1,7 @@
 """Routed SwiGLU experts as one operation: forward and backward by hand, one implementation per device.
 
-CPUs with instructions for bf16 have another one for it. The operators are of ``torch.library``, so that `torch.compile`
-takes a whole model in any dtype, and does not compile anew when loads change.
+CPUs with native bf16 use a separate implementation. With operators of ``torch.library``, `torch.compile` takes a whole
+model in any dtype and does not compile again when loads change.
 
 Shape legend: T tokens, D model width, H hidden width, E experts, K experts selected per token, P token-expert pairs.
 """
@@ -34,22 +34,22 @@ _LIBRARY.define(
 def fused_experts(x_TD: Tensor, routing: Routing, gate_up: Tensor, down: Tensor) -> Tensor:
     """Return ``y_t = sum_k weight_tk * (silu(x_t G) * (x_t U)) W`` with G, U and W those of expert k of token t.
 
-    Kept for the backward are the input, the gate weights, the order of the pairs, and gate and up projection before the
-    activation: 2H numbers per pair. All else is computed again. Gradients have no gradient of their own, and those that
-    nobody asks for, as of frozen weights, are left out.
+    The backward keeps the input, the gate weights, the order of the pairs, and gate and up projection before the
+    activation: 2H numbers per pair. The rest is computed again. Gradients cannot be differentiated, and unwanted ones,
+    such as those of frozen weights, are not computed.
 
     Args:
         x_TD: Hidden states.
         routing: Gate weights, expert ids, and which of them are used. With all used nothing waits for the device, if
             torch has a kernel for `grouped_mm`, see `moe_plugin.experts.kernels.grouped_products`.
-        gate_up: (E, D, 2H), gate first; of any dtype.
+        gate_up: (E, D, 2H), gate first; any dtype.
         down: (E, H, D).
 
     Returns:
         (T, D), in the dtype of `x_TD`.
     """
-    # Weights that need no cast for the products stay as they are: nothing is copied, nothing rounded. Batches cast
-    # those of their experts, and so keep no copy of all of them for the backward.
+    # Weights that need no cast for the products are neither copied nor rounded. Batches cast those of their experts,
+    # so no copy of all of them is kept for the backward.
     if not _makes_kernels(x_TD):
         wide = product_dtype(x_TD.dtype, x_TD.device)
         gate_up, down = (w if w.dtype == wide else w.to(x_TD.dtype) for w in (gate_up, down))
@@ -104,7 +104,7 @@ def _backward_on_cpu(*inputs: Any) -> Sequence[Tensor]:
 
 
 def _makes_kernels(x_TD: Tensor) -> bool:
-    """Return whether products are oneDNN's, which are made anew for each number of rows."""
+    """Return whether products are oneDNN's, which makes a kernel for each number of rows."""
     return x_TD.device.type == "cpu" and product_dtype(x_TD.dtype, x_TD.device) in HALVES
 
 
@@ -118,7 +118,7 @@ torch.library.register_fake("moe_plugin::experts_backward", _fake_backward, lib=
 
 @register_flop_formula(torch.ops.moe_plugin.experts)
 def _forward_flops(x: Any, weights: Any, gate_up: Any, down: Any, pair_ids: Any, *_: Any, **__: Any) -> int:
-    """For `torch.utils.flop_counter`, which gives the shapes."""
+    """Return operations for `torch.utils.flop_counter`, which gives the shapes."""
     return 2 * pair_ids[0] * (gate_up[1] * gate_up[2] + down[1] * down[2])
 
 

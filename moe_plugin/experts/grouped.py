@@ -33,7 +33,7 @@ class GroupedExperts(nn.Module):
             residual_gain: Initial gain of the down projections, which write to the residual stream.
 
         Raises:
-            ConfigError: A size is not positive, or kernels are asked for that cannot run.
+            ConfigError: A size is not positive, or the chosen kernels cannot run.
         """
         super().__init__()
         check_positive_integers(num_experts=num_experts, dim=dim, hidden_dim=hidden_dim)
@@ -57,7 +57,7 @@ class GroupedExperts(nn.Module):
             routing: Gate weights (T, K), expert ids (T, K), and which of them are used.
 
         Returns:
-            (T, D) in the dtype of `x_TD`, or of the autocast where one is active.
+            (T, D) in the dtype of `x_TD`, or of the autocast if one is active.
         """
         return fused_experts(x_TD.to(compute_dtype(x_TD)), routing, self.gate_up, self.down)
 

@@ -1,4 +1,4 @@
-"""A linear layer without bias whose initial scale is given.
+"""A linear layer without bias, with a given initial scale.
 
 Half precision is computed in fp32 on processors without instructions for it, see `moe_plugin.experts.kernels.dtypes`.
 
@@ -19,8 +19,7 @@ from moe_plugin.experts.kernels.dtypes import compute_dtype, product_dtype
 class Linear(nn.Linear):
     """`nn.Linear` without bias, drawn from a normal distribution of variance `gain**2 / in_features`.
 
-    The gain belongs to the layer, not to an outer `apply`, so that a layer created on the meta device can be
-    materialised on its own.
+    The gain belongs to the layer, not to an outer `apply`: a layer created on the meta device can be drawn alone.
     """
 
     def __init__(self, in_features: int, out_features: int, *, gain: float = 1.0) -> None:
@@ -44,7 +43,7 @@ class Linear(nn.Linear):
 
 
 def linear(x: Tensor, weight: Tensor) -> Tensor:
-    """Return `functional.linear` without bias."""
+    """Return the product of inputs and weights, as `functional.linear` does without bias."""
     dtype = compute_dtype(x)
     if product_dtype(dtype, x.device) == dtype:
         return functional.linear(x, weight)
@@ -52,7 +51,7 @@ def linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class _WideLinear(torch.autograd.Function):
-    """The product in fp32 of inputs in half precision, which alone are kept for the backward."""
+    """The product in fp32 of inputs in half precision; only these are kept for the backward."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Expert parallelism: each rank holds some of the experts, and tokens travel to theirs and back.
 
-Works on every module of stacked experts that maps hidden states, expert ids and gate weights to hidden states: ours,
-and those of transformers.
+Works on every module of stacked experts, ours or those of transformers, that maps hidden states, expert ids and gate
+weights to hidden states.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ from moe_plugin.errors import ConfigError
 from moe_plugin.experts.grouped import GroupedExperts
 from moe_plugin.experts.parallel_forward import ExpertParallelForward
 from moe_plugin.experts.stacks import has_experts_in_weights
+from moe_plugin.number_checks import check_positive_integers
 
 
 def expert_mesh(data_parallel: DeviceMesh, size: int) -> DeviceMesh:
-    """The mesh for `parallelize_experts_`: groups of `size` neighbouring ranks that share the experts among them.
+    """Return the mesh for `parallelize_experts_`: groups of `size` neighbouring ranks that share the experts.
 
     Args:
         data_parallel: All ranks that see different tokens, one dimension.
         size: Ranks that hold all experts together.
 
     Returns:
-        `data_parallel` itself where it has this size, else a mesh of two dimensions: ranks with the same experts, and
+        `data_parallel` itself if it has this size, else a mesh of two dimensions: ranks with the same experts, and
         ranks with different ones.
 
     Raises:
         ConfigError: The size does not divide the number of ranks.
     """
     ranks = data_parallel.size()
-    if size < 1 or ranks % size:
-        raise ConfigError(
-            f"'expert_parallel_size' must divide the data-parallel ranks ({ranks}), got {size}."
-        )
+    check_positive_integers(expert_parallel_size=size)
+    if ranks % size:
+        raise ConfigError("expert_parallel_size", f"must divide the data-parallel ranks ({ranks})", size)
     if size == ranks:
         return data_parallel
     mesh = data_parallel._unflatten(0, (ranks // size, size), ("expert_data_parallel", "expert_parallel"))
@@ -50,16 +50,16 @@ def parallelize_experts_(module: nn.Module, mesh: DeviceMesh) -> set[nn.Paramete
     """Spread the experts of every expert layer over the ranks; call it before `fully_shard`.
 
     Each expert parameter becomes a `DTensor` sharded over its experts, and the layer's forward sends each token to the
-    ranks of its experts and back. Routers are left alone. Gradients of the experts are those of the loss averaged
-    over all ranks, as DDP and FSDP have it. All ranks must run the layers in step, also without tokens. Layers that
-    are spread already stay as they are.
+    ranks of its experts and back. Routers stay as they are. Gradients of the experts are those of the loss averaged
+    over all ranks, as with DDP and FSDP. All ranks must run the layers in step, also without tokens. Layers that are
+    spread already stay as they are.
 
     Args:
         module: A model or a part of it, on any device including meta, with the same weights on all ranks.
-        mesh: From `expert_mesh`. Over the first of two dimensions the experts are sharded by FSDP2.
+        mesh: From `expert_mesh`. FSDP2 shards the experts over the first of two dimensions.
 
     Returns:
-        The expert parameters, which no other wrapper may touch: `fully_shard(..., ignored_params=...)`.
+        The expert parameters, which other wrappers must leave alone: `fully_shard(..., ignored_params=...)`.
 
     Raises:
         ConfigError: There are no such experts, or their number is not a multiple of the ranks.
@@ -86,17 +86,13 @@ def find_expert_layers(module: nn.Module, expert_parallel_size: int) -> list[nn.
     """
     layers = {name: layer for name, layer in module.named_modules() if _is_expert_layer(layer)}
     if not layers:
-        raise ConfigError(
-            f"'{type(module).__name__}' must have experts stacked in 3-D parameters, got none that can be spread "
-            "over ranks. Choose a strategy without expert parallelism."
-        )
+        rule = "must have experts stacked in 3-D parameters that can be spread over ranks"
+        raise ConfigError(type(module).__name__, rule, fix="Choose a strategy without expert parallelism.")
     for name, layer in layers.items():
         num_experts: int = layer.num_experts  # pyright: ignore[reportAssignmentType]
         if num_experts % expert_parallel_size:
-            raise ConfigError(
-                f"'expert_parallel_size' must divide the experts of '{name}' ({num_experts}), got "
-                f"{expert_parallel_size}."
-            )
+            rule = f"must divide the experts of '{name}' ({num_experts})"
+            raise ConfigError("expert_parallel_size", rule, expert_parallel_size)
     return list(layers.values())
 
 
@@ -115,7 +111,7 @@ def _is_expert_layer(module: nn.Module) -> bool:
 def _parallelize_(experts: nn.Module, ranks: DeviceMesh) -> None:
     experts.forward = ExpertParallelForward(experts, ranks)  # pyright: ignore[reportAttributeAccessIssue]
     for name, parameter in list(experts.named_parameters(recurse=False)):
-        # A copy, for a part would keep the storage of the whole alive.
+        # A copy: a view would keep the storage of the whole alive.
         own = parameter.detach().chunk(ranks.size())[ranks.get_local_rank()].clone()
         part = DTensor.from_local(own, ranks, [Shard(0)], run_check=False)
         experts.register_parameter(name, nn.Parameter(part, requires_grad=parameter.requires_grad))
@@ -123,7 +119,7 @@ def _parallelize_(experts: nn.Module, ranks: DeviceMesh) -> None:
 
 def _fully_shard_(experts: nn.Module, mesh: DeviceMesh) -> None:
     def place(parameter: nn.Parameter) -> Shard:
-        # Gathering takes two collectives where a dimension is sharded over both meshes: so the width, if it divides.
+        # Gathering takes two collectives if a dimension is sharded over both meshes: so the width, if it divides.
         return Shard(1 if parameter.shape[1] % mesh.size() == 0 else 0)
 
     fully_shard(experts, mesh=mesh, shard_placement_fn=place)

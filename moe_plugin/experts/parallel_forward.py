@@ -1,4 +1,4 @@
-"""The forward of a layer of experts of which this rank holds some.
+"""The forward of a layer of experts, some of which are on this rank.
 
 The layer's own forward runs on each rank, on fewer experts and on the rows received.
 
@@ -26,7 +26,7 @@ from moe_plugin.types import Routing
 
 
 class ExpertParallelForward:
-    """Takes the place of the forward of a layer of experts of which this rank holds some."""
+    """Replacement of the forward of a layer of experts, some of which are on this rank."""
 
     def __init__(self, experts: nn.Module, ranks: DeviceMesh) -> None:
         """Remember the layer as it is, before any wrapper.
@@ -54,20 +54,19 @@ class ExpertParallelForward:
 
     def _unpack(self, x_TD: Tensor, *routing: Any) -> tuple[Tensor, Routing]:
         if isinstance(self._experts, GroupedExperts):
-            # Cast before the journey, which then carries half the bytes under autocast.
+            # Cast before the exchange, which then carries half the bytes under autocast.
             return x_TD.to(compute_dtype(x_TD)), routing[0]
         if routing[0].is_floating_point():
-            raise ConfigError(
-                f"'{self._class.__name__}' must take hidden states, expert ids and gate weights in this order to be "
-                f"spread over ranks, got {routing[0].dtype} for the ids. Choose a strategy without expert parallelism."
-            )
+            rule = "must take hidden states, integer expert ids and gate weights in this order to be spread over ranks"
+            fix = "Choose a strategy without expert parallelism."
+            raise ConfigError(self._class.__name__, rule, routing[0].dtype, fix)
         expert_ids_TK, weights_TK = routing
         return x_TD, Routing(weights_TK, expert_ids_TK, scores_TE=weights_TK)
 
     def _apply_own_experts(self, rows_QD: Tensor, expert_ids_Q: Tensor) -> Tensor:
         if not len(rows_QD):
-            # With a row to work on, which is then dropped, this rank takes part in the backward like the others, and
-            # its experts have a gradient: zero.
+            # With a row that is then dropped, this rank takes part in the backward like the others, and its experts
+            # have a gradient: zero.
             rows_1D, ids_1 = functional.pad(rows_QD, (0, 0, 0, 1)), functional.pad(expert_ids_Q, (0, 1))
             return self._apply_own_experts(rows_1D, ids_1)[:0]
         ids_Q1, ones_Q1 = expert_ids_Q[:, None], rows_QD.new_ones(len(rows_QD), 1)
@@ -77,7 +76,7 @@ class ExpertParallelForward:
         return local.forward(rows_QD, ids_Q1, ones_Q1)
 
     def _own_experts(self) -> nn.Module:
-        """Return the experts of this rank as a layer of their own, for one forward: the same code on fewer experts."""
+        """Return the experts of this rank as a layer for one forward: the same code on fewer experts."""
         local = self._class.__new__(self._class)
         state = {name: value for name, value in vars(self._experts).items() if name != "forward"}
         parameters = {name: self._own_part(p) for name, p in self._experts.named_parameters(recurse=False)}
@@ -88,7 +87,7 @@ class ExpertParallelForward:
         assert isinstance(parameter, DTensor)
         part, num_ranks = parameter.to_local(), self._ranks.size()
         if part.requires_grad:
-            # The tokens of all ranks have gone into it, so its gradient is that of the sum of their losses. Here, and
-            # not on the parameter, which wrappers replace.
+            # It has seen the tokens of all ranks, so its gradient is that of the sum of their losses. The hook is not
+            # on the parameter, which wrappers replace.
             part.register_hook(lambda gradient: gradient / num_ranks)
         return part

@@ -1,11 +1,11 @@
-"""The sizes of a layer of experts, as they stand in `conf/experts/`."""
+"""The sizes of a layer of experts, as in `conf/experts/`."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from moe_plugin.errors import ConfigError
-from moe_plugin.number_checks import check_positive_integers
+from moe_plugin.number_checks import check_integer, check_positive_integers
 
 
 @dataclass(frozen=True)
@@ -16,7 +16,7 @@ class ExpertShape:
         num_experts: Routed experts.
         top_k: Routed experts per token.
         hidden_dim: Hidden width of each expert, routed or shared.
-        num_shared: Experts that every token passes through; built as one of `num_shared` times the width.
+        num_shared: Experts that every token passes through; built as one with `num_shared` times the width.
     """
 
     num_experts: int
@@ -31,7 +31,6 @@ class ExpertShape:
             ConfigError: A number is out of range.
         """
         check_positive_integers(num_experts=self.num_experts, top_k=self.top_k, hidden_dim=self.hidden_dim)
-        if self.num_shared < 0:
-            raise ConfigError(f"'num_shared' must be >= 0, got {self.num_shared}.")
+        check_integer("num_shared", self.num_shared, least=0)
         if self.top_k > self.num_experts:
-            raise ConfigError(f"'top_k' must be <= num_experts ({self.num_experts}), got {self.top_k}.")
+            raise ConfigError("top_k", f"must be <= num_experts ({self.num_experts})", self.top_k)

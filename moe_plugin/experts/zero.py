@@ -1,4 +1,4 @@
-"""Experts that cost nothing, beside the routed ones: identity, zero and constant (arXiv 2410.07348, section 3.1).
+"""Experts without cost, next to the routed ones: identity, zero and constant (arXiv 2410.07348, section 3.1).
 
 Shape legend: T tokens, D model width, K experts selected per token, C constant experts.
 """
@@ -13,7 +13,7 @@ from moe_plugin.types import Routing
 
 
 class ZeroExperts(nn.Module):
-    """What the tokens that pick such experts get from them; ids from `first` on: identity, then constant, then zero.
+    """Experts without cost; their ids from `first` on: identity, then constant, then zero.
 
     A constant expert mixes its input and a learnt vector v by a learnt gate: ``a x + (1 - a) v`` with
     ``a = softmax(W x)[0]``, arXiv 2410.07348, equation 5.
@@ -39,12 +39,12 @@ class ZeroExperts(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Set the vectors to zero, and draws the gates."""
+        """Set the vectors to zero, and draw the gates."""
         nn.init.zeros_(self.vectors)
         nn.init.normal_(self.mixing, std=self.mixing.shape[-1] ** -0.5)
 
     def forward(self, x_TD: Tensor, routing: Routing) -> Tensor:
-        """The sum of the picked experts of these kinds, times their gate weights: (T, D) in the dtype of `x_TD`."""
+        """Return the sum of the picked experts, times their gate weights: (T, D) in the dtype of `x_TD`."""
         ids_TK = routing.expert_ids_TK - self.first
         weights_TK = routing.weights_TK.to(x_TD.dtype)
         is_identity_TK = (ids_TK >= 0) & (ids_TK < self.counts.identity)

@@ -1,4 +1,4 @@
-"""Auxiliary losses: the baselines that loss-free balancing is compared with, and what may stand beside it."""
+"""Auxiliary losses: the baselines that loss-free balancing is compared with, and what may be added to it."""
 
 from __future__ import annotations
 

@@ -10,7 +10,6 @@ from typing import Protocol
 
 from torch import Tensor
 
-from moe_plugin.errors import ConfigError
 from moe_plugin.losses.statistics import LoadStatistics
 
 
@@ -20,28 +19,22 @@ class AuxiliaryLoss(Protocol):
     def __call__(self, layers: Sequence[LoadStatistics]) -> Tensor:
         """Return the loss of one micro-batch: the sum over the layers, a scalar, fp32.
 
-        A mean over tokens, so that its gradient has the same size whatever the accumulation and the number of ranks.
+        A mean over tokens: its gradient has the same size whatever the accumulation and the number of ranks.
         """
         ...
 
     def start_window_(self) -> None:
-        """The micro-batches from here on belong to the next optimizer step; most losses need not know."""
-
-
-def check_coefficient(coefficient: float) -> None:
-    """Check the weight of a loss.
-
-    Raises:
-        ConfigError: It is negative, infinite or NaN.
-    """
-    if not 0 <= coefficient < float("inf"):
-        raise ConfigError(f"'coefficient' must be a finite number >= 0, got {coefficient}.")
+        """Begin the micro-batches of the next optimizer step; most losses need not know."""
 
 
 def load_times_probability(counts_BE: Tensor, probability_BE: Tensor) -> Tensor:
     """Return ``E * sum_e f_e * P_e``, with f_e the share of selections that went to expert e, without gradient.
 
-    It is 1 for even loads and up to E where one expert takes all. arXiv 2101.03961, equation 4.
+    It is 1 for even loads and up to E if one expert takes all. arXiv 2101.03961, equation 4.
+
+    Args:
+        counts_BE: Selections of each expert.
+        probability_BE: P_e.
 
     Returns:
         fp32 (B,).

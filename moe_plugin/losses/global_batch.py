@@ -11,8 +11,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from moe_plugin.losses.auxiliary_loss import AuxiliaryLoss, check_coefficient, load_times_probability
+from moe_plugin.losses.auxiliary_loss import AuxiliaryLoss, load_times_probability
 from moe_plugin.losses.statistics import LoadStatistics
+from moe_plugin.number_checks import check_not_negative
 
 
 class GlobalBatchLoss(AuxiliaryLoss):
@@ -27,13 +28,13 @@ class GlobalBatchLoss(AuxiliaryLoss):
         """Start with an empty window.
 
         Args:
-            coefficient: Weight beside the cross-entropy.
+            coefficient: Weight next to the cross-entropy.
             process_group: The data-parallel ranks; None is all of them.
 
         Raises:
             ConfigError: The coefficient is negative, infinite or NaN.
         """
-        check_coefficient(coefficient)
+        check_not_negative("coefficient", coefficient)
         self.coefficient = coefficient
         self.process_group = process_group
         self._window: Tensor | None = None
@@ -43,7 +44,7 @@ class GlobalBatchLoss(AuxiliaryLoss):
         self._window = None
 
     def __call__(self, layers: Sequence[LoadStatistics]) -> Tensor:
-        """Return the loss, see `AuxiliaryLoss`. In training every rank must call it equally often."""
+        """Return the loss, see `AuxiliaryLoss`. In training all ranks must call it equally often."""
         counts = torch.cat([s.counts_BE.sum(0) for s in layers])
         if torch.is_grad_enabled():
             counts = self._in_window(counts)
@@ -55,7 +56,7 @@ class GlobalBatchLoss(AuxiliaryLoss):
         return self.coefficient * torch.stack(losses).sum()
 
     def _in_window(self, counts: Tensor) -> Tensor:
-        """Return the counts of all ranks and of the window's micro-batches so far, these included."""
+        """Return the counts of all ranks and of the window's micro-batches so far, including these."""
         if dist.is_available() and dist.is_initialized():
             dist.all_reduce(counts, group=self.process_group)
         self._window = counts if self._window is None else self._window + counts

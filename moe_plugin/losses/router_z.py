@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_plugin.losses.auxiliary_loss import AuxiliaryLoss, check_coefficient
+from moe_plugin.losses.auxiliary_loss import AuxiliaryLoss
 from moe_plugin.losses.statistics import LoadStatistics
+from moe_plugin.number_checks import check_not_negative
 
 
 @dataclass(frozen=True)
@@ -17,7 +18,7 @@ class RouterZLoss(AuxiliaryLoss):
     """`coefficient` times the mean over tokens of `logsumexp(logits) ** 2`: ST-MoE, arXiv 2202.08906, equation 5.
 
     Attributes:
-        coefficient: Weight beside the cross-entropy; ST-MoE uses 0.001.
+        coefficient: Weight next to the cross-entropy; ST-MoE uses 0.001.
     """
 
     coefficient: float = 1e-3
@@ -28,7 +29,7 @@ class RouterZLoss(AuxiliaryLoss):
         Raises:
             ConfigError: It is negative, infinite or NaN.
         """
-        check_coefficient(self.coefficient)
+        check_not_negative("coefficient", self.coefficient)
 
     def __call__(self, layers: Sequence[LoadStatistics]) -> Tensor:
         """Return the loss, see `AuxiliaryLoss`."""

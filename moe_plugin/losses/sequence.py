@@ -8,8 +8,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from moe_plugin.losses.auxiliary_loss import AuxiliaryLoss, check_coefficient, load_times_probability
+from moe_plugin.losses.auxiliary_loss import AuxiliaryLoss, load_times_probability
 from moe_plugin.losses.statistics import LoadStatistics
+from moe_plugin.number_checks import check_not_negative
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class SequenceLoss(AuxiliaryLoss):
     lets single sequences be uneven; with a large one it is the sequence-wise baseline of section 4.5.3.
 
     Attributes:
-        coefficient: Weight beside the cross-entropy; DeepSeek-V3 uses 0.0001.
+        coefficient: Weight next to the cross-entropy; DeepSeek-V3 uses 0.0001.
     """
 
     coefficient: float = 1e-4
@@ -32,7 +33,7 @@ class SequenceLoss(AuxiliaryLoss):
         Raises:
             ConfigError: It is negative, infinite or NaN.
         """
-        check_coefficient(self.coefficient)
+        check_not_negative("coefficient", self.coefficient)
 
     def __call__(self, layers: Sequence[LoadStatistics]) -> Tensor:
         """Return the loss, see `AuxiliaryLoss`."""

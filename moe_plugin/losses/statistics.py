@@ -1,4 +1,4 @@
-"""What auxiliary losses need to know of a router's decisions.
+"""What auxiliary losses need to know about a router's decisions.
 
 Shape legend: B sequences, S tokens of a sequence, T = B * S tokens, E experts, K experts selected per token.
 """
@@ -16,12 +16,12 @@ from moe_plugin.types import Routing
 class LoadStatistics(NamedTuple):
     """The decisions of one router in one forward, summed up.
 
-    Small, and made of tensors only, so that a layer under activation checkpointing can return it: losses are then
-    computed outside of what is recomputed.
+    Small, and made of tensors only: a layer under activation checkpointing can return it, and losses are computed
+    outside of what is recomputed.
 
     Attributes:
         probability_BE: Mean over a sequence's tokens of the router's probability for each expert; fp32, with gradient.
-        counts_BE: Selections of each expert, without those that a token does not use; int64.
+        counts_BE: Selections of each expert that tokens use; int64.
         square_log_z_B: Mean over a sequence's tokens of the squared log-sum-exp of the logits; fp32, with gradient.
     """
 

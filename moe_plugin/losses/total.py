@@ -19,7 +19,7 @@ class TotalLoss(AuxiliaryLoss):
         self.losses = dict(losses)
 
     def start_window_(self) -> None:
-        """Tell each of them."""
+        """Begin it in each of them."""
         for loss in self.losses.values():
             loss.start_window_()
 

@@ -1,4 +1,4 @@
-"""From hidden states to the experts each token is sent to, and with which weight."""
+"""From hidden states to each token's experts and gate weights."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""A router that sends harder tokens to more experts, the mean number held at a target.
+"""A router that sends harder tokens to more experts, with their average number held at a target.
 
-Experts are ranked as ever; a `Cut` then says how many of the best a token keeps. One number per router, its level,
-moves the cut of all tokens. After each optimizer step it follows the number of experts per token that was counted, so
-that the budget is held without a penalty loss: see `moe_plugin.balancing.budget`.
+Experts are ranked as usual; a `Cut` then decides how many of the best a token keeps. One number per router, its level,
+moves the cut of all tokens. After each optimizer step it follows the counted number of experts per token. This holds
+the budget without a penalty loss: see `moe_plugin.balancing.budget`.
 
 Shape legend: T tokens, D model width, E experts, K experts selected per token, at most.
 """
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from moe_plugin.errors import ConfigError
+from moe_plugin.number_checks import check_integer, check_positive, check_positive_integers
 from moe_plugin.routing.cuts import Cut
 from moe_plugin.routing.router import Router
 from moe_plugin.routing.scores import Score
@@ -20,11 +21,11 @@ from moe_plugin.types import Allocation, Routing
 
 
 class DynamicRouter(Router):
-    """Sends each token to between `min_k` and `max_k` experts, in the mean to `target_k`.
+    """A router that sends each token to between `min_k` and `max_k` experts, on average to `target_k`.
 
     Attributes:
-        level: Where the cut lies for all tokens, a persistent fp32 scalar; more experts are used at a higher level.
-        target_k: Experts per token, in the mean over tokens.
+        level: Place of the cut for all tokens, a persistent fp32 scalar; more experts are used at a higher level.
+        target_k: Experts per token, on average over tokens.
     """
 
     level: Tensor
@@ -48,33 +49,34 @@ class DynamicRouter(Router):
         Args:
             dim: Width of the hidden states.
             num_experts: Experts to choose from.
-            top_k: Experts per token in the mean, unless `target_k` says otherwise.
+            top_k: Experts per token on average, unless `target_k` is given.
             score: Score function, see `moe_plugin.routing.scores`.
             cut: How many of its best experts a token keeps, see `moe_plugin.routing.cuts`.
             max_k: Most experts of a token.
             min_k: Fewest experts of a token.
-            target_k: Experts per token in the mean, not necessarily an integer; None is `top_k`.
+            target_k: Experts per token on average, not necessarily an integer; None is `top_k`.
             normalize: Divide each token's gate weights by their sum over the experts that it uses.
             scale: Factor on the gate weights, applied last.
 
         Raises:
             ConfigError: The numbers do not fit together.
         """
-        if not 0 <= min_k <= max_k:
-            raise ConfigError(f"'min_k' must be between 0 and max_k ({max_k}), got {min_k}.")
-        target_k = float(top_k if target_k is None else target_k)
-        if not (min_k <= target_k <= max_k and target_k > 0):
-            raise ConfigError(
-                f"'target_k' must be > 0 and between min_k ({min_k}) and max_k ({max_k}), got {target_k}."
-            )
+        check_positive_integers(max_k=max_k)
+        check_integer("min_k", min_k, least=0)
+        if min_k > max_k:
+            raise ConfigError("min_k", f"must be <= max_k ({max_k})", min_k)
+        target_k = top_k if target_k is None else target_k
+        check_positive("target_k", target_k)
+        if not min_k <= target_k <= max_k:
+            raise ConfigError("target_k", f"must be from min_k ({min_k}) to max_k ({max_k})", target_k)
         super().__init__(dim, num_experts, max_k, score=score, normalize=normalize, scale=scale)
         self.cut = cut
-        self.target_k = target_k
+        self.target_k = float(target_k)
         self.min_k = min_k
         self.register_buffer("level", torch.tensor(cut.start, dtype=torch.float32))
 
     def reset_parameters(self) -> None:
-        """Draw new weights, and sets the selection bias to zero and the level to where its cut starts."""
+        """Draw new weights, and set the selection bias to zero and the level to the start of its cut."""
         super().reset_parameters()
         if "level" in self._buffers:  # not yet while `Router` is created
             nn.init.constant_(self.level, self.cut.start)

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_plugin.errors import ConfigError
+from moe_plugin.number_checks import check_positive_integers
 from moe_plugin.routing.scores import Score
 
 
 class Choice(NamedTuple):
-    """What each expert chose.
+    """The tokens that each expert chose.
 
     Attributes:
         token_ids_EC: The tokens of each expert, best first; int64.
@@ -28,11 +29,11 @@ class Choice(NamedTuple):
 
 
 class ExpertChoiceRouter(nn.Module):
-    """Each expert takes the `T * top_k / E` tokens that score highest with it: arXiv 2202.09368, section 3.2.
+    """A router by which each expert takes the `T * top_k / E` best tokens: arXiv 2202.09368, section 3.2.
 
     Loads are equal; a token may have no expert, or all. Whether an expert takes a token depends on all other tokens of
-    the batch, **later ones too: a language model so trained sees the future**, and its loss is no measure of what it
-    does token by token. To be compared with, not to be used.
+    the batch, **later ones too: a language model trained this way sees the future**, and its loss does not measure what
+    it does token by token. Compare with it, but do not use it.
 
     Attributes:
         weight: Router weights, one row per expert, (E, D).
@@ -51,8 +52,9 @@ class ExpertChoiceRouter(nn.Module):
             ConfigError: The numbers do not fit together.
         """
         super().__init__()
-        if not 1 <= top_k <= num_experts:
-            raise ConfigError(f"'top_k' must be between 1 and num_experts ({num_experts}), got {top_k}.")
+        check_positive_integers(num_experts=num_experts, top_k=top_k)
+        if top_k > num_experts:
+            raise ConfigError("top_k", f"must be <= num_experts ({num_experts})", top_k)
         self.num_experts = num_experts
         self.top_k = top_k
         self.score = score

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from moe_plugin.errors import ConfigError
-from moe_plugin.number_checks import check_positive_integers
+from moe_plugin.number_checks import check_positive, check_positive_integers
 from moe_plugin.routing.rankings.ranking import Ranking
 from moe_plugin.routing.scores import Score
 from moe_plugin.routing.selection import limit_to_groups, select_top_k
@@ -20,10 +20,10 @@ from moe_plugin.types import Routing
 
 
 class Router(nn.Module):
-    """Sends each token to `top_k` of `num_experts` experts.
+    """A router that sends each token to `top_k` of `num_experts` experts.
 
-    Experts are selected by score plus `expert_bias`; gate weights come from the scores alone, and no gradient
-    reaches the bias: auxiliary-loss-free balancing, arXiv 2408.15664, equation 3.
+    Experts are selected by score plus `expert_bias`; gate weights come from the scores alone, and the bias has no
+    gradient: auxiliary-loss-free balancing, arXiv 2408.15664, equation 3.
 
     Attributes:
         weight: Router weights, one row per expert, (E, D).
@@ -57,7 +57,7 @@ class Router(nn.Module):
             scale: Factor on the gate weights, applied last.
             num_groups: Groups of consecutive experts; 1 for no group limit.
             top_k_groups: Groups a token may choose its experts from.
-            ranking: What experts are selected by in place of their scores, see `moe_plugin.routing.rankings`.
+            ranking: What experts are selected by instead of their scores, see `moe_plugin.routing.rankings`.
 
         Raises:
             ConfigError: The numbers do not fit together.
@@ -79,7 +79,7 @@ class Router(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw new weights and sets the selection bias to zero."""
+        """Draw new weights and set the selection bias to zero."""
         nn.init.normal_(self.weight, std=self.dim**-0.5)
         nn.init.zeros_(self.expert_bias)
 
@@ -121,15 +121,15 @@ class Router(nn.Module):
             used_scores_TK = selected_scores_TK.masked_fill(~used_TK, -torch.inf)
             weights_TK = self.score.weights(used_scores_TK).masked_fill(~used_TK, 0.0)
         if self.normalize:
-            # The smallest normal number only matters where all selected scores have underflowed to zero.
+            # The smallest normal number only matters if all selected scores have underflowed to zero.
             weights_TK = weights_TK / weights_TK.sum(-1, keepdim=True).clamp(
                 min=torch.finfo(torch.float32).tiny
             )
         return weights_TK * self.scale
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Router:
-        # Every cast or move of a module comes through here. Overridden in the class because an override on
-        # the instance is lost by deepcopy and pickle.
+        # Every cast or move of a module comes through here. Overridden in the class because deepcopy and pickle
+        # lose an override on the instance.
         before = dict(self.named_buffers(recurse=False))
         super()._apply(fn, recurse)
         for name, moved in list(self.named_buffers(recurse=False)):
@@ -138,7 +138,7 @@ class Router(nn.Module):
         return self
 
     def _load_from_state_dict(self, state_dict: dict[str, Tensor], prefix: str, *args: object) -> None:
-        # `load_state_dict(assign=True)` would take the checkpoint's dtype over.
+        # `load_state_dict(assign=True)` would take the checkpoint's dtype.
         for name, _ in self.named_buffers(recurse=False):
             if (key := f"{prefix}{name}") in state_dict:
                 state_dict[key] = state_dict[key].float()
@@ -148,27 +148,21 @@ class Router(nn.Module):
 def _validate_sizes(dim: int, num_experts: int, top_k: int, scale: float) -> None:
     check_positive_integers(dim=dim, num_experts=num_experts, top_k=top_k)
     if top_k > num_experts:
-        raise ConfigError(f"'top_k' must be <= num_experts ({num_experts}), got {top_k}.")
-    if not scale > 0:
-        raise ConfigError(f"'scale' must be > 0, got {scale}.")
+        raise ConfigError("top_k", f"must be <= num_experts ({num_experts})", top_k)
+    check_positive("scale", scale)
 
 
 def _validate_groups(num_experts: int, top_k: int, num_groups: int, top_k_groups: int) -> None:
-    if num_groups < 1 or num_experts % num_groups:
-        raise ConfigError(f"'num_groups' must divide num_experts ({num_experts}), got {num_groups}.")
-    if not 1 <= top_k_groups <= num_groups:
-        raise ConfigError(
-            f"'top_k_groups' must be between 1 and num_groups ({num_groups}), got {top_k_groups}."
-        )
-    group_size = num_experts // num_groups
-    if num_groups > 1 and group_size < 2:
-        raise ConfigError(
-            f"'num_groups' must leave at least 2 experts in a group (its score is the sum of its two best), got "
-            f"{num_groups} groups of {num_experts} experts. Set num_groups <= {max(1, num_experts // 2)} with "
-            f"top_k_groups <= num_groups, or num_groups=1 with top_k_groups=1 for no group limit."
-        )
-    if top_k > top_k_groups * group_size:
-        raise ConfigError(
-            f"'top_k' must be <= the experts in the chosen groups ({top_k_groups} groups of {group_size}), "
-            f"got {top_k}. Raise top_k_groups or lower top_k."
-        )
+    check_positive_integers(num_groups=num_groups, top_k_groups=top_k_groups)
+    if num_experts % num_groups:
+        raise ConfigError("num_groups", f"must divide num_experts ({num_experts})", num_groups)
+    if top_k_groups > num_groups:
+        raise ConfigError("top_k_groups", f"must be <= num_groups ({num_groups})", top_k_groups)
+    size, most = num_experts // num_groups, max(1, num_experts // 2)
+    if num_groups > 1 and size < 2:
+        rule = f"must leave at least 2 of {num_experts} experts in a group, as its two best are its score"
+        fix = f"Set num_groups <= {most} with top_k_groups <= num_groups, or both to 1 for no group limit."
+        raise ConfigError("num_groups", rule, num_groups, fix)
+    if top_k > top_k_groups * size:
+        rule = f"must be <= the experts in the chosen groups ({top_k_groups} of {size} experts)"
+        raise ConfigError("top_k", rule, top_k, "Raise top_k_groups or lower top_k.")

@@ -1,7 +1,7 @@
 """How well each expert suits each token: router logits to scores, and selected scores to gate weights.
 
-Every score is a small frozen class, so that Hydra can name it with `_target_`, and it pickles and compares
-by value. All tensors are fp32.
+Every score is a small frozen class: Hydra can name it with `_target_`, and it pickles and compares by value. All
+tensors are fp32.
 
 Shape legend: T tokens, E experts, K experts selected per token.
 """
@@ -28,7 +28,7 @@ class Score(Protocol):
         ...
 
     def probabilities(self, scores_TE: Tensor) -> Tensor:
-        """Return the scores as a distribution over the experts, as load-balancing losses want it."""
+        """Return the scores as a distribution over the experts, for load-balancing losses."""
         ...
 
 
@@ -51,7 +51,7 @@ class Sigmoid:
 
 @dataclass(frozen=True)
 class LogSigmoid:
-    """As `Sigmoid`, but selection compares logarithms: a selection bias is then the logarithm of a factor."""
+    """`Sigmoid`, but selection compares logarithms: a selection bias is then the logarithm of a factor."""
 
     def scores(self, logits_TE: Tensor) -> Tensor:
         """Return logarithm of the sigmoid of the logits."""
@@ -72,7 +72,7 @@ class SqrtSoftplus:
 
     def scores(self, logits_TE: Tensor) -> Tensor:
         """Return square root of the softplus of the logits."""
-        # Below about -87 softplus underflows to 0, where the square root's gradient is infinite.
+        # Below about -87 softplus underflows to 0, and there the square root's gradient is infinite.
         return functional.softplus(logits_TE.clamp(min=-80.0)).sqrt()
 
     def weights(self, selected_scores_TK: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Which experts a token is sent to, given biased scores.
+"""Selection of experts by biased scores.
 
 Shape legend: T tokens, E experts, K experts selected per token, G groups, M experts in a group.
 """
@@ -14,14 +14,14 @@ def select_top_k(biased_scores_TE: Tensor, top_k: int) -> Tensor:
     """Select the experts with the highest biased scores.
 
     Args:
-        biased_scores_TE: Scores plus selection bias. NaN counts as the highest score, as in `torch.topk`, so
-            that the ids stay valid and the NaN shows up in the loss.
+        biased_scores_TE: Scores plus selection bias. NaN counts as the highest score, as in `torch.topk`: the ids stay
+            valid, and the NaN shows up in the loss.
         top_k: Experts per token.
 
     Returns:
         expert_ids_TK, int64, best first.
     """
-    # Unpacked, not `.indices`: whoever intercepts the call may return a plain tuple.
+    # Unpacked, not `.indices`: an interception of the call may return a plain tuple.
     _, expert_ids_TK = torch.topk(biased_scores_TE, top_k, dim=-1)
     return expert_ids_TK
 
@@ -48,9 +48,9 @@ def limit_to_groups(biased_scores_TE: Tensor, num_groups: int, top_k_groups: int
 
 
 def _sum_of_two_best(grouped_TGM: Tensor) -> Tensor:
-    """Sum of the two largest of each group, as `topk(2)` finds them but without sorting: six times as fast.
+    """Return the sum of the two largest of each group, as `topk(2)` finds them but without sorting: six times as fast.
 
-    A knock-out: halves are compared elementwise until one is left, keeping the second best of each as well.
+    Halves are compared elementwise until one is left; the second best of each is kept as well.
     """
     size = grouped_TGM.shape[-1]
     if missing := 2 ** (size - 1).bit_length() - size:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from moe_plugin.errors import ConfigError
+from moe_plugin.number_checks import check_integer, check_positive, check_positive_integers
 from moe_plugin.routing.router import Router
 from moe_plugin.routing.scores import Score
 from moe_plugin.types import Allocation, Routing
@@ -17,7 +18,7 @@ from moe_plugin.types import Allocation, Routing
 
 @dataclass(frozen=True)
 class ZeroExpertCounts:
-    """How many experts of each kind stand beside the routed ones: arXiv 2410.07348, section 3.1.
+    """Numbers of experts without cost, next to the routed ones: arXiv 2410.07348, section 3.1.
 
     Attributes:
         identity: Experts that return their input (arXiv 2509.01322 has only these).
@@ -36,10 +37,9 @@ class ZeroExpertCounts:
             ConfigError: One is negative, or there are no experts at all.
         """
         for name, value in vars(self).items():
-            if value < 0:
-                raise ConfigError(f"'{name}' must be >= 0, got {value}.")
+            check_integer(name, value, least=0)
         if self.total == 0:
-            raise ConfigError("'zero_experts' must have an expert of some kind, got none.")
+            raise ConfigError("zero_experts", "must have an expert of some kind", self)
 
     @property
     def total(self) -> int:
@@ -48,7 +48,7 @@ class ZeroExpertCounts:
 
 
 class ZeroExpertRouter(Router):
-    """Sends each token to `max_k` experts, of which `target_k` in the mean compute something.
+    """A router that sends each token to `max_k` experts, of which `target_k` on average compute something.
 
     The first `num_routed` of its experts are routed ones, the others cost nothing. The selection bias holds both the
     balance among the routed ones and the share of the others: see `allocation`.
@@ -72,24 +72,26 @@ class ZeroExpertRouter(Router):
         Args:
             dim: Width of the hidden states.
             num_experts: Routed experts, those that compute.
-            top_k: Routed experts per token in the mean, unless `target_k` says otherwise.
+            top_k: Routed experts per token on average, unless `target_k` is given.
             score: Score function, see `moe_plugin.routing.scores`.
             max_k: Experts per token of both kinds together.
             zero_experts: Experts that cost nothing.
-            target_k: Routed experts per token in the mean, not necessarily an integer; None is `top_k`.
+            target_k: Routed experts per token on average, not necessarily an integer; None is `top_k`.
             normalize: Divide each token's gate weights by their sum over both kinds.
             scale: Factor on the gate weights, applied last.
 
         Raises:
             ConfigError: The numbers do not fit together.
         """
-        target_k = float(top_k if target_k is None else target_k)
-        if not 0 < target_k < max_k:
-            raise ConfigError(f"'target_k' must be > 0 and < max_k ({max_k}), got {target_k}.")
+        target_k = top_k if target_k is None else target_k
+        check_positive_integers(num_experts=num_experts, max_k=max_k)
+        check_positive("target_k", target_k)
+        if target_k >= max_k:
+            raise ConfigError("target_k", f"must be < max_k ({max_k})", target_k)
         total = num_experts + zero_experts.total
         super().__init__(dim, total, max_k, score=score, normalize=normalize, scale=scale)
         self.num_routed = num_experts
-        self.target_k = target_k
+        self.target_k = float(target_k)
         self.zero_experts = zero_experts
 
     def allocation(self) -> Allocation:

@@ -1,4 +1,4 @@
-"""Spreading any model over processes: its layers, what of them is sharded, and parameters without storage."""
+"""Spreading any model over processes: its layers, their sharding, and parameters without storage."""
 
 from __future__ import annotations
 

@@ -13,15 +13,15 @@ CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 def find_layers(model: nn.Module) -> list[nn.Module]:
     """Find the blocks that the model repeats, in the order in which it holds them.
 
-    Those are the members of a `ModuleList`, `ModuleDict` or `Sequential` that hold modules themselves and whose class
-    occurs there again, or the only member of a `ModuleList`. Lists inside of a layer are part of it. What is named
-    after experts is never searched: which of them run differs between ranks, which must run their units in step.
+    These are the members of a `ModuleList`, `ModuleDict` or `Sequential` that hold modules themselves and whose class
+    occurs there again, or the only member of a `ModuleList`. Lists inside a layer are part of it. Modules named after
+    experts are not searched: which of them run differs between ranks, which must run their units in step.
 
     Args:
-        model: Any model, the meta device included.
+        model: Any model, on any device including meta.
 
     Returns:
-        The layers; none where nothing is repeated.
+        The layers; none if nothing is repeated.
     """
     return list(_layers_in(model))
 

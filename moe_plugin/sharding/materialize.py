@@ -1,4 +1,4 @@
-"""Parameters for a model that was created on the meta device, where they belong and no larger than they must be."""
+"""Parameters for a model that was created on the meta device, in their place and no larger than needed."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from moe_plugin.errors import ConfigError
 def materialize_(model: nn.Module, device: torch.device) -> None:
     """Give each tensor of ``model`` that is on the meta device storage and its initial value, in place.
 
-    A module draws its parameters in full, one module after another, and keeps its own shard. What it draws follows
-    from `torch.initial_seed` and its name alone: it is the same bit for bit with any strategy and any number of
-    processes. It is not what that seed gives without the meta device, where modules draw one after another.
+    One module after another draws its parameters in full and keeps its shard. The values follow from
+    `torch.initial_seed` and the module's name alone: they are the same bit for bit with any strategy and any number of
+    processes. Without the meta device the same seed gives other values, as modules draw from one generator.
 
-    Modules are initialised by their ``reset_parameters``, and then by the ``_init_weights`` of the model of
-    transformers that they are a part of, if they are.
+    Modules are initialised by their ``reset_parameters``, and then by the ``_init_weights`` of the transformers model
+    that they are part of, if any.
 
     Args:
-        model: The model, sharded already if it is to be.
+        model: The model; shard it before, if at all.
         device: Where the tensors go.
 
     Raises:
@@ -51,10 +51,8 @@ def _draw_(module: nn.Module, name: str, host: nn.Module) -> None:
         host._init_weights(module)  # pyright: ignore[reportCallIssue]
     for tensor_name, parameter in module.named_parameters(recurse=False):
         if parameter.isnan().any():
-            raise ConfigError(
-                f"'meta_init' needs a method {type(module).__name__}.reset_parameters() that draws {tensor_name!r} of "
-                f"{name!r}. Write it, or set strategy.meta_init=false."
-            )
+            rule = f"needs a method {type(module).__name__}.reset_parameters() that draws {tensor_name!r} of {name!r}"
+            raise ConfigError("meta_init", rule, fix="Write it, or create the model with meta_init=false.")
 
 
 def _own_tensors(module: nn.Module) -> list[Tensor]:
@@ -70,7 +68,7 @@ def _drawn_from(key: str, device: torch.device) -> Iterator[None]:
 
 @contextmanager
 def _in_full(module: nn.Module) -> Iterator[None]:
-    """The sharded parameters of a module as whole tensors within the block, of which it keeps its shards."""
+    """Make the sharded parameters of a module whole tensors within the block; it then keeps its shards."""
     shards = {name: p for name, p in module.named_parameters(recurse=False) if isinstance(p, DTensor)}
     for name, shard in shards.items():
         whole = torch.empty(shard.shape, dtype=shard.dtype, device=shard.device)

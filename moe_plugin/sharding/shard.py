@@ -13,10 +13,10 @@ from moe_plugin.sharding.layers import find_layers
 
 
 def shard_(model: nn.Module, mesh: DeviceMesh, *, expert_parallel_size: int = 1) -> None:
-    """Shard the parameters of ``model`` over the data-parallel ranks, in place; doing it twice does no harm.
+    """Shard the parameters of ``model`` over the data-parallel ranks, in place; a second call changes nothing.
 
     Parameters, gradients and optimizer states are spread layer by layer (FSDP2, `torch.distributed.fsdp.fully_shard`).
-    To be called where Lightning's `ModelParallelStrategy` wants it, before the optimizer is made:
+    Call it in Lightning's `configure_model`, before the optimizer is made:
 
     Example:
         >>> class Project(lightning.LightningModule):  # doctest: +SKIP
@@ -25,27 +25,25 @@ def shard_(model: nn.Module, mesh: DeviceMesh, *, expert_parallel_size: int = 1)
         ...             moe_plugin.shard_(self.model, self.device_mesh)
 
     Selection biases that the model owns as parameters stay whole on every rank: they are a few bytes that change
-    between steps, and no gradient reaches them.
+    between steps, and have no gradient.
 
     Args:
         model: The network that ``training_step`` calls, on any device including meta. Its layers are found by their
             structure, see `find_layers`; a model that repeats nothing becomes a single unit.
-        mesh: Of one dimension, or with one named ``data_parallel``, which is taken then.
+        mesh: One dimension, or several with one named ``data_parallel``, which is used.
         expert_parallel_size: Ranks among which the experts of each layer are divided, and their tokens exchanged; see
             `moe_plugin.experts.parallelize_experts_`.
 
     Raises:
-        ConfigError: 'model' is a LightningModule, whose own forward training doesn't call, or 'mesh' has several
-            dimensions and none of that name, or the experts cannot be divided so.
+        ConfigError: 'model' is a LightningModule, 'mesh' has several dimensions and none of that name, or the experts
+            cannot be divided.
     """
     if hasattr(model, "training_step"):
-        raise ConfigError(
-            f"'model' must be the network that training_step calls, got {type(model).__name__} itself. Pass the "
-            f"module that it holds: shard_(self.model, self.device_mesh)."
-        )
+        fix = "Pass the module that it holds: shard_(self.model, self.device_mesh)."
+        raise ConfigError("model", "must be the network that training_step calls", type(model).__name__, fix)
     if isinstance(model, FSDPModule):
         return
-    # FSDP fails on parameters without elements, as DeepSeek-V3 of transformers has them without shared experts.
+    # FSDP fails on parameters without elements, such as those of transformers' DeepSeek-V3 without shared experts.
     ignored = {
         parameter
         for name, parameter in model.named_parameters()
@@ -62,5 +60,5 @@ def _data_parallel(mesh: DeviceMesh) -> DeviceMesh:
     if "data_parallel" in names:
         return mesh["data_parallel"]
     if mesh.ndim > 1:
-        raise ConfigError(f"'mesh' must have one dimension or one named 'data_parallel', got {mesh}.")
+        raise ConfigError("mesh", "must have one dimension or one named 'data_parallel'", mesh)
     return mesh

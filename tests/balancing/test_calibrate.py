@@ -91,15 +91,15 @@ class TestSolveBias:
         scores_TE[:900, 4:] = -INF
         scores_TE[900:, :4] = -INF
         counts = loads(scores_TE, 2, solve_bias(scores_TE, 2, torch.zeros(8)))
-        assert max(counts[:4]) <= 455
-        assert max(counts[4:]) <= 52
+        assert max(counts[:4]) <= 900 * 2 / 4 * 1.01 + 1
+        assert max(counts[4:]) <= 100 * 2 / 4 * 1.01 + 1
 
     def test_tokens_with_as_many_open_experts_as_they_take_are_no_trouble(self):
         scores_TE = skewed(600, 4)
         scores_TE[:300, 2:] = -INF
         bias_E = solve_bias(scores_TE, 2, torch.zeros(4))
         assert bias_E.isfinite().all()
-        assert max(loads(scores_TE, 2, bias_E)) <= 303
+        assert max(loads(scores_TE, 2, bias_E)) <= 600 * 2 / 4 * 1.01 + 1
 
     def test_nan_scores_are_masked(self):
         scores_TE = skewed(200, 4)

@@ -38,8 +38,9 @@ class TestRateSchedule:
         ("arguments", "message"),
         [
             ({"warmup_steps": -1}, r"'warmup_steps' must be an integer >= 0, got -1"),
-            ({"freeze_after": 1.5}, r"'freeze_after' must be an integer >= 0 or null, got 1.5"),
-            ({"decay_start": 3}, r"must be given together, got 3 and None"),
+            ({"freeze_after": 1.5}, r"'freeze_after' must be null or an integer >= 0, got 1.5"),
+            ({"decay_start": 3}, r"'decay_end' must be given together with decay_start \(3\), got None"),
+            ({"decay_end": 3}, r"'decay_end' must be given together with decay_start \(None\), got 3"),
             ({"decay_start": 3, "decay_end": 3}, r"'decay_end' must be > decay_start \(3\), got 3"),
         ],
     )

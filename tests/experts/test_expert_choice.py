@@ -21,7 +21,7 @@ def slow_block(layer, x_TD):
     scores_TE = (x_TD @ layer.router.weight.T).softmax(-1)
     y_TD = torch.zeros_like(x_TD)
     for expert in range(E):
-        for token in scores_TE[:, expert].argsort(descending=True)[: T * K // E].tolist():
+        for token in scores_TE[:, expert].argsort(descending=True)[: max(1, len(x_TD) * K // E)].tolist():
             gate, up = (x_TD[token] @ layer.experts.gate_up[expert]).chunk(2)
             hidden = torch.nn.functional.silu(gate) * up
             y_TD[token] += scores_TE[token, expert] * (hidden @ layer.experts.down[expert])
@@ -38,7 +38,8 @@ class TestExpertChoice:
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
     def test_loads_are_equal(self):
-        assert block().router(torch.randn(T, D)).token_ids_EC.shape == (E, T * K // E)
+        ids_EC = block().router(torch.randn(T, D)).token_ids_EC
+        assert [len(set(ids)) for ids in ids_EC.tolist()] == [T * K // E] * E
 
     def test_shared_expert_is_added(self):
         shared, x_TD = SwiGLU(D, 16), torch.randn(T, D)
@@ -46,7 +47,8 @@ class TestExpertChoice:
 
     @pytest.mark.parametrize("tokens", [0, 1])
     def test_fewer_tokens_than_experts_are_no_trouble(self, tokens):
-        assert block()(torch.randn(1, tokens, D)).shape == (1, tokens, D)
+        layer, x = block(), torch.randn(1, tokens, D)
+        torch.testing.assert_close(layer(x), slow_block(layer, x[0])[None], rtol=1e-4, atol=1e-5)
 
     def test_later_token_changes_an_earlier_output(self):
         """What makes it a baseline only."""
@@ -55,6 +57,10 @@ class TestExpertChoice:
         changed_TD[-1] = 5 * layer.router.weight[0].detach()
         assert not torch.equal(layer(x_TD)[:-1], layer(changed_TD)[:-1])
 
-    def test_bad_top_k_is_refused(self):
-        with pytest.raises(ConfigError, match="'top_k' must be between 1 and num_experts"):
-            ExpertChoiceRouter(D, E, E + 1, score=SoftmaxBeforeTopK())
+    @pytest.mark.parametrize(
+        ("top_k", "allowed"),
+        [(E + 1, rf"<= num_experts \({E}\), got {E + 1}"), (0, "an integer >= 1, got 0")],
+    )
+    def test_bad_top_k_is_refused(self, top_k, allowed):
+        with pytest.raises(ConfigError, match=f"'top_k' must be {allowed}"):
+            ExpertChoiceRouter(D, E, top_k, score=SoftmaxBeforeTopK())

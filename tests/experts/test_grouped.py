@@ -159,7 +159,7 @@ class TestParameters:
     @pytest.mark.parametrize("name", ["num_experts", "dim", "hidden_dim"])
     def test_size_not_positive_is_named(self, name):
         sizes = {"num_experts": 4, "dim": 8, "hidden_dim": 8} | {name: 0}
-        with pytest.raises(ConfigError, match=f"'{name}' must be a positive integer, got 0"):
+        with pytest.raises(ConfigError, match=f"'{name}' must be an integer >= 1, got 0"):
             GroupedExperts(**sizes)
 
     def test_repr_shows_sizes(self):

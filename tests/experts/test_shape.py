@@ -10,10 +10,11 @@ class TestExpertShape:
     @pytest.mark.parametrize(
         ("sizes", "message"),
         [
-            ({"num_experts": 0}, "'num_experts' must be a positive integer, got 0"),
-            ({"top_k": 0}, "'top_k' must be a positive integer, got 0"),
-            ({"hidden_dim": -1}, "'hidden_dim' must be a positive integer, got -1"),
-            ({"num_shared": -1}, "'num_shared' must be >= 0, got -1"),
+            ({"num_experts": 0}, "'num_experts' must be an integer >= 1, got 0"),
+            ({"top_k": 0}, "'top_k' must be an integer >= 1, got 0"),
+            ({"hidden_dim": -1}, "'hidden_dim' must be an integer >= 1, got -1"),
+            ({"num_shared": -1}, "'num_shared' must be an integer >= 0, got -1"),
+            ({"num_shared": 1.5}, "'num_shared' must be an integer >= 0, got 1.5"),
             ({"top_k": 9}, r"'top_k' must be <= num_experts \(8\), got 9"),
         ],
     )

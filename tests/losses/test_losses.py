@@ -87,9 +87,9 @@ class TestValue:
         torch.testing.assert_close(kind(0.5)(layers), sum(kind(0.5)([layer]) for layer in layers))
 
     @kinds
-    @pytest.mark.parametrize("coefficient", [-0.01, float("nan"), float("inf")])
+    @pytest.mark.parametrize("coefficient", [-0.01, float("nan"), float("inf"), True])
     def test_bad_coefficient_is_refused(self, kind, coefficient):
-        with pytest.raises(ConfigError, match="'coefficient' must be a finite number >= 0, got"):
+        with pytest.raises(ConfigError, match=f"'coefficient' must be a number >= 0, got {coefficient}"):
             kind(coefficient)
 
     def test_total_is_the_sum(self):

@@ -120,12 +120,12 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"min_k": 5}, "'min_k' must be between 0 and max_k (4), got 5."),
-            ({"target_k": 4.5}, "'target_k' must be > 0 and between min_k (1) and max_k (4), got 4.5."),
-            (
-                {"target_k": 0.0, "min_k": 0},
-                "'target_k' must be > 0 and between min_k (0) and max_k (4), got 0.0.",
-            ),
+            ({"min_k": 5}, "'min_k' must be <= max_k (4), got 5."),
+            ({"min_k": -1}, "'min_k' must be an integer >= 0, got -1."),
+            ({"target_k": 4.5}, "'target_k' must be from min_k (1) to max_k (4), got 4.5."),
+            ({"target_k": 0.5}, "'target_k' must be from min_k (1) to max_k (4), got 0.5."),
+            ({"target_k": 0.0, "min_k": 0}, "'target_k' must be a number > 0, got 0.0."),
+            ({"max_k": 0}, "'max_k' must be an integer >= 1, got 0."),
             ({"max_k": 7}, "'top_k' must be <= num_experts (6), got 7."),
         ],
     )

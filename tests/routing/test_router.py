@@ -76,10 +76,14 @@ class TestForward:
         assert all(len(set(groups)) <= 2 for groups in groups_TK.tolist())
 
     def test_no_gradient_reaches_the_bias(self, router):
-        routing = router(torch.randn(5, 8))
+        x_TD = torch.randn(5, 8)
+        routing = router(x_TD)
         routing.weights_TK.square().sum().backward()
         assert not router.expert_bias.requires_grad
-        assert router.weight.grad.abs().sum() > 0
+        weight = router.weight.detach().double().requires_grad_()
+        selected_TK = (x_TD.double() @ weight.T).sigmoid().gather(-1, routing.expert_ids_TK)
+        (router.scale * selected_TK / selected_TK.sum(-1, keepdim=True)).square().sum().backward()
+        torch.testing.assert_close(router.weight.grad.double(), weight.grad, atol=1e-5, rtol=1e-4)
 
     @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
     def test_autocast_routes_in_fp32(self, router, dtype):
@@ -161,17 +165,24 @@ class TestValidation:
         ("sizes", "message"),
         [
             ({"top_k": 9}, r"'top_k' must be <= num_experts \(8\), got 9\."),
-            ({"top_k": 0}, "'top_k' must be a positive integer, got 0"),
-            ({"num_experts": 0}, "'num_experts' must be a positive integer, got 0"),
-            ({"dim": 0}, "'dim' must be a positive integer, got 0"),
-            ({"scale": 0.0}, "'scale' must be > 0, got 0.0"),
+            ({"top_k": 0}, "'top_k' must be an integer >= 1, got 0"),
+            ({"num_experts": 0}, "'num_experts' must be an integer >= 1, got 0"),
+            ({"dim": 0}, "'dim' must be an integer >= 1, got 0"),
+            ({"scale": 0.0}, "'scale' must be a number > 0, got 0.0"),
             ({"num_groups": 3}, r"'num_groups' must divide num_experts \(8\), got 3"),
-            ({"num_groups": 0}, "'num_groups' must divide"),
-            ({"num_groups": 2, "top_k_groups": 3}, "'top_k_groups' must be between 1 and num_groups"),
-            ({"num_groups": 8, "top_k_groups": 4}, "Set num_groups <= 4 with top_k_groups"),
+            ({"num_groups": 0}, "'num_groups' must be an integer >= 1, got 0"),
+            ({"num_groups": 2, "top_k_groups": 0}, "'top_k_groups' must be an integer >= 1, got 0"),
+            (
+                {"num_groups": 2, "top_k_groups": 3},
+                r"'top_k_groups' must be <= num_groups \(2\), got 3",
+            ),
+            (
+                {"num_groups": 8, "top_k_groups": 4},
+                r"'num_groups' must leave at least 2 of 8 experts .*, got 8\. Set num_groups <= 4 with top_k_groups",
+            ),
             (
                 {"num_groups": 4, "top_k": 3},
-                r"'top_k' must be <= the experts in the chosen groups \(1 groups of 2\)",
+                r"'top_k' must be <= the experts in the chosen groups \(1 of 2 experts\), got 3\. Raise",
             ),
         ],
     )

@@ -30,16 +30,21 @@ class TestZeroExpertRouter:
         assert 3 * sum(shares[:5]) == pytest.approx(1.5)
         assert len(set(shares[:5])) == len(set(shares[5:])) == 1
 
-    def test_target_of_all_picks_is_refused(self):
-        with pytest.raises(ConfigError, match=r"'target_k' must be > 0 and < max_k \(3\), got 3.0."):
-            zero_router(target_k=3)
+    @pytest.mark.parametrize(
+        ("target", "allowed"), [(3, r"be < max_k \(3\), got 3\."), (0, r"be a number > 0, got 0\.")]
+    )
+    def test_target_of_all_or_no_picks_is_refused(self, target, allowed):
+        with pytest.raises(ConfigError, match=f"'target_k' must {allowed}"):
+            zero_router(target_k=target)
 
 
 class TestZeroExpertCounts:
     def test_none_is_refused(self):
-        with pytest.raises(ConfigError, match="must have an expert of some kind"):
+        message = r"'zero_experts' must have an expert of some kind, got ZeroExpertCounts\(identity=0,"
+        with pytest.raises(ConfigError, match=message):
             ZeroExpertCounts()
 
-    def test_negative_is_refused(self):
-        with pytest.raises(ConfigError, match=r"'zero' must be >= 0, got -1\."):
-            ZeroExpertCounts(identity=2, zero=-1)
+    @pytest.mark.parametrize("value", [-1, 0.5, True])
+    def test_number_that_is_no_count_is_refused(self, value):
+        with pytest.raises(ConfigError, match=rf"'zero' must be an integer >= 0, got {value}\."):
+            ZeroExpertCounts(identity=2, zero=value)

@@ -76,7 +76,10 @@ class TestMaterialize:
                 self.factor = nn.Parameter(torch.ones(2))
 
         model = on_meta(lambda: nn.Sequential(nn.Linear(2, 2), Scale()))
-        with pytest.raises(ConfigError, match=r"'meta_init' needs a method Scale.*'factor' of '1'"):
+        message = (
+            r"'meta_init' needs a method Scale\.reset_parameters\(\) that draws 'factor' of '1'\. Write it"
+        )
+        with pytest.raises(ConfigError, match=message):
             materialize_(model, CPU)
 
     def test_model_of_transformers_is_initialised_by_its_own_method(self):

@@ -1,7 +1,7 @@
 """Shows a corpus: what it holds and how long it takes to build.
 
 python -m moe_plugin.apps.data                                         the standard library
-python -m moe_plugin.apps.data code='src/**/*.py' prose='docs/**/*.md'  your own files
+python -m moe_plugin.apps.data code='src/**/*.py' prose='docs/**/*.md'  your files
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from moe_plugin.errors import ConfigError
 
 
 def main(arguments: list[str]) -> None:
-    """Build the corpus in a fresh folder, loads it again, and prints domains, sizes and seconds."""
+    """Build the corpus in a fresh folder, load it again, and print domains, sizes and seconds."""
     source = _source(arguments)
     with tempfile.TemporaryDirectory() as folder:
         cold, corpus = _timed_load(source, Path(folder))
@@ -66,7 +66,7 @@ def _source(arguments: list[str]) -> Source:
         return StandardLibrary()
     for argument in arguments:
         if "=" not in argument:
-            raise ConfigError(f"An argument must be domain=glob, e.g. code='src/**/*.py', got {argument!r}.")
+            raise ConfigError("argument", "must be domain=glob, such as code='src/**/*.py'", argument)
     return Files(dict(argument.split("=", 1) for argument in arguments))
 
 

@@ -1,9 +1,8 @@
-"""A tokenised, split corpus: one token stream per split and domain, and the manifest of what was read."""
+"""A tokenised, split corpus: a token stream per split and domain, and the manifest of what was read."""
 
 from __future__ import annotations
 
 import gc
-import hashlib
 import json
 import platform
 from collections.abc import Iterable, Iterator
@@ -12,7 +11,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from moe_plugin.apps.data.documents import Document, Source
+from moe_plugin.apps.data.documents import Document, Source, sha256
 from moe_plugin.apps.data.split import file_sizes, validation_files
 from moe_plugin.apps.data.tokenization import Encode, Tokenizer
 from moe_plugin.errors import ConfigError
@@ -42,7 +41,7 @@ class Corpus(NamedTuple):
 
 
 def build_corpus(source: Source, tokenizer: Tokenizer, validation_fraction: float) -> Corpus:
-    """Reads, deduplicates, splits and tokenises a source.
+    """Read, deduplicate, split and tokenise a source, see `load_or_build`.
 
     Raises:
         ConfigError: If there is no text, or a domain cannot be split by file.
@@ -50,9 +49,8 @@ def build_corpus(source: Source, tokenizer: Tokenizer, validation_fraction: floa
     with _garbage_uncollected():
         documents = _distinct(source.documents())
     if not documents:
-        raise ConfigError(
-            "'source' gives no text: every file is empty, binary or not UTF-8; point it at text files."
-        )
+        rule = "must give text, but every file is empty, binary or not UTF-8"
+        raise ConfigError("source", rule, fix="Point it at text files.")
     held_out = validation_files(file_sizes(documents), validation_fraction)
     splits = {
         name: [d for d in documents if (d.file in held_out) == (name == "validation")] for name in SPLITS
@@ -69,15 +67,13 @@ def build_corpus(source: Source, tokenizer: Tokenizer, validation_fraction: floa
         "totals": {split: _totals(split, splits[split], streams) for split in SPLITS},
         "documents": [_entry(split, document) for split in SPLITS for document in splits[split]],
     }
-    manifest["digest"] = hashlib.sha256(
-        json.dumps([manifest[k] for k in ("tokenizer", "documents")]).encode()
-    ).hexdigest()
+    manifest["digest"] = sha256(json.dumps([manifest[k] for k in ("tokenizer", "documents")]))
     return Corpus(streams, manifest)
 
 
 @contextmanager
 def _garbage_uncollected() -> Iterator[None]:
-    """Parsing makes millions of small objects and no cycles to speak of: looking for them is 40% of the build."""
+    """Turn the garbage collector off: parsing makes millions of small objects and few cycles; it would take 40%."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -88,11 +84,11 @@ def _garbage_uncollected() -> Iterator[None]:
 
 
 def _distinct(documents: Iterable[Document]) -> list[Document]:
-    """Return the first of identical texts, so that no copy of a training text is validated on; blank ones go."""
+    """Return the first of identical texts, as no copy of a training text is validated on; without blank ones."""
     distinct: dict[str, Document] = {}
     for document in documents:
         if document.text.strip():
-            distinct.setdefault(_sha256(document.text), document)
+            distinct.setdefault(sha256(document.text), document)
     return list(distinct.values())
 
 
@@ -119,9 +115,5 @@ def _entry(split: str, document: Document) -> dict[str, Any]:
         "domain": document.domain,
         "split": split,
         "bytes": len(document.text.encode()),
-        "sha256": _sha256(document.text),
+        "sha256": sha256(document.text),
     }
-
-
-def _sha256(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,4 +1,4 @@
-"""Labels of how hard a place in a text is, read off the text itself.
+"""Labels of how hard a place in a text is, read from the text itself.
 
 Shape legend: N bytes of a text, B sequences, S tokens in each.
 """
@@ -29,8 +29,8 @@ DIFFICULTY_NAMES: dict[str, tuple[str, ...]] = {
     "digits in line": ("none", "1 to 3", "4 or more"),
     "branches": ("none", "1 or 2", "3 or more"),
 }
-"""By label, what its numbers mean: the word a byte is of; the columns its line is indented by; the digits in its line;
-the words in the whole text at which code branches."""
+"""By label, what its numbers mean: the word of a byte; the columns its line is indented by; the digits in its line;
+the words in the text at which code branches."""
 
 _WORDS = re.compile(
     r"(?P<name>[A-Za-z_]\w*)|(?P<number>\d[\w.]*)|(?P<space>\s+)|(?P<punctuation>[!-/:-@\[-`{-~]+)", re.ASCII
@@ -68,7 +68,7 @@ def label_tokens(tokens_BS: Tensor, token_bytes: Sequence[bytes]) -> dict[str, T
     for tokens in tokens_BS.tolist():
         pieces = [token_bytes[token] for token in tokens]
         starts_S = np.cumsum([0, *(len(piece) for piece in pieces[:-1])])
-        # A byte more, for tokens without text at the end.
+        # One more byte, for tokens without text at the end.
         for name, labels_N in difficulty_of(b"".join(pieces) + b"\0").items():
             labels[name].append(labels_N[starts_S])
     return {name: torch.from_numpy(np.stack(rows)) for name, rows in labels.items()}

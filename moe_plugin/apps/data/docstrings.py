@@ -1,4 +1,4 @@
-"""Parts a Python module into its code and the prose of its docstrings."""
+"""Splits a Python module into its code and the prose of its docstrings."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class _Cut(NamedTuple):
 
 
 def split_docstrings(source: str) -> tuple[str, str]:
-    """Take the docstrings out of a module, so that no text is in both domains.
+    """Take the docstrings out of a module: no text is in both domains.
 
     Args:
         source: Python source with LF newlines.
@@ -29,7 +29,7 @@ def split_docstrings(source: str) -> tuple[str, str]:
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # invalid escapes in old modules are not ours to report
+            warnings.simplefilter("ignore")  # invalid escapes in old modules
             tree = ast.parse(source)
     except SyntaxError:
         return source, ""

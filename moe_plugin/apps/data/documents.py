@@ -1,7 +1,8 @@
-"""What a source of text gives the corpus: documents, each with a file and a domain."""
+"""What a source of text gives a corpus: documents, each with a file and a domain."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable
 from typing import NamedTuple, Protocol
 
@@ -9,8 +10,8 @@ from typing import NamedTuple, Protocol
 class Document(NamedTuple):
     """A piece of text of one domain.
 
-    One file may give several documents (a module's code and its docstrings' prose); the split is made by
-    `file`, so they always end on the same side of it.
+    One file may give several documents (a module's code and its docstrings' prose); the split is by `file`, so
+    they are always on the same side.
     """
 
     file: str
@@ -22,12 +23,17 @@ class Source(Protocol):
     """Where documents come from. Bad settings raise `ConfigError` in the constructor."""
 
     def fingerprint(self) -> str:
-        """Return a text that changes whenever `documents` would give something else; cheap to make."""
+        """Return a text that changes whenever `documents` would; cheap to make."""
         ...
 
     def documents(self) -> Iterable[Document]:
         """Return every document, in an order that is the same on every machine."""
         ...
+
+
+def sha256(text: str) -> str:
+    """Return the hash of a text, the same on every machine."""
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def read_text(content: bytes) -> str | None:

@@ -1,4 +1,4 @@
-"""A user's own text files, with a domain for each set of globs."""
+"""A user's text files, with a domain for each set of globs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class Files:
 
         Args:
             sources: Domain -> a glob, or several, relative to `root`; `**` goes through folders.
-            root: Folder the globs start from. The split depends on names below it only, not on where it lies.
+            root: Folder the globs start from. The split depends only on names below it.
 
         Raises:
             ConfigError: If `root` or a glob's folder does not exist, a glob matches no file, a domain has fewer
@@ -27,11 +27,10 @@ class Files:
         """
         self.root = Path(root).expanduser()
         if not self.root.is_dir():
-            raise ConfigError(
-                f"'source.root' must be a folder, but {root!r} does not exist; correct the path."
-            )
+            raise ConfigError("source.root", "must be a folder that exists", root)
         if not sources:
-            raise ConfigError("'source.sources' must name at least one domain, e.g. {code: 'src/**/*.py'}.")
+            rule = "must name at least one domain, such as {code: 'src/**/*.py'}"
+            raise ConfigError("source.sources", rule, sources)
         self.files = {domain: self._match(domain, globs) for domain, globs in sources.items()}
         self._check_files()
 
@@ -40,7 +39,8 @@ class Files:
         for pattern in [globs] if isinstance(globs, str) else globs:
             matched = matching_files(pattern, self.root)
             if not matched:
-                raise ConfigError(f"'source.sources.{domain}': {_why_nothing(pattern, self.root)}")
+                rule, fix = _broken_rule(pattern, self.root)
+                raise ConfigError(f"source.sources.{domain}", rule, pattern, fix)
             names.update(matched)
         return sorted(names)
 
@@ -49,18 +49,14 @@ class Files:
         for domain, names in self.files.items():
             for name in names:
                 if owner.setdefault(name, domain) != domain:
-                    raise ConfigError(
-                        f"'source.sources': {name} is matched by '{owner[name]}' and '{domain}'; a file has one domain."
-                    )
+                    rule = f"must match {name} in one domain only"
+                    raise ConfigError("source.sources", rule, [owner[name], domain])
+            key = f"source.sources.{domain}"
             if len(names) < 2:
-                raise ConfigError(
-                    f"'source.sources.{domain}' must match at least 2 files (training and validation never share one), "
-                    f"got {len(names)}: {', '.join(names)}; widen the glob or split the file."
-                )
+                rule = "must match at least 2 files, as training and validation never share one"
+                raise ConfigError(key, rule, names, "Widen the glob or split the file.")
             if not any((self.root / name).stat().st_size for name in names):
-                raise ConfigError(
-                    f"'source.sources.{domain}' matches {len(names)} files, all empty; give it text."
-                )
+                raise ConfigError(key, f"must match a file with text; its {len(names)} files are empty")
 
     def fingerprint(self) -> str:
         """Return names, sizes and modification times."""
@@ -79,7 +75,12 @@ class Files:
 
 
 def matching_files(pattern: str, root: Path) -> list[str]:
-    """Return names of the files a glob matches, relative to `root` (as they are for an absolute glob)."""
+    """Return the names of the files that a glob matches.
+
+    Args:
+        pattern: The glob.
+        root: Names are relative to it, unless the glob is absolute.
+    """
     names = glob.glob(pattern, root_dir=root, recursive=True)
     return sorted({Path(name).as_posix() for name in names if (root / name).is_file()})
 
@@ -89,13 +90,13 @@ def file_stamps(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
     return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
 
 
-def _why_nothing(pattern: str, root: Path) -> str:
-    """Return names the first folder of a glob that does not exist, else says that no file matches."""
+def _broken_rule(pattern: str, root: Path) -> tuple[str, str]:
+    """Return which rule a glob breaks that matches nothing, and the fix."""
     folder = root
     for part in Path(pattern).parts[:-1]:
         folder = folder / part
         if glob.has_magic(part):
             break
         if not folder.is_dir():
-            return f"glob {pattern!r} starts in {folder}, which does not exist; correct the path or 'source.root'."
-    return f"glob {pattern!r} matches no file under {root.resolve()}; correct it ('**' goes through folders)."
+            return f"must start in a folder that exists, not in {folder}", "Correct the path or source.root."
+    return f"must match a file under {root.resolve()}", "Correct it ('**' goes through folders)."

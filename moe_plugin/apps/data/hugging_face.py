@@ -11,12 +11,13 @@ from typing import Any
 from moe_plugin.apps.data.documents import Document
 from moe_plugin.apps.data.files import file_stamps, matching_files
 from moe_plugin.errors import ConfigError
+from moe_plugin.number_checks import check_integer
 
 _HERE = Path()
 
 
 class HuggingFace:
-    """One document per row; the split is made by row, as each row is a text of its own."""
+    """One document per row; the split is made by row, as each row is a text."""
 
     def __init__(
         self,
@@ -39,11 +40,11 @@ class HuggingFace:
             name: The dataset's configuration.
             split: The dataset's split to read; training and validation are both taken from it.
             data_files: Files or globs for the builder.
-            revision: Version on the Hub; name one, since the cache cannot notice that the dataset has changed.
+            revision: Version on the Hub; name one, as the cache does not notice that the dataset has changed.
             text: Column of the text.
             domain: Column of the domain's name; without it all rows are of the domain `text`.
             streaming: Read row by row instead of downloading all of it.
-            max_bytes: Stop after so many bytes of text (UTF-8; a token each for `Bytes`).
+            max_bytes: Stop after this many bytes of text (UTF-8; a token each for `Bytes`).
 
         Raises:
             ConfigError: If `datasets` is missing, `max_bytes` is not positive, streaming has no limit, or a local
@@ -51,12 +52,11 @@ class HuggingFace:
         """
         if find_spec("datasets") is None:
             raise ConfigError(
-                "'source' HuggingFace needs the package 'datasets': pip install 'moe_plugin[hf]'."
+                "source", "needs the package 'datasets'", fix="Run: pip install 'moe_plugin[hf]'."
             )
-        if max_bytes is not None and max_bytes < 1:
-            raise ConfigError(f"'source.max_bytes' must be >= 1 or null, got {max_bytes}.")
+        check_integer("source.max_bytes", max_bytes, or_none=True)
         if streaming and max_bytes is None:
-            raise ConfigError("'source.streaming' needs a limit, got max_bytes=null; set source.max_bytes.")
+            raise ConfigError("source.max_bytes", "must be given with source.streaming=true", max_bytes)
         self.path, self.name, self.split, self.revision = path, name, split, revision
         self.data_files = [data_files] if isinstance(data_files, str) else list(data_files or ())
         self.text, self.domain, self.streaming, self.max_bytes = text, domain, streaming, max_bytes
@@ -71,7 +71,7 @@ class HuggingFace:
                 continue
             matched = matching_files(pattern, _HERE)
             if not matched:
-                raise ConfigError(f"'source.data_files': {pattern!r} matches no file; correct the path.")
+                raise ConfigError("source.data_files", "must match a file", pattern, "Correct the path.")
             files += [_HERE / name for name in matched]
         return files
 
@@ -98,9 +98,7 @@ class HuggingFace:
     def _column(self, row: dict[str, Any], key: str, column: str) -> str:
         if not isinstance(row.get(column), str):
             texts = [name for name, value in row.items() if isinstance(value, str)]
-            raise ConfigError(
-                f"'source.{key}' must be a column of text, one of {texts}, got {column!r} ({row.get(column)!r})."
-            )
+            raise ConfigError(f"source.{key}", f"must be a column of text, one of {texts}", column)
         return row[column]
 
     def _rows(self) -> Iterable[dict[str, Any]]:
@@ -120,7 +118,6 @@ class HuggingFace:
                 streaming=self.streaming,
             )
         except (OSError, ValueError, KeyError, DatasetsError) as error:
-            raise ConfigError(
-                f"'source.path' {self.path!r} (split {self.split!r}) cannot be loaded: {error}; "
-                "correct source.path, source.name, source.split or source.data_files."
-            ) from error
+            rule = f"must name a dataset that can be loaded (split {self.split!r}: {error})"
+            fix = "Correct source.path, source.name, source.split or source.data_files."
+            raise ConfigError("source.path", rule, self.path, fix) from error

@@ -12,10 +12,10 @@ from moe_plugin.errors import ConfigError
 
 
 class DomainsInTurn(CorpusDataModule):
-    """`CorpusDataModule` whose training batches are of one domain first, and then of another one only."""
+    """`CorpusDataModule` whose training batches are of one domain first, and then of another only."""
 
     def __init__(self, *, first: str, then: str, change_after: int, **settings: Any) -> None:
-        """Take the domains; what they are is known when the text has been read.
+        """Take the domains; they are checked when the text has been read.
 
         Args:
             first: Domain at the start.
@@ -32,14 +32,12 @@ class DomainsInTurn(CorpusDataModule):
         before, after = (order[domain == self._place(key)] for key in ("first", "then"))
         needed = self.change_after * self.batch_size
         if len(before) < needed:
-            raise ConfigError(
-                f"'data.change_after' must be at most {len(before) // self.batch_size}, for the domain {self.first!r} "
-                f"has no more text, got {self.change_after}."
-            )
+            rule = f"must be <= {len(before) // self.batch_size}, as domain {self.first!r} has no more text"
+            raise ConfigError("data.change_after", rule, self.change_after)
         return torch.cat([before[:needed], after])
 
     def _place(self, key: str) -> int:
         domain = getattr(self, key)
         if domain not in self.domains:
-            raise ConfigError(f"'data.{key}' must be one of {', '.join(self.domains)}, got {domain!r}.")
+            raise ConfigError(f"data.{key}", f"must be one of {', '.join(self.domains)}", domain)
         return self.domains.index(domain)

@@ -22,7 +22,7 @@ class TrainingLoader:
     """Stateful batches in the order of `batch_sampler`.
 
     Lightning saves the state with its fit loop (it looks for `state_dict` on the loader), so a run resumed at a
-    step boundary goes on with the next unseen batch, at any world size.
+    step boundary continues with the next unseen batch, at any world size.
     """
 
     def __init__(self, sequences: Sequences, batch_sampler: StepOrder, digest: str) -> None:
@@ -31,7 +31,7 @@ class TrainingLoader:
         Args:
             sequences: What to train on.
             batch_sampler: Which ids come when.
-            digest: Identifies the corpus and its order; a state of another one is refused in mid-epoch.
+            digest: Identifies the corpus and its order; the state of another is refused in mid-epoch.
         """
         self.sequences, self.batch_sampler, self.digest = sequences, batch_sampler, digest
 
@@ -53,14 +53,12 @@ class TrainingLoader:
         """Go to a saved position.
 
         Raises:
-            ConfigError: If it lies in mid-epoch of other data.
+            ConfigError: If it is in mid-epoch of other data.
         """
         if state_dict["sequences_seen"] and state_dict["digest"] != self.digest:
-            raise ConfigError(
-                f"'data' differs from the checkpoint's, which stopped in the middle of epoch {state_dict['epoch']}: "
-                "resume with the same source, Python, tokenizer, context_length, batch_size, seed and "
-                "max_train_tokens, or load the weights only."
-            )
+            settings = "source, Python, tokenizer, context_length, batch_size, seed and max_train_tokens"
+            rule = f"must be the checkpoint's, which stopped in the middle of epoch {state_dict['epoch']}"
+            raise ConfigError("data", rule, fix=f"Resume with the same {settings}, or load the weights only.")
         self.batch_sampler.seek(state_dict["epoch"], state_dict["sequences_seen"])
 
 
@@ -71,7 +69,7 @@ class ValidationLoader:
         """Create the validation loader.
 
         Args:
-            sequences: What to validate on; its number must be a multiple of `batch_size`.
+            sequences: What to validate on; their number must be a multiple of `batch_size`.
             batch_size: Sequences per batch over all ranks.
             share: This rank's part; accumulation plays no role.
 
@@ -80,7 +78,7 @@ class ValidationLoader:
         """
         self.sequences = sequences
         self.micro_batch = Share(share.rank, share.world_size).micro_batch("val_batch_size", batch_size)
-        # Mixed, so that the first batches (a sanity check, limit_val_batches) already hold every domain.
+        # Mixed, so the first batches (a sanity check, limit_val_batches) already hold every domain.
         steps = shuffled(len(sequences.domain), seed=0, epoch=0).view(-1, share.world_size, self.micro_batch)
         self.ids_NB = steps[:, share.rank]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from pathlib import Path
@@ -14,12 +13,13 @@ from torch import Tensor
 from moe_plugin.apps.data.cache import cache_folder, load_or_build
 from moe_plugin.apps.data.corpus import Corpus
 from moe_plugin.apps.data.difficulty import DIFFICULTY_NAMES, label_tokens
-from moe_plugin.apps.data.documents import Source
+from moe_plugin.apps.data.documents import Source, sha256
 from moe_plugin.apps.data.loader import TrainingLoader, ValidationLoader
 from moe_plugin.apps.data.order import Share, StepOrder, shuffled
 from moe_plugin.apps.data.sequences import Sequences, cut
 from moe_plugin.apps.data.tokenization import Bytes, Tokenizer
 from moe_plugin.errors import ConfigError
+from moe_plugin.number_checks import check_fraction, check_integer, check_positive
 
 
 class CorpusDataModule(LightningDataModule):
@@ -52,12 +52,12 @@ class CorpusDataModule(LightningDataModule):
             vocab_size: Must be the tokenizer's; given so that a model's config can refer to it.
             context_length: S, tokens predicted per sequence.
             batch_size: Sequences per optimizer step, over all ranks and accumulated micro-batches.
-            val_batch_size: Sequences per validation batch over all ranks. Validation uses a multiple of it, so that
-                ranks have equally many batches and no sequence counts twice; the fewer than `val_batch_size` left out
-                are the same for any number of ranks.
+            val_batch_size: Sequences per validation batch over all ranks. Validation uses a multiple of it, so ranks
+                have equally many batches and no sequence counts twice; the few left out are the same for any number
+                of ranks.
             seed: Seed of the order.
             validation_fraction: Share of each domain's bytes held out, by file.
-            max_train_tokens: Train on at most that many (predicted) tokens, the same mix spread over all files.
+            max_train_tokens: Train on at most this many (predicted) tokens, the same mix spread over all files.
             max_val_tokens: The same for validation.
             cache: Folder for tokens and manifest; default `$MOE_PLUGIN_CACHE` or the user's cache folder.
 
@@ -77,18 +77,13 @@ class CorpusDataModule(LightningDataModule):
 
     def _check_values(self) -> None:
         for key in ("context_length", "batch_size", "val_batch_size", "max_train_tokens", "max_val_tokens"):
-            value = getattr(self, key)
-            if (value is not None or not key.startswith("max_")) and not _is_positive(value):
-                raise ConfigError(f"'data.{key}' must be a whole number >= 1, got {value!r}.")
-        if not 0 < self.validation_fraction < 1:
-            raise ConfigError(
-                f"'data.validation_fraction' must be in (0, 1), got {self.validation_fraction!r}."
-            )
-        if self.vocab_size != self.tokenizer.vocab_size:
-            raise ConfigError(
-                f"'data.vocab_size' must be the tokenizer's ({self.tokenizer.vocab_size}), "
-                f"got {self.vocab_size!r}; set data.vocab_size={self.tokenizer.vocab_size}."
-            )
+            check_integer(f"data.{key}", getattr(self, key), or_none=key.startswith("max_"))
+        check_positive("data.validation_fraction", self.validation_fraction)
+        check_fraction("data.validation_fraction", self.validation_fraction)
+        size = self.tokenizer.vocab_size
+        if self.vocab_size != size:
+            rule, fix = f"must be the tokenizer's ({size})", f"Set data.vocab_size={size}."
+            raise ConfigError("data.vocab_size", rule, self.vocab_size, fix)
 
     @cached_property
     def corpus(self) -> Corpus:
@@ -107,17 +102,17 @@ class CorpusDataModule(LightningDataModule):
 
     @property
     def token_classes(self) -> tuple[list[str], Tensor | None]:
-        """Names of classes of tokens, and the class of each token id, int64 (V,); none where the tokenizer has none."""
+        """Names of classes of tokens, and the class of each token id, int64 (V,); none if the tokenizer has none."""
         return getattr(self.tokenizer, "token_classes", ([], None))
 
     @cached_property
     def token_bytes(self) -> list[bytes] | None:
-        """The text of each token id; None where the tokenizer does not tell."""
+        """The text of each token id; None if the tokenizer does not give it."""
         return getattr(self.tokenizer, "token_bytes", None)
 
     @property
     def difficulty_names(self) -> Mapping[str, Sequence[str]]:
-        """By label of difficulty, what its numbers mean; none where tokens have no text."""
+        """By label of difficulty, what its numbers mean; none if tokens have no text."""
         return {} if self.token_bytes is None else DIFFICULTY_NAMES
 
     def difficulty(self, tokens_BS: Tensor) -> dict[str, Tensor]:
@@ -150,19 +145,18 @@ class CorpusDataModule(LightningDataModule):
             split, {domain: len(stream) for domain, stream in streams.items()}, self.context_length
         )
         sequences = cut(streams, self.domains, self.context_length)
-        keep = len(sequences.domain) if max_tokens is None else max_tokens // self.context_length
-        keep = min(keep, len(sequences.domain)) // multiple * multiple
+        available = len(sequences.domain)
+        if max_tokens is not None:
+            available = min(available, max_tokens // self.context_length)
         batch_size = getattr(self, batch_key)
-        if keep < batch_size:
-            raise ConfigError(
-                f"'data.{batch_key}' is {batch_size} sequences, but {split} has {len(sequences.domain)} of "
-                f"{self.context_length + 1} tokens and the token limit is {max_tokens}; "
-                f"lower {batch_key} or context_length, or allow more text."
-            )
-        return sequences.thinned(keep)
+        if available < batch_size:
+            rule = f"must be <= {available}, the {split} sequences within the token limit ({max_tokens})"
+            fix = "Lower it or data.context_length, or allow more text."
+            raise ConfigError(f"data.{batch_key}", rule, batch_size, fix)
+        return sequences.thinned(available // multiple * multiple)
 
     def validate(self) -> None:
-        """Check everything the text can be wrong in; writes nothing but the cache.
+        """Check everything that can be wrong with the text; write nothing but the cache.
 
         Raises:
             ConfigError: If text is missing or too short, or the ranks do not divide a batch size.
@@ -177,7 +171,7 @@ class CorpusDataModule(LightningDataModule):
         _ = self.corpus
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the tokens and checks them, before the model is set up."""
+        """Load the tokens and check them, before the model is set up."""
         self.validate()
 
     def train_dataloader(self) -> TrainingLoader:
@@ -203,7 +197,7 @@ class CorpusDataModule(LightningDataModule):
         return {} if self._train_loader is None else self._train_loader.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """The next training loader goes on at the saved position."""
+        """Let the next training loader continue at the saved position."""
         self._restored = state_dict or None
 
     def _order(self, num_sequences: int, epoch: int) -> Tensor:
@@ -212,7 +206,7 @@ class CorpusDataModule(LightningDataModule):
         return shuffled(num_sequences, self.seed, epoch=0 if overfits else epoch)
 
     def _share(self) -> Share:
-        """This rank's part; the strategy knows which ranks share their data (tensor parallel ones do)."""
+        """Return this rank's part; the strategy knows which ranks share their data (tensor parallel ones do)."""
         if self.trainer is None:
             return Share()
         ranks = self.trainer.distributed_sampler_kwargs or {"rank": 0, "num_replicas": 1}
@@ -220,17 +214,12 @@ class CorpusDataModule(LightningDataModule):
 
     def _digest(self) -> str:
         settings = (self.context_length, self.batch_size, self.seed, self.max_train_tokens)
-        return hashlib.sha256(f"{self.manifest['digest']} {settings}".encode()).hexdigest()
-
-
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+        return sha256(f"{self.manifest['digest']} {settings}")
 
 
 def _check_lengths(split: str, tokens: dict[str, int], context_length: int) -> None:
     for domain, count in tokens.items():
         if count <= context_length:
-            raise ConfigError(
-                f"'data.context_length' needs {context_length + 1} tokens for one sequence, but domain '{domain}' "
-                f"has {count} in {split}; lower context_length, or give the domain more text."
-            )
+            rule = f"must be < the {count} tokens of domain '{domain}' in {split}"
+            fix = "Lower it, or give the domain more text."
+            raise ConfigError("data.context_length", rule, context_length, fix)

@@ -1,4 +1,4 @@
-"""In which order sequences are trained on: a function of seed and epoch alone, whatever the world size.
+"""The order in which sequences are trained on: a function of seed and epoch alone, whatever the world size.
 
 Legend: N sequences, B sequences of a micro-batch.
 """
@@ -32,33 +32,41 @@ class Share:
     def micro_batch(self, key: str, batch_size: int) -> int:
         """Return sequences per forward on this rank.
 
+        Args:
+            key: The setting that gives `batch_size`.
+            batch_size: Sequences over all ranks and accumulated micro-batches.
+
         Raises:
             ConfigError: If ranks and accumulation do not divide `batch_size`.
         """
         parts = self.world_size * self.accumulation
-        if batch_size % parts:
-            raise ConfigError(
-                f"'{key}' counts sequences over all ranks and must be a multiple of ranks x accumulation = "
-                f"{self.world_size} x {self.accumulation} = {parts}, got {batch_size}; "
-                f"use {batch_size // parts * parts or parts} or {(batch_size // parts + 1) * parts}."
-            )
-        return batch_size // parts
+        size, rest = divmod(batch_size, parts)
+        if rest:
+            rule = f"must be a multiple of ranks x accumulation ({self.world_size} x {self.accumulation} = {parts})"
+            raise ConfigError(key, rule, batch_size, f"Use {size * parts or parts} or {(size + 1) * parts}.")
+        return size
 
 
 def shuffled(num_sequences: int, seed: int, epoch: int) -> Tensor:
-    """Return the order of one epoch: int64 (N,), the same on every machine for the same arguments."""
+    """Return the order of one epoch: int64 (N,), the same on every machine for the same arguments.
+
+    Args:
+        num_sequences: N.
+        seed: Seed of the run.
+        epoch: Each has another order.
+    """
     digest = hashlib.sha256(f"{seed}/{epoch}".encode()).digest()
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
     return torch.randperm(num_sequences, generator=generator)
 
 
 class StepOrder:
-    """Yields the ids of this rank's micro-batches, and remembers where it is.
+    """The ids of this rank's micro-batches, with a position.
 
     Optimizer step i takes the i-th `batch_size` ids of the epoch's order; its micro-batches over ranks and
-    accumulation are that step's consecutive slices. The last incomplete step of an epoch is dropped. Iterating goes
-    on from the current position, so a restored order continues with the next unseen batch; after an epoch's last
-    batch, iterating anew starts the next epoch.
+    accumulation are that step's consecutive slices. The last incomplete step of an epoch is dropped. Iterating
+    continues at the current position, so a restored order continues with the next unseen batch; after an epoch's
+    last batch, iterating again starts the next epoch.
     """
 
     def __init__(
@@ -86,7 +94,7 @@ class StepOrder:
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Go to the start of `epoch`; stays in place when already in it (a resume in mid-epoch)."""
+        """Go to the start of `epoch`; stay in place when already in it (a resume in mid-epoch)."""
         if epoch != self.epoch:
             self.epoch, self.position = epoch, 0
 
@@ -96,7 +104,12 @@ class StepOrder:
         return self.position * self.micro_batch * self.share.world_size
 
     def seek(self, epoch: int, sequences_seen: int) -> None:
-        """Continue after `sequences_seen` sequences of `epoch` (over all ranks)."""
+        """Continue at another position.
+
+        Args:
+            epoch: Its epoch.
+            sequences_seen: Sequences of the epoch before it, over all ranks.
+        """
         self.epoch = epoch
         self.position = sequences_seen // (self.micro_batch * self.share.world_size)
 

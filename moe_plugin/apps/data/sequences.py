@@ -28,7 +28,7 @@ class Sequences(NamedTuple):
         return {"tokens": self.tokens[ids_B].long(), "domain": self.domain[ids_B]}
 
     def thinned(self, keep: int) -> Sequences:
-        """At most `keep` sequences: the same mix of domains, evenly spread over each domain's files."""
+        """Return at most `keep` sequences: the same mix of domains, evenly spread over each domain's files."""
         if keep >= len(self.domain):
             return self
         counts = torch.bincount(self.domain).tolist()
@@ -60,7 +60,12 @@ def cut(streams: Mapping[str, Tensor], domains: Sequence[str], context_length: i
 
 
 def shares(counts: Sequence[int], keep: int) -> list[int]:
-    """Parts `keep` in proportion to `counts` (largest remainders), never above them."""
+    """Divide a number in proportion to others (largest remainders), never above them.
+
+    Args:
+        counts: The others.
+        keep: What is divided; at most their sum.
+    """
     total = sum(counts)
     quotas = [keep * count // total for count in counts]
     by_remainder = sorted(range(len(counts)), key=lambda i: -(keep * counts[i] % total))

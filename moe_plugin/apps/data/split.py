@@ -1,12 +1,11 @@
-"""Parts files into training and validation, by file and in every domain alike."""
+"""Splits files into training and validation, by file and alike in every domain."""
 
 from __future__ import annotations
 
-import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
-from moe_plugin.apps.data.documents import Document
+from moe_plugin.apps.data.documents import Document, sha256
 from moe_plugin.errors import ConfigError
 
 Sizes = Mapping[str, Mapping[str, int]]
@@ -42,7 +41,7 @@ def validation_files(sizes: Sizes, fraction: float) -> frozenset[str]:
     total = _total(sizes.values())
     missing = {domain: fraction * size for domain, size in total.items()}
     chosen: set[str] = set()
-    while any([_move(file, sizes[file], chosen, missing, total) for file in sorted(sizes, key=_hash)]):
+    while any([_move(file, sizes[file], chosen, missing, total) for file in sorted(sizes, key=sha256)]):
         pass
     for domain in sorted(total):
         if not any(domain in sizes[file] for file in chosen):
@@ -54,7 +53,7 @@ def validation_files(sizes: Sizes, fraction: float) -> frozenset[str]:
 def _move(
     file: str, size: Mapping[str, int], chosen: set[str], missing: dict[str, float], total: Counter[str]
 ) -> bool:
-    """Move `file` to the other side if the shares `missing` from validation get smaller, and says so."""
+    """Move `file` to the other side if the shares `missing` from validation get smaller; return whether it did."""
     sign = -1 if file not in chosen else 1
     moved = {domain: missing[domain] + sign * size[domain] for domain in size}
     before = {domain: missing[domain] for domain in size}
@@ -74,10 +73,10 @@ def _check_both_sides(sizes: Sizes, chosen: set[str]) -> None:
     for domain in sorted(_total(sizes.values())):
         if domain not in trained:
             count = sum(domain in domains for domains in sizes.values())
-            raise ConfigError(
-                f"'source': domain '{domain}' has {count} file(s), too few to be in both training and validation "
-                "(at least 2, never the same file in both); add files to it or merge it into another domain."
+            rule = (
+                f"must have 2 files or more in domain '{domain}', as training and validation never share one"
             )
+            raise ConfigError("source", rule, count, "Add files to it or merge it into another domain.")
 
 
 def _total(sizes: Iterable[Mapping[str, int]]) -> Counter[str]:
@@ -85,7 +84,3 @@ def _total(sizes: Iterable[Mapping[str, int]]) -> Counter[str]:
     for domains in sizes:
         total.update(domains)
     return total
-
-
-def _hash(file: str) -> bytes:
-    return hashlib.sha256(file.encode()).digest()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import hashlib
 import os
 import platform
 import re
@@ -15,8 +14,9 @@ from pathlib import Path
 import torch
 
 from moe_plugin.apps.data.docstrings import split_docstrings
-from moe_plugin.apps.data.documents import Document, read_text
+from moe_plugin.apps.data.documents import Document, read_text, sha256
 from moe_plugin.errors import ConfigError
+from moe_plugin.number_checks import check_integer
 
 _SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 _TOPICS = "pydoc_data/topics.py"
@@ -52,15 +52,12 @@ class StandardLibrary:
         Raises:
             ConfigError: If `header_bytes` is negative or the library's source is not there.
         """
-        if header_bytes < 0:
-            raise ConfigError(f"'header_bytes' must be >= 0, got {header_bytes}.")
+        check_integer("header_bytes", header_bytes, least=0)
         self.header_bytes = header_bytes
         self.root = Path(sysconfig.get_paths()["stdlib"])
         if not (self.root / "ast.py").is_file():
-            raise ConfigError(
-                f"'source' needs the standard library's source, but {self.root} has none (is it in a zip?); "
-                "use data=files."
-            )
+            rule = "needs a folder with the standard library's source (is it in a zip?)"
+            raise ConfigError("source", rule, str(self.root), "Use data=files.")
 
     def fingerprint(self) -> str:
         """Return versions and settings: installed files do not change within a version."""
@@ -86,7 +83,12 @@ def library_files(root: Path) -> list[str]:
 
 
 def module_documents(name: str, text: str) -> Iterator[Document]:
-    """Yield one module's documents: a table, topics, or code with its prose."""
+    """Yield one module's documents: a table, topics, or code with its prose.
+
+    Args:
+        name: File below the library's folder.
+        text: What it holds.
+    """
     if name == _TOPICS:
         yield Document(name, "prose", _topics(text))
     elif name in _TABLES or (name.startswith("encodings/") and _CHARACTER_MAP.search(text)):
@@ -106,7 +108,7 @@ def _topics(text: str) -> str:
 def _headers(include: Path, limit: int) -> Iterator[Document]:
     names = [name for folder in _HEADER_FOLDERS for name in _walk(include, ".h", folder)]
     chosen, total = [], 0
-    for name in sorted(names, key=_hash):
+    for name in sorted(names, key=sha256):
         text = read_text((include / name).read_bytes())
         if text is None or "generated" in name or "@generated" in text[:1000]:
             continue
@@ -115,10 +117,6 @@ def _headers(include: Path, limit: int) -> Iterator[Document]:
             break
         chosen.append(Document(f"torch/include/{name}", "headers", text))
     yield from sorted(chosen)
-
-
-def _hash(name: str) -> bytes:
-    return hashlib.sha256(name.encode()).digest()
 
 
 def _walk(root: Path, suffix: str, folder: str = "") -> Iterable[str]:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from moe_plugin.errors import ConfigError
+from moe_plugin.number_checks import check_integer
 
 SEPARATOR = 0
 """Token after each document, in every vocabulary: a text never holds a NUL."""
@@ -20,7 +21,7 @@ Encode = Callable[[Sequence[str]], Tensor]
 
 
 class Tokenizer(Protocol):
-    """Learns a vocabulary (or has one)."""
+    """A vocabulary, given or learned, and how texts are encoded in it."""
 
     vocab_size: int
 
@@ -39,7 +40,7 @@ class Bytes:
     vocab_size = 256
 
     def fingerprint(self) -> str:
-        """Return the name is all there is."""
+        """Return the name: there are no settings."""
         return "bytes"
 
     @property
@@ -92,14 +93,10 @@ class BytePairs:
         Raises:
             ConfigError: If `vocab_size` is below 257 or `tokenizers` is missing.
         """
-        if vocab_size < 257:
-            raise ConfigError(
-                f"'tokenizer.vocab_size' must be >= 257 (256 bytes and a separator), got {vocab_size}."
-            )
+        check_integer("tokenizer.vocab_size", vocab_size, least=257)
         if find_spec("tokenizers") is None:
-            raise ConfigError(
-                "'tokenizer' BytePairs needs the package 'tokenizers': pip install 'moe_plugin[hf]'."
-            )
+            fix = "Run: pip install 'moe_plugin[hf]'."
+            raise ConfigError("tokenizer", "needs the package 'tokenizers'", fix=fix)
         self.vocab_size = vocab_size
 
     def fingerprint(self) -> str:
@@ -109,7 +106,7 @@ class BytePairs:
         return f"byte pairs {self.vocab_size} by tokenizers {tokenizers.__version__}"
 
     def fit(self, texts: Iterable[str]) -> Encode:
-        """Train on `texts` and returns the encoding."""
+        """Train on `texts` and return the encoding."""
         from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
         tokenizer = Tokenizer(models.BPE())

@@ -12,6 +12,7 @@ from moe_plugin.apps.models.causal import attend
 from moe_plugin.errors import ConfigError
 from moe_plugin.experts import Linear
 from moe_plugin.experts.kernels.dtypes import product_dtype
+from moe_plugin.number_checks import check_positive_integers
 
 Rotary = tuple[Tensor, Tensor]
 
@@ -19,8 +20,13 @@ Rotary = tuple[Tensor, Tensor]
 def rotary_table(length: int, head_dim: int, device: torch.device, base: float = 10000.0) -> Rotary:
     """Return cosines and sines of the rotation angles, each (S, A), fp32; the first half of a head turns backwards.
 
-    Computed once per forward and not kept as a buffer: there is nothing to lose in a cast, a checkpoint or on
-    the meta device.
+    They are computed in each forward: a buffer could be lost in a cast, in a checkpoint or on the meta device.
+
+    Args:
+        length: Positions S.
+        head_dim: Head width A.
+        device: Where the tables are made.
+        base: Pair i turns by `base ** (-2 i / A)` per position.
     """
     frequencies = base ** -(torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
     angles = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequencies)
@@ -29,7 +35,7 @@ def rotary_table(length: int, head_dim: int, device: torch.device, base: float =
 
 
 def rotate(x: Tensor, rotary: Rotary) -> Tensor:
-    """Turn each pair (i, i + A/2) of a head by the angle of its position: (..., S, A)."""
+    """Turn each pair (i, i + A/2) of a head by the angle of its position, see `rotary_table`: (..., S, A)."""
     cos_SA, sin_SA = (table.to(x.dtype) for table in rotary)
     return torch.addcmul(x * cos_SA, x.roll(x.shape[-1] // 2, -1), sin_SA)
 
@@ -42,15 +48,16 @@ class CausalSelfAttention(nn.Module):
 
         Args:
             dim: Width of input and output.
-            num_heads: Heads; `dim / num_heads` must be an even integer.
+            num_heads: Attention heads; `dim / num_heads` must be an even integer.
             residual_gain: Initial gain of the output projection, which writes to the residual stream.
 
         Raises:
             ConfigError: The head width is not an even integer.
         """
         super().__init__()
-        if num_heads < 1 or dim % (2 * num_heads):
-            raise ConfigError(f"'num_heads' must divide dim ({dim}) into even head widths, got {num_heads}.")
+        check_positive_integers(num_heads=num_heads)
+        if dim % (2 * num_heads):
+            raise ConfigError("num_heads", f"must divide dim ({dim}) into even head widths", num_heads)
         self.num_heads = num_heads
         self.head_dim = dim // num_heads
         self.qkv = Linear(dim, 3 * dim)

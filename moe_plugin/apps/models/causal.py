@@ -17,12 +17,12 @@ from torch.nn import functional
 from moe_plugin.experts.kernels.dtypes import HALVES
 
 LONGEST_IN_BLOCKS = 1024
-"""Positions of a sequence above which the weights that blocks keep for the backward would take too much memory."""
+"""Positions of a sequence above which the weights kept for the backward would take too much memory."""
 _BLOCK = 128
 
 
 def attend(q_BNSA: Tensor, k_BNSA: Tensor, v_BNSA: Tensor) -> Tensor:
-    """Return each position's mean of the values up to it, weighted by the softmax of the scaled scores: (B, N, S, A).
+    """Return causal attention, as `functional.scaled_dot_product_attention` does: (B, N, S, A).
 
     In half precision on a CPU, products and a softmax for a block of positions at a time beat torch's fused kernel:
     docs/speed.md.
@@ -35,7 +35,7 @@ def attend(q_BNSA: Tensor, k_BNSA: Tensor, v_BNSA: Tensor) -> Tensor:
 
 
 class _InBlocks(torch.autograd.Function):
-    """Half of the scores lie in the future. Those beyond the end of a block are not computed."""
+    """Attention in blocks of positions. Scores beyond the end of a block are in the future and not computed."""
 
     @staticmethod
     def forward(ctx: Any, q_GSA: Tensor, k_GSA: Tensor, v_GSA: Tensor) -> Tensor:

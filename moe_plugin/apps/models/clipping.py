@@ -1,4 +1,4 @@
-"""Gradient clipping where parameters lie on several device meshes, as with expert or tensor parallelism."""
+"""Gradient clipping for parameters on several device meshes, as with expert or tensor parallelism."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 
 def clip_gradients_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tensor:
-    """Scale the gradients down so that their norm over all parameters and ranks is at most `max_norm`.
+    """Scale the gradients down until their norm over all parameters and ranks is at most `max_norm`.
 
-    What `torch.nn.utils.clip_grad_norm_` does, which refuses gradients of different meshes. For a LightningModule of
-    your own:
+    `torch.nn.utils.clip_grad_norm_` does the same, but refuses gradients of different meshes. In your LightningModule:
 
     Example:
         >>> def configure_gradient_clipping(self, optimizer, gradient_clip_val, gradient_clip_algorithm):
         ...     clip_gradients_(self.parameters(), gradient_clip_val)  # doctest: +SKIP
 
     Args:
-        parameters: Those of the optimizer, on all ranks the same ones; those without a gradient are passed over.
+        parameters: Those of the optimizer, the same on all ranks; those without a gradient are skipped.
         max_norm: The largest L2 norm.
 
     Returns:

@@ -1,4 +1,4 @@
-"""DeepSeek-V3 at its published size, to be counted."""
+"""DeepSeek-V3 at its published size, for counting."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from moe_plugin.errors import ConfigError
 
 
 def deepseek_v3(**sizes: Any) -> nn.Module:
-    """Return Hugging Face transformers' own DeepSeek-V3 on the meta device: shapes without memory.
+    """Return Hugging Face transformers' DeepSeek-V3 on the meta device: shapes without memory.
 
     Args:
-        **sizes: Keys of transformers' `DeepseekV3Config`, of which the defaults are the published geometry.
+        **sizes: Keys of transformers' `DeepseekV3Config`, whose defaults are the published sizes.
 
     Raises:
         ConfigError: transformers is not installed, or a key is unknown to it.
@@ -22,14 +22,10 @@ def deepseek_v3(**sizes: Any) -> nn.Module:
     try:
         from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
     except ImportError as error:
-        raise ConfigError(
-            "'model' must be one whose packages are installed, got deepseek_v3 without transformers. "
-            "Install it with: pip install moe_plugin[hf]"
-        ) from error
+        fix = "Install transformers: pip install 'moe_plugin[hf]'."
+        raise ConfigError("model", "must be one whose packages are installed", "deepseek_v3", fix) from error
     unknown = sorted(set(sizes) - set(DeepseekV3Config().to_dict()))
     if unknown:
-        raise ConfigError(
-            f"'model' must have keys of transformers' DeepseekV3Config, got {', '.join(unknown)}."
-        )
+        raise ConfigError("model", "must have keys of transformers' DeepseekV3Config only", unknown)
     with torch.device("meta"):
         return DeepseekV3ForCausalLM(DeepseekV3Config(**sizes))

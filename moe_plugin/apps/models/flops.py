@@ -13,8 +13,12 @@ from moe_plugin.attach.discovery.routed_experts import RoutedExperts
 def matmul_flops(model: nn.Module, routed: Iterable[RoutedExperts]) -> int:
     """Return forward operations per token in matrix products with weights: two per weight that the token meets.
 
-    A weight is each parameter of two or more dimensions. Embedding look-ups cost nothing; the output projection
-    counts, tied or not; of the routed experts, top_k of num_experts count.
+    Each parameter of two or more dimensions is a weight. Embedding look-ups cost nothing; the output projection
+    counts, tied or not; top_k of num_experts routed experts count.
+
+    Args:
+        model: Any model.
+        routed: Its routed experts, as `find_routed_experts` returns them.
     """
     share = {
         id(module): (experts.top_k, experts.num_experts)
@@ -31,8 +35,11 @@ def matmul_flops(model: nn.Module, routed: Iterable[RoutedExperts]) -> int:
 def attention_flops(model: nn.Module, context_length: int) -> int:
     """Return forward operations per token in attention scores and their weighted sum.
 
-    For causal attention over sequences of `context_length`, where a token sees (context_length + 1) / 2 positions in
-    the mean. Attention modules are those that have a head width and a number of heads.
+    Attention modules are those that have a head width and a number of heads.
+
+    Args:
+        model: Any model.
+        context_length: Length of the sequences: a token sees (context_length + 1) / 2 positions on average.
     """
     widths = sum(sum(_attention_widths(module)) for module in model.modules())
     return widths * (context_length + 1)

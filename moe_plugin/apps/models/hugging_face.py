@@ -6,8 +6,6 @@ Shape legend: B batch, S sequence, T tokens (B x S), D model width, E experts, V
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
@@ -16,16 +14,16 @@ from torch import Tensor, nn
 
 from moe_plugin.apps.models.language_model import TokenModel
 from moe_plugin.apps.models.optimizer import AdamWWarmupCosine
+from moe_plugin.apps.models.transformer import routings_of
 from moe_plugin.errors import ConfigError
 from moe_plugin.experts import ExpertShape
 from moe_plugin.losses import AuxiliaryLoss, load_statistics
 from moe_plugin.routing import Router, ZeroExpertRouter
 from moe_plugin.routing.rankings import tell_tokens_
-from moe_plugin.types import Routing
 
 
 def native_router() -> None:
-    """Stands for the model's own router in the configuration."""
+    """Stand for the model's own router in the configuration."""
 
 
 class HuggingFaceModel(TokenModel):
@@ -52,17 +50,19 @@ class HuggingFaceModel(TokenModel):
             auxiliary_loss: Balancing loss; with one of our routers only.
 
         Raises:
-            ConfigError: The model has no such experts, or an auxiliary loss is asked of its own router.
+            ConfigError: The model has other shared experts, or its own router is to have an auxiliary loss.
         """
-        if getattr(config, "n_shared_experts", 0) != experts.num_shared:
-            raise ConfigError(
-                f"'experts.num_shared' must be 0 for {config.model_type}, got {experts.num_shared}. "
-                "Set experts.num_shared=0."
-            )
+        num_shared = getattr(config, "n_shared_experts", 0)
+        if experts.num_shared != num_shared:
+            rule = f"must be {num_shared}, the shared experts of this {config.model_type}"
+            fix = f"Set experts.num_shared={num_shared}."
+            raise ConfigError("experts.num_shared", rule, experts.num_shared, fix)
         if router is None and auxiliary_loss is not None:
-            raise ConfigError(
-                "'balancing' must be loss_free or none with router=native, got aux_loss. Choose another router."
+            given, fix = (
+                type(auxiliary_loss).__name__,
+                "Choose another router, or balancing=loss_free or none.",
             )
+            raise ConfigError("balancing.auxiliary_loss", "must be null with router=native", given, fix)
         network = HuggingFaceNetwork(config, router, experts)
         super().__init__(
             network, context_length=context_length, optimizer=optimizer, auxiliary_loss=auxiliary_loss
@@ -73,16 +73,16 @@ class HuggingFaceNetwork(nn.Module):
     """Token ids to logits by a model of transformers."""
 
     def __init__(self, config: Any, router: partial[Router] | None, experts: ExpertShape) -> None:
-        """Create the model and puts the router in."""
+        """Create the model and put the router in, see `HuggingFaceModel`."""
         from transformers import AutoModelForCausalLM
 
         super().__init__()
         with warnings.catch_warnings():
-            # A model without shared experts has them all the same, with no width.
+            # A model without shared experts still has them, with no width.
             warnings.filterwarnings("ignore", "Initializing zero-element tensors is a no-op")
             self.model = AutoModelForCausalLM.from_config(config)
         for parameter in self.model.parameters():
-            # Nothing to train, and no strategy that shards could give the optimizer a shard of it.
+            # Without elements there is nothing to train, and no shard that a strategy could give the optimizer.
             parameter.requires_grad_(parameter.numel() > 0)
         if router is not None:
             replace_routers_(self.model, router, experts)
@@ -92,7 +92,7 @@ class HuggingFaceNetwork(nn.Module):
     ) -> tuple[Tensor, Tensor]:
         """Return logits (B, S, V), and the auxiliary losses of the layers added up."""
         tell_tokens_(self, tokens_BS)
-        with _routings_in(self) as routings:
+        with routings_of(module for module in self.modules() if isinstance(module, Router)) as routings:
             logits_BSV = self.model(input_ids=tokens_BS, use_cache=False).logits
         auxiliary = logits_BSV.new_zeros((), dtype=torch.float32)
         if auxiliary_loss is not None:
@@ -103,25 +103,8 @@ class HuggingFaceNetwork(nn.Module):
         return logits_BSV, auxiliary
 
 
-@contextmanager
-def _routings_in(network: nn.Module) -> Iterator[list[tuple[Router, Routing]]]:
-    """What our routers in the network decide while the context is open."""
-    routings: list[tuple[Router, Routing]] = []
-
-    def record(router: Any, _: object, routing: Any) -> None:
-        routings.append((router, routing))
-
-    routers = [module for module in network.modules() if isinstance(module, Router)]
-    hooks = [router.register_forward_hook(record) for router in routers]
-    try:
-        yield routings
-    finally:
-        for hook in hooks:
-            hook.remove()
-
-
 class HostRouter(nn.Module):
-    """One of our routers with the outputs of those of transformers."""
+    """One of our routers with the outputs of a transformers router."""
 
     def __init__(self, router: Router) -> None:
         """Wrap the router."""
@@ -130,40 +113,43 @@ class HostRouter(nn.Module):
         self.top_k = router.top_k
 
     def forward(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return scores (T, E) as they are, gate weights in the dtype of the hidden states, and expert ids."""
+        """Return scores (T, E), gate weights in the dtype of the hidden states, and expert ids."""
         x_TD = hidden_states.reshape(-1, hidden_states.shape[-1])
         routing = self.router(x_TD)
         return routing.scores_TE, routing.weights_TK.to(x_TD.dtype), routing.expert_ids_TK
 
 
 def replace_routers_(model: nn.Module, router: partial[Router], experts: ExpertShape) -> None:
-    """Put one of our routers in the place of each of the model's own.
+    """Replace each of the model's routers by one of ours, in place.
 
-    Those are the modules named ``...Router`` that return scores, gate weights and expert ids, as transformers has had
-    them since version 5.
+    The model's are modules named ``...Router`` that return scores, gate weights and expert ids, as in transformers
+    since version 5.
+
+    Args:
+        model: A model of transformers.
+        router: Router without its sizes.
+        experts: Sizes of the expert layers.
 
     Raises:
-        ConfigError: The model has none, or the router offers experts that the model has not.
+        ConfigError: The model has no router, or the new one offers experts that the model does not have.
     """
     if router.func is ZeroExpertRouter:
         raise ConfigError(
-            "'router' must not be zero_experts for a model of transformers, which has no such experts."
+            "router", "must be one without zero experts for a model of transformers", "zero_experts"
         )
     sizes: dict[str, Any] = {"top_k": experts.top_k, **router.keywords}
+    kind = type(model).__name__
     hosts = {
         name: module for name, module in model.named_modules() if type(module).__name__.endswith("Router")
     }
     if not hosts:
-        raise ConfigError(
-            f"'router' must be native for {type(model).__name__}, which has no router to replace."
-        )
+        rule = f"must be native for {kind}, which has no router to replace"
+        raise ConfigError("router", rule, router.func.__name__)
     for name, host in hosts.items():
         parent, _, attribute = name.rpartition(".")
         dim = host.get_parameter("weight").shape[-1]
         ours = router(dim, experts.num_experts, **sizes)
         if not isinstance(ours, Router):
-            raise ConfigError(
-                f"'router' must be one that chooses experts for tokens in {type(model).__name__}, got "
-                f"{type(ours).__name__}. Take router=sigmoid_top_k."
-            )
+            rule = f"must be one that chooses experts for tokens in {kind}"
+            raise ConfigError("router", rule, type(ours).__name__, "Take router=sigmoid_top_k.")
         setattr(model.get_submodule(parent), attribute, HostRouter(ours))

@@ -25,7 +25,7 @@ from moe_plugin.apps.models.transformer import ActivationCheckpointing, Transfor
 from moe_plugin.errors import ConfigError
 from moe_plugin.experts import ExpertChoiceBlock, ExpertShape, GroupedExperts, MoEBlock, SwiGLU, ZeroExperts
 from moe_plugin.losses import AuxiliaryLoss
-from moe_plugin.number_checks import check_positive_integers
+from moe_plugin.number_checks import check_integer, check_positive_integers
 from moe_plugin.routing import ExpertChoiceRouter, Router, ZeroExpertRouter
 from moe_plugin.sharding import materialize_, shard_
 
@@ -55,7 +55,7 @@ class TokenModel(lightning.LightningModule):
                 auxiliary losses over its layers, a scalar.
             context_length: Longest sequence S.
             optimizer: Optimizer and schedule, by default `AdamWWarmupCosine()`.
-            auxiliary_loss: Balancing loss, added over the layers to the cross-entropy.
+            auxiliary_loss: Balancing loss; its sum over the layers is added to the cross-entropy.
         """
         super().__init__()
         self.network = network
@@ -64,7 +64,7 @@ class TokenModel(lightning.LightningModule):
         self.auxiliary_loss = auxiliary_loss
 
     def configure_model(self) -> None:
-        """Spread the network over the strategy's device mesh, if any, and draws parameters without storage."""
+        """Spread the network over the strategy's device mesh, if any, and draw parameters without storage."""
         if self.device_mesh is not None:
             tensor_parallel_(self.network, self.device_mesh["tensor_parallel"])
             experts_over = getattr(self.trainer.strategy, "expert_parallel_size", 1)
@@ -90,7 +90,7 @@ class TokenModel(lightning.LightningModule):
         return cross_entropy + auxiliary
 
     def validation_step(self, batch: Batch, batch_idx: int) -> dict[str, Tensor]:
-        """Log `val/loss`; gives callbacks the loss of each token, in nats: `token_losses` (B, S)."""
+        """Log `val/loss`, and give callbacks the loss of each token, in nats: `token_losses` (B, S)."""
         losses_BS = self.token_losses(batch)
         self._log_token_mean("val/loss", losses_BS.mean(), batch)
         return {"token_losses": losses_BS}
@@ -106,7 +106,7 @@ class TokenModel(lightning.LightningModule):
         return functional.cross_entropy(logits_TV, targets_BS.flatten(), reduction="none").view_as(targets_BS)
 
     def configure_optimizers(self) -> OptimizerLRScheduler:
-        """Return AdamW, and its schedule over all steps of the fit.
+        """Return AdamW and its schedule over all steps of the fit.
 
         Raises:
             ConfigError: The trainer does not know how many steps it will take.
@@ -114,9 +114,8 @@ class TokenModel(lightning.LightningModule):
         total_steps = self.trainer.estimated_stepping_batches
         # Infinite for an endless number of epochs, -1 for an endless loader.
         if math.isinf(total_steps) or total_steps < 0:
-            raise ConfigError(
-                "'trainer.max_steps' must be set, for the learning rate decays over it; got none."
-            )
+            rule = "must be >= 1 in an endless run, because the learning-rate schedule uses it"
+            raise ConfigError("trainer.max_steps", rule, self.trainer.max_steps)
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
         optimizer = self.optimizer.optimizer(self.parameters(), fused=scaler is None)
         schedule = self.optimizer.schedule(optimizer, int(total_steps))
@@ -128,7 +127,7 @@ class TokenModel(lightning.LightningModule):
         gradient_clip_val: float | None = None,
         gradient_clip_algorithm: str | None = None,
     ) -> None:
-        """Clip as asked for. Lightning cannot, by norm, over several meshes or under FSDP1; nor, fused, in bf16."""
+        """Clip as asked. Lightning cannot clip by norm over several meshes or under FSDP1, or, fused, in bf16."""
         root = self.trainer.strategy.model
         if not gradient_clip_val:
             return
@@ -147,15 +146,13 @@ class TokenModel(lightning.LightningModule):
         """Return logits in fp32, (B x S, V), and the auxiliary loss."""
         tokens = batch["tokens"]
         if tokens.shape[1] - 1 > self.context_length:
-            raise ConfigError(
-                f"'tokens' must have at most context_length + 1 ({self.context_length + 1}) columns, "
-                f"got {tokens.shape[1]}."
-            )
+            rule = f"must have at most context_length + 1 ({self.context_length + 1}) columns"
+            raise ConfigError("tokens", rule, tokens.shape[1])
         logits_BSV, auxiliary = self.network(tokens[:, :-1], self.auxiliary_loss)
         return logits_BSV.flatten(0, 1).float(), auxiliary
 
     def _log_step(self, name: str, value: Tensor) -> None:
-        # `sync_dist=True` would let all ranks wait for one another in every step. Between the steps that are logged
+        # `sync_dist=True` would make all ranks wait for one another in every step. Between the steps that are logged
         # the progress bar shows this rank's own value.
         value = value.detach()
         if self.trainer._logger_connector.should_update_logs:
@@ -164,8 +161,8 @@ class TokenModel(lightning.LightningModule):
 
     def _log_token_mean(self, name: str, value: Tensor, batch: Batch) -> None:
         # Lightning weighs by batch size, over batches and over ranks: with the number of tokens as batch size the
-        # mean is that over tokens, whatever the sizes of the batches. Over ranks it takes an integer mean of the
-        # sizes, which truncates unless they are multiples of the world size.
+        # mean is over tokens, whatever the sizes of the batches. Over ranks it takes an integer mean of the sizes,
+        # which truncates unless they are multiples of the world size.
         weight = batch["tokens"][:, 1:].numel() * self.trainer.world_size
         self.log(name, value.detach(), batch_size=weight, sync_dist=True, prog_bar=True)
 
@@ -201,59 +198,52 @@ class LanguageModel(TokenModel):
             dim: Model width.
             num_layers: Layers.
             num_heads: Attention heads.
-            router: Router without its sizes; a `top_k` given in it takes the place of that of `experts`.
+            router: Router without its sizes; its `top_k`, if it has one, replaces that of `experts`.
             experts: Sizes of the expert layers.
             dense_hidden_dim: Hidden width of the dense layers; by default that of a token's experts together.
             num_dense: Dense layers at the start.
             moe_every: After those, every n-th layer has experts and the others are dense.
             tie_embeddings: Use the token embedding as output projection too.
             activation_checkpointing: Recompute the layers in the backward: "reentrant" or "non_reentrant".
-            optimizer: Optimizer and schedule, by default `AdamWWarmupCosine()`.
-            auxiliary_loss: Balancing loss, added over the layers to the cross-entropy.
+            optimizer: Optimizer and schedule, see `TokenModel`.
+            auxiliary_loss: Balancing loss, see `TokenModel`.
 
         Raises:
             ConfigError: A size is out of range, or sizes do not fit together.
         """
         if router is None:
-            raise ConfigError(
-                "'router' must be one of ours for this model, got native. Take router=sigmoid_top_k."
-            )
+            raise ConfigError("router", "must be one of ours for this model", "native", "Take sigmoid_top_k.")
         if dense_hidden_dim is None:
             dense_hidden_dim = (experts.top_k + experts.num_shared) * experts.hidden_dim
-        check_positive_integers(
-            dense_hidden_dim=dense_hidden_dim,
-            vocab_size=vocab_size,
-            context_length=context_length,
-            dim=dim,
-            num_layers=num_layers,
-            moe_every=moe_every,
-        )
+        check_positive_integers(vocab_size=vocab_size, context_length=context_length, dim=dim)
+        check_positive_integers(num_layers=num_layers, moe_every=moe_every, dense_hidden_dim=dense_hidden_dim)
         _validate_choices(num_layers, num_dense, activation_checkpointing)
         # Each layer adds to the residual stream twice: keep its variance at 1 over the depth.
-        residual_gain = (2 * num_layers) ** -0.5
-        layers = [
-            TransformerLayer(
-                dim,
-                CausalSelfAttention(dim, num_heads, residual_gain=residual_gain),
-                moe_block(dim, router, experts, residual_gain)
-                if layer >= num_dense and (layer - num_dense + 1) % moe_every == 0
-                else SwiGLU(dim, dense_hidden_dim, residual_gain=residual_gain),
-                activation_checkpointing,
-            )
-            for layer in range(num_layers)
-        ]
+        gain, layers = (2 * num_layers) ** -0.5, []
+        for layer in range(num_layers):
+            attention = CausalSelfAttention(dim, num_heads, residual_gain=gain)
+            if layer >= num_dense and (layer - num_dense + 1) % moe_every == 0:
+                feed_forward = moe_block(dim, router, experts, gain)
+            else:
+                feed_forward = SwiGLU(dim, dense_hidden_dim, residual_gain=gain)
+            layers.append(TransformerLayer(dim, attention, feed_forward, activation_checkpointing))
+        network = Transformer(vocab_size, dim, layers, tie_embeddings=tie_embeddings)
         super().__init__(
-            Transformer(vocab_size, dim, layers, tie_embeddings=tie_embeddings),
-            context_length=context_length,
-            optimizer=optimizer,
-            auxiliary_loss=auxiliary_loss,
+            network, context_length=context_length, optimizer=optimizer, auxiliary_loss=auxiliary_loss
         )
 
 
 def moe_block(
     dim: int, router: partial[Router], experts: ExpertShape, residual_gain: float = 1.0
 ) -> MoEBlock | ExpertChoiceBlock:
-    """Return an expert layer of the given sizes, with its router and shared experts."""
+    """Return an expert layer with its router and shared experts.
+
+    Args:
+        dim: Model width.
+        router: Router without its sizes.
+        experts: Sizes of the layer.
+        residual_gain: Initial gain of the projections that write to the residual stream.
+    """
     sizes: dict[str, Any] = {"top_k": experts.top_k, **router.keywords}
     shared = None
     if experts.num_shared:
@@ -269,10 +259,9 @@ def moe_block(
 
 
 def _validate_choices(num_layers: int, num_dense: int, activation_checkpointing: str | None) -> None:
-    if not 0 <= num_dense <= num_layers:
-        raise ConfigError(f"'num_dense' must be between 0 and num_layers ({num_layers}), got {num_dense}.")
+    check_integer("num_dense", num_dense, least=0)
+    if num_dense > num_layers:
+        raise ConfigError("num_dense", f"must be <= num_layers ({num_layers})", num_dense)
     if activation_checkpointing not in (None, "reentrant", "non_reentrant"):
-        raise ConfigError(
-            f"'activation_checkpointing' must be null, 'reentrant' or 'non_reentrant', "
-            f"got {activation_checkpointing!r}."
-        )
+        rule = "must be null, 'reentrant' or 'non_reentrant'"
+        raise ConfigError("activation_checkpointing", rule, activation_checkpointing)

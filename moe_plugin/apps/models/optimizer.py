@@ -11,6 +11,7 @@ from torch.optim import AdamW
 from torch.optim.lr_scheduler import LambdaLR
 
 from moe_plugin.errors import ConfigError
+from moe_plugin.number_checks import check_fraction, check_integer, check_not_negative, check_positive
 
 
 @dataclass(frozen=True)
@@ -37,16 +38,14 @@ class AdamWWarmupCosine:
         Raises:
             ConfigError: A number is out of range.
         """
-        if not 0 < self.learning_rate < math.inf:
-            raise ConfigError(f"'learning_rate' must be a finite number > 0, got {self.learning_rate}.")
-        if not 0 <= self.weight_decay < math.inf:
-            raise ConfigError(f"'weight_decay' must be a finite number >= 0, got {self.weight_decay}.")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise ConfigError(f"'betas' must be two numbers in [0, 1), got {self.betas}.")
-        if self.warmup_steps < 0:
-            raise ConfigError(f"'warmup_steps' must be >= 0, got {self.warmup_steps}.")
-        if not 0 <= self.floor <= 1:
-            raise ConfigError(f"'floor' must be between 0 and 1, got {self.floor}.")
+        check_positive("learning_rate", self.learning_rate)
+        check_not_negative("weight_decay", self.weight_decay)
+        if len(self.betas) != 2:
+            raise ConfigError("betas", "must be two numbers", self.betas)
+        for beta in self.betas:
+            check_fraction("betas", beta)
+        check_integer("warmup_steps", self.warmup_steps, least=0)
+        check_fraction("floor", self.floor, with_one=True)
 
     def optimizer(self, parameters: Iterable[nn.Parameter], *, fused: bool) -> AdamW:
         """Return the optimizer over the parameters that require a gradient.
@@ -54,7 +53,7 @@ class AdamWWarmupCosine:
         Args:
             parameters: A model's parameters.
             fused: Update all parameters in one kernel. Not with an fp16 gradient scaler: a fused step is called
-                even where the scaler found an overflow, and Lightning cannot clip gradients before it.
+                even if the scaler found an overflow, and Lightning cannot clip gradients before it.
         """
         trained = [parameter for parameter in parameters if parameter.requires_grad]
         groups = [
@@ -64,11 +63,16 @@ class AdamWWarmupCosine:
         return AdamW(groups, lr=self.learning_rate, betas=(self.betas[0], self.betas[1]), fused=fused)
 
     def schedule(self, optimizer: AdamW, total_steps: int) -> LambdaLR:
-        """Return the schedule, to be stepped once per optimizer step."""
+        """Return the schedule, to be stepped once per optimizer step, see `factor`."""
         return LambdaLR(optimizer, lambda step: self.factor(step, total_steps))
 
     def factor(self, step: int, total_steps: int) -> float:
-        """Return the learning rate at a step, as a fraction of the peak."""
+        """Return the learning rate at a step, as a fraction of the peak.
+
+        Args:
+            step: Optimizer steps taken before.
+            total_steps: Steps of the run.
+        """
         if step < self.warmup_steps:
             return (step + 1) / (self.warmup_steps + 1)
         progress = (step - self.warmup_steps) / max(1, total_steps - self.warmup_steps)

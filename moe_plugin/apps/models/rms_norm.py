@@ -1,4 +1,4 @@
-"""Root mean square normalisation (arXiv 1910.07467), quick on a CPU.
+"""Root mean square normalisation (arXiv 1910.07467), fast on a CPU.
 
 Shape legend: D model width, T tokens.
 """
@@ -13,9 +13,9 @@ from torch.autograd.function import once_differentiable
 
 
 class RMSNorm(nn.RMSNorm):
-    """`nn.RMSNorm` over the last dimension, in half of its time on a CPU.
+    """`nn.RMSNorm` over the last dimension, in half the time on a CPU.
 
-    There torch has no kernel for it, and differentiates each operation that it consists of: docs/speed.md.
+    torch has no kernel for it there and differentiates each of its operations: docs/speed.md.
     """
 
     def forward(self, x: Tensor) -> Tensor:

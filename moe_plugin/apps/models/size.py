@@ -53,11 +53,11 @@ class ModelSize:
             Embedding and output projection count in full, as in the published "37B active" of DeepSeek-V3.
         embedding_parameters: Parameters of the token embeddings, contained in both.
         forward_flops_per_token: Operations of one forward, attention included.
-        attention_flops_per_token: The part of attention scores and weighted sums in it.
+        attention_flops_per_token: Of these, attention scores and weighted sums.
         expert_flops: Operations of one forward of a token through one routed expert in every layer that has some.
         experts_per_token: Routed experts of a token, the mean over those layers; None without any.
-        context_length: Sequence length that the attention part is for; causal.
-        memory: By strategy.
+        context_length: Sequence length of the attention part; causal.
+        memory: Bytes by strategy.
     """
 
     total_parameters: int
@@ -72,27 +72,27 @@ class ModelSize:
 
     @property
     def training_flops_per_token(self) -> int:
-        """Forward and backward, which costs twice the forward; without recomputation."""
+        """Operations of forward and backward, which costs twice the forward; without recomputation."""
         return 3 * self.forward_flops_per_token
 
     def active_flops(self, experts_per_token: float) -> float:
-        """Return operations of one forward of a token that uses so many experts in every layer."""
+        """Return operations of one forward of a token that uses this many experts in every layer."""
         return self.forward_flops_per_token + self.expert_flops * (
             experts_per_token - (self.experts_per_token or 0)
         )
 
 
 def measure(model: nn.Module, *, context_length: int | None = None, num_devices: int = 8) -> ModelSize:
-    """Return counts what a model costs.
+    """Count what a model costs.
 
     Args:
         model: Any model, on any device including meta. Nothing is run or allocated.
-        context_length: Sequence length for the attention operations; by default the model's own
+        context_length: Sequence length for the attention operations; by default the model's
             `context_length`, or else 4096.
         num_devices: Devices that `fsdp` shards over.
 
     Raises:
-        ConfigError: A number is not positive, or routed experts have no top_k beside them.
+        ConfigError: A number is not positive, or routed experts have no top_k next to them.
     """
     length = int(context_length or getattr(model, "context_length", 4096))
     check_positive_integers(context_length=length, num_devices=num_devices)
@@ -113,7 +113,7 @@ def measure(model: nn.Module, *, context_length: int | None = None, num_devices:
 
 
 def fixed_experts_per_token(model: nn.Module) -> float | None:
-    """Routed experts of a token, the mean over layers; None where tokens use different numbers of them, or none."""
+    """Return the routed experts of a token, averaged over layers; None if tokens use different numbers, or none."""
     routed = find_routed_experts(model)
     varies = any(isinstance(module, DynamicRouter | ZeroExpertRouter) for module in model.modules())
     return fmean(experts.top_k for experts in routed) if routed and not varies else None
@@ -146,7 +146,7 @@ def size_table(size: ModelSize) -> Table:
         table.add_row(f"Memory per device, {memory.strategy}", _gib(memory.total), note)
     table.caption = (
         "Memory: parameters and gradients in the parameters' dtype, Adam in fp32, DDP with its gradient buckets; "
-        "without activations and, under fsdp, the layer gathered at the moment."
+        "without activations and, under fsdp, the layer that is gathered."
     )
     return table
 

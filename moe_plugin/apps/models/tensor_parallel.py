@@ -1,4 +1,4 @@
-"""Attention and dense layers of our transformer split over processes that see the same tokens."""
+"""Attention and dense layers of our transformer, split over processes that see the same tokens."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ from moe_plugin.experts import SwiGLU
 def tensor_parallel_(network: nn.Module, mesh: DeviceMesh) -> None:
     """Split attention by heads, dense layers and shared experts by hidden units, in place; before sharding.
 
-    Routers, their biases, the routed experts, norms and embeddings stay whole on every rank, which all compute the same
+    Routers, their biases, the routed experts, norms and embeddings stay whole on every rank; all ranks compute the same
     with them.
 
     Args:
-        network: A `Transformer`.
-        mesh: One dimension. Of a single rank, nothing is done; nor is it where the network is sharded already.
+        network: A `Transformer`. One that is sharded already stays as it is.
+        mesh: One dimension. A single rank changes nothing.
 
     Raises:
         ConfigError: The network has nothing that could be split, or heads or hidden units that do not divide.
@@ -33,9 +33,8 @@ def tensor_parallel_(network: nn.Module, mesh: DeviceMesh) -> None:
     attentions = [module for module in network.modules() if isinstance(module, CausalSelfAttention)]
     denses = [module for module in network.modules() if isinstance(module, SwiGLU)]
     if not attentions:
-        raise ConfigError(
-            f"'tensor_parallel_size' must be 1 for a network that is not ours, got {mesh.size()}. Set strategy=fsdp."
-        )
+        rule = "must be 1 for a network that is not ours"
+        raise ConfigError("tensor_parallel_size", rule, mesh.size(), "Set strategy=fsdp.")
     for attention in attentions:
         _check("heads", attention.num_heads, mesh)
         _split_(attention, "qkv", "out", 3, mesh)
@@ -46,7 +45,7 @@ def tensor_parallel_(network: nn.Module, mesh: DeviceMesh) -> None:
 
 def _check(what: str, count: int, mesh: DeviceMesh) -> None:
     if count % mesh.size():
-        raise ConfigError(f"'tensor_parallel_size' must divide the {count} {what}, got {mesh.size()}.")
+        raise ConfigError("tensor_parallel_size", f"must divide the {count} {what}", mesh.size())
 
 
 def _split_(module: nn.Module, entry: str, leave: str, parts: int, mesh: DeviceMesh) -> None:
@@ -55,8 +54,8 @@ def _split_(module: nn.Module, entry: str, leave: str, parts: int, mesh: DeviceM
     parallelize_module(module, mesh, plan, src_data_rank=None)
 
     def own_part_of_each(_: nn.Module, __: Any, output: DTensor) -> Tensor:
-        # A shard of the rows of the fused weight is not a shard of each of its parts, and only so does the checkpoint
-        # keep its layout: the outputs travel instead.
+        # Sharding the rows of the fused weight keeps the checkpoint's layout, but is no shard of each of its parts:
+        # the outputs travel instead.
         whole = output.redistribute(placements=[Replicate()]).to_local(grad_placements=[Partial()])
         return whole.unflatten(-1, (parts, mesh.size(), -1))[..., mesh.get_local_rank(), :].flatten(-2)
 

@@ -5,7 +5,7 @@ Shape legend: B batch, S sequence, D model width, V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -58,7 +58,7 @@ class TransformerLayer(nn.Module):
         Args:
             x_BSD: Residual stream.
             rotary: See `rotary_table`.
-            measure: Also say what the router decided, for auxiliary losses.
+            measure: Also return what the router decided, for auxiliary losses.
 
         Returns:
             The residual stream, and the router's decisions; None without a router, or unless `measure`.
@@ -74,29 +74,30 @@ class TransformerLayer(nn.Module):
         return x_BSD, LoadStatistics(*statistics) if statistics else None
 
     def _forward(self, x_BSD: Tensor, rotary: Rotary, measure: bool) -> tuple[Tensor, ...]:
-        """The residual stream, followed by the parts of `LoadStatistics`: flat, as checkpointing wants outputs."""
+        """Return the residual stream and the parts of `LoadStatistics`: flat, as checkpointing wants outputs."""
         x_BSD = x_BSD + self.attention(self.attention_norm(x_BSD), rotary)
         if not measure or not isinstance(self.feed_forward, MoEBlock):
             return (x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD)),)
-        with _routing_of(self.feed_forward) as routings:
+        with routings_of([self.feed_forward.router]) as routings:
             x_BSD = x_BSD + self.feed_forward(self.feed_forward_norm(x_BSD))
         ((router, routing),) = routings
         return x_BSD, *load_statistics(routing, router.score.probabilities(routing.scores_TE), len(x_BSD))
 
 
 @contextmanager
-def _routing_of(block: MoEBlock) -> Iterator[list[tuple[Router, Routing]]]:
-    """What the block's router decides while the context is open."""
+def routings_of(routers: Iterable[nn.Module]) -> Iterator[list[tuple[Router, Routing]]]:
+    """Record what routers decide while the context is open."""
     routings: list[tuple[Router, Routing]] = []
 
     def record(router: Any, _: object, routing: Any) -> None:
         routings.append((router, routing))
 
-    hook = block.router.register_forward_hook(record)
+    hooks = [router.register_forward_hook(record) for router in routers]
     try:
         yield routings
     finally:
-        hook.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 class Transformer(nn.Module):
@@ -129,7 +130,7 @@ class Transformer(nn.Module):
 
         Args:
             token_ids_BS: Token ids, int64.
-            auxiliary_loss: Loss on what the routers decide.
+            auxiliary_loss: Loss on the routers' decisions.
 
         Returns:
             logits_BSV, and the auxiliary loss: a scalar, fp32; 0 without routers or a loss.

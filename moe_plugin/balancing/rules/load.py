@@ -1,4 +1,4 @@
-"""What a rule may look at.
+"""What a rule sees.
 
 Shape legend: E experts, G bins of a histogram of gaps.
 """
@@ -13,9 +13,9 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Load:
-    """The load of one step over all ranks, and where the bias stands.
+    """The load of one step over all ranks, and the bias.
 
-    That of one site, or of several with a leading dimension: sums and means are over the last one.
+    It is for one site, or for several with a leading dimension: sums and means are over the last one.
 
     Attributes:
         counts_E: Tokens per expert; int64 (..., E).
@@ -32,20 +32,20 @@ class Load:
     shares_E: Tensor | None = None
 
     def of(self, site: int) -> Load:
-        """Return that of one site of several."""
+        """Return the load of one site of several."""
         gaps_EG = None if self.gaps_EG is None else self.gaps_EG[site]
         shares_E = None if self.shares_E is None else self.shares_E[site]
         return Load(self.counts_E[site], self.bias_E[site], gaps_EG, shares_E)
 
     @property
     def expected_E(self) -> Tensor:  # noqa: N802 (shape suffix)
-        """Tokens that each expert should get; float64 (..., E), or (..., 1) where all should get as many."""
+        """Tokens that each expert should get; float64 (..., E), or (..., 1) if all should get as many."""
         total_1 = self.counts_E.sum(-1, keepdim=True).double()
         return total_1 / self.counts_E.shape[-1] if self.shares_E is None else total_1 * self.shares_E
 
     @property
     def error_E(self) -> Tensor:  # noqa: N802 (shape suffix)
-        """How much of the expected load is missing, ``(mean - c) / mean``; float64 (..., E) with zero mean.
+        """Share of the expected load that is missing, ``(mean - c) / mean``; float64 (..., E) with zero mean.
 
         With equal shares the difference is taken in integers and divided once: no count is too large for it.
         """
@@ -63,7 +63,7 @@ class Load:
 
 
 def centred(values_E: Tensor) -> Tensor:
-    """Return the values less their mean over the experts; float64. That of integers is rounded once."""
+    """Return the values less their mean over the experts; float64. Integers are rounded once."""
     if values_E.dtype == torch.int64:
         num_experts = values_E.shape[-1]
         return (num_experts * values_E - values_E.sum(-1, keepdim=True)).double() / num_experts

@@ -23,8 +23,8 @@ class Momentum:
         m_i = beta * m_i + (1 - beta) * d_i
         b_i += m_i
 
-    Between the sign rule (kappa large) and the proportional one (kappa small): large errors step by at most the rate,
-    small ones in proportion, and the running mean evens out the noise of single batches.
+    It is between the sign rule (kappa large) and the proportional one (kappa small): large errors step by at most the
+    rate, small ones in proportion, and the running mean evens out the noise of single batches.
 
     Attributes:
         rate: Largest step in score units, or 'auto'. Trinity Large uses 0.0005 with sigmoid scores.

@@ -20,10 +20,9 @@ class Multiplicative:
     """The multiplicative variant of arXiv 2408.15664, section 4.3: select by ``m_i * s_i``, ``m_i`` starting at 1.
 
     ``m_i += rate * sign(mean(c) - c_i)``, as in Algorithm 1. Selection adds its bias to what the router ranks, so the
-    bias is ``log m_i``: that is a factor wherever the router ranks the logarithm of its scores, as routers do that take
-    the softmax after the top-k (``router=mixtral``), or that rank log-sigmoids (``router=log_sigmoid_top_k``). On
-    others it is a sign rule whose step shrinks as a bias grows. One common factor changes no selection: their
-    geometric mean is kept at 1.
+    bias is ``log m_i``. It is a factor if the router ranks the logarithm of its scores: routers that take the softmax
+    after the top-k (``router=mixtral``) or rank log-sigmoids (``router=log_sigmoid_top_k``). With others it is a sign
+    rule whose step shrinks as a bias grows. A common factor changes no selection: their geometric mean is kept at 1.
 
     Attributes:
         rate: Step of a factor, or 'auto'. The paper uses 0.001.

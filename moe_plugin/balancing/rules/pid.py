@@ -1,4 +1,4 @@
-"""Step every bias by its load error, by what the error has come to, and by how it changes."""
+"""Step every bias by its load error, by the sum of errors, and by their change."""
 
 from __future__ import annotations
 
@@ -15,16 +15,16 @@ from moe_plugin.number_checks import check_not_negative, check_positive
 
 @dataclass(frozen=True)
 class PID:
-    """A controller on the load error, in the manner of LongCat-Flash, arXiv 2509.01322.
+    """A controller on the load error, as in LongCat-Flash, arXiv 2509.01322.
 
-    With the normalised error ``e_i = (mean(c) - c_i) / mean(c)`` and its sum over the steps ``s_i``, kept within
-    ``windup_limit`` so that an error which cannot be corrected at once does not pile up::
+    With the normalised error ``e_i = (mean(c) - c_i) / mean(c)`` and its sum over the steps ``s_i``, limited to
+    ``windup_limit``, as an error that cannot be corrected at once would pile up::
 
         b_i += rate * (e_i + integral * s_i + derivative * (e_i - last e_i)),  centred over the experts
 
-    LongCat-Flash's own increment, ``mu * (1 / E - c_i / sum(c))`` where no expert is idle by design, is the first
-    term alone. The integral takes out the lag behind a load that drifts steadily. The derivative is off by default: it
-    raises the noise of batches, and damped nothing in the simulations of docs/rules.md.
+    The increment of LongCat-Flash, ``mu * (1 / E - c_i / sum(c))`` if no expert is idle by design, is the first term
+    alone. The integral removes the lag behind a load that drifts steadily. The derivative is off by default: it raises
+    the noise of batches, and damped nothing in the simulations of docs/rules.md.
 
     Attributes:
         rate: Step in score units for an expert without tokens, or 'auto'.

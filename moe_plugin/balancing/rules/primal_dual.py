@@ -20,13 +20,13 @@ class PrimalDual:
 
     The bias is the dual variable of "every expert gets its share"; top-k by score plus bias is the primal step, and
     the load error is the gradient of the dual: ``b_i += rate / n**power * e_i`` in step n. With ``power = 1`` the
-    expected regret grows with the logarithm of the number of steps, since the objective is strongly convex in
-    expectation; with 0 it is the proportional rule. Routers move while they are trained, and steps that vanish stop
-    following them: to be chosen for a router that moves little, or late in a run.
+    expected regret grows with the logarithm of the number of steps, as the objective is strongly convex in expectation;
+    with 0 it is the proportional rule. Routers move while they are trained, and vanishing steps stop following them:
+    choose it for a router that moves little, or late in a run.
 
     Attributes:
         rate: First step in score units for an expert without tokens, or 'auto'.
-        power: How fast the steps become smaller, 0 to 1.
+        power: Speed at which the steps become smaller, 0 to 1.
     """
 
     auto_fraction: ClassVar[float] = 0.3

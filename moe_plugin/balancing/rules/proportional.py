@@ -16,12 +16,12 @@ from moe_plugin.number_checks import check_positive
 class Proportional:
     """``b_i += rate * e_i`` with the normalised error ``e_i = (mean(c) - c_i) / mean(c)``.
 
-    The error variant of arXiv 2408.15664, section 4.3, normalised so that the rate does not depend on the batch
-    size. The step shrinks as the load evens out, where the sign rule goes on with full steps.
+    The error variant of arXiv 2408.15664, section 4.3, normalised: the rate does not depend on the batch size. The
+    step shrinks as the load evens out, while the sign rule continues with full steps.
 
     Attributes:
         rate: Step in score units for an expert without tokens, or 'auto'.
-        limit: Largest error that counts, so that one collapsed step cannot throw the bias; None for no limit.
+        limit: Largest error that counts, to limit the effect of one collapsed step; None for no limit.
     """
 
     rate: float | str = "auto"

@@ -21,15 +21,15 @@ class Quantile:
     """Quantile balancing: Kimi K3, section 4.3 (equation 14), after Jianlin Su, kexue.fm/archives/11619.
 
     With alpha_t the (k+1)-th largest biased score of token t, expert i is used by the tokens whose score exceeds
-    ``alpha_t - b_i``. The bias under which that are ``T k / E`` tokens, were the alphas to stay, is::
+    ``alpha_t - b_i``. If the alphas stayed, these would be ``T k / E`` tokens with the bias::
 
         b*_i = -quantile_{1 - k / E}(s_ti - alpha_t),  centred over the experts
         b_i += rate * (b*_i - b_i)
 
-    Quantiles are read from a histogram with fixed bins of the biased gaps ``s_ti + b_i - alpha_t``, so that they are
-    exactly the same on all ranks; the bins are narrow at 0, where selection changes, in proportion to their distance
-    from it. Where any value in an interval is the quantile, the one nearest to the present bias is taken, so that a
-    balanced load changes nothing.
+    Quantiles are read from a histogram with fixed bins of the biased gaps ``s_ti + b_i - alpha_t``: they are exactly
+    the same on all ranks. The bins are narrow at 0, where selection changes, in proportion to their distance from it.
+    If any value in an interval is the quantile, the one nearest to the present bias is taken: a balanced load changes
+    nothing.
 
     Attributes:
         rate: Share of the way to go in one step, 1 for all of it as in the paper; less evens out the noise of batches.

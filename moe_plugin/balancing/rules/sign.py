@@ -16,13 +16,13 @@ from moe_plugin.balancing.rules.rule import Memory
 class Sign:
     """Algorithm 1 of arXiv 2408.15664: ``b_i += rate * sign(mean(c) - c_i)``, by default centred.
 
-    Centred it is torchtitan's update, otherwise that of the paper, of Megatron-LM (``get_updated_expert_bias``) and of
+    Centred it is torchtitan's update, otherwise that of the paper, Megatron-LM (``get_updated_expert_bias``) and
     OLMo-core (``bias_gamma``). The sign is taken in integers, ``sign(sum(c) - E c_i)``: a floating-point mean gets it
     wrong at large counts.
 
     Attributes:
         rate: Step in score units, or 'auto'. The paper uses 0.001 with sigmoid scores.
-        centred: Subtract the mean of the signs, so that the biases do not drift together.
+        centred: Subtract the mean of the signs, which keeps the biases from drifting together.
     """
 
     auto_fraction: ClassVar[float] = 0.01

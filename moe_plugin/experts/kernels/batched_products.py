@@ -1,11 +1,11 @@
 """Experts on a CPU with instructions for bf16: batches of experts, one batched product per projection.
 
-There each product costs 30 to 50 microseconds beside its arithmetic, and nearly a millisecond more the first time it
-has so many rows, since oneDNN then makes a kernel for that number. Loads change in every step. So experts are
-multiplied together, their rows padded to one of few numbers.
+There each product costs 30 to 50 microseconds on top of its arithmetic, and nearly a millisecond more for each new
+number of rows, as oneDNN makes a kernel for it. Loads change in every step. So experts are multiplied together, their
+rows padded to one of few numbers.
 
-A row of padding repeats a row of its expert, with a gate weight of zero in the backward. In the forward nothing reads
-what comes of it.
+A row of padding repeats a row of its expert, with a gate weight of zero in the backward. The forward does not read its
+output.
 
 Shape legend: T tokens, D model width, H hidden width, E experts, K experts selected per token, P token-expert pairs,
 N rows with padding, B experts of a batch, M rows of each, I inputs of a projection, O its outputs.
@@ -30,7 +30,7 @@ def forward_in_batches(
 ) -> tuple[Tensor, Tensor]:
     """Return the experts' output (T, D), and gate and up projection of each pair (P, 2H) in the order of their batches.
 
-    `ends` says where the pairs of each expert end. See `fused_experts`.
+    `ends` is where the pairs of each expert end. For the others see `fused_experts`.
     """
     layout, (num_tokens, top_k) = lay_out(pair_ids_P, ends), weights_TK.shape
     token_ids_N = (layout.pair_ids_P // top_k).index_select(0, layout.sources_N)
@@ -60,11 +60,11 @@ def backward_in_batches(
     gate_up_P: Tensor,
     wanted: Sequence[bool] = (True, True, True, True),
 ) -> Sequence[Tensor]:
-    """Gradients of hidden states, gate weights, and both projections; an empty tensor for each that is not wanted."""
+    """Return the gradients of `forward_in_batches`, see `fused_experts`; an empty tensor for each not wanted."""
     layout, nothing, (num_tokens, top_k) = lay_out(pair_ids_P, ends), x_TD.new_empty(0), weights_TK.shape
     token_ids_P, weights_P1 = tokens_and_weights(layout.pair_ids_P, weights_TK)
     token_ids_N = token_ids_P.index_select(0, layout.sources_N)
-    # Those of padding are zero, and with them its share in every gradient.
+    # Weights of padding are zero, and with them its share in every gradient.
     weights_N1 = weights_P1.new_zeros(len(token_ids_N), 1).index_copy_(0, layout.rows_P, weights_P1)
     dweights_N = torch.empty_like(weights_N1[:, 0])
     dx_ND = x_TD.new_empty(len(token_ids_N), x_TD.shape[1]) if wanted[0] else nothing
@@ -109,7 +109,7 @@ def _by_expert(rows_NI: Tensor, batch: Batch) -> Tensor:
 
 
 def _of(batch: Batch, weights: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return the weights of its experts in this dtype, (B, I, O): a copy, unless that is one expert's own."""
+    """Return the weights of a batch's experts in this dtype, (B, I, O): a copy, unless it is a single expert."""
     if len(batch.experts) == 1:
         return weights.narrow(0, batch.experts[0], 1).to(dtype)
     experts = torch.tensor(batch.experts)
@@ -119,7 +119,7 @@ def _of(batch: Batch, weights: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _set_gradients(gradients: Tensor, batch: Batch, inputs_NI: Tensor, gradients_NO: Tensor) -> None:
-    """Those of the batch's experts, within those of all, which lie in memory as the weights do."""
+    """Set the gradients of a batch's experts among those of all, which have the weights' layout in memory."""
     if _is_transposed(gradients):
         gradients, inputs_NI, gradients_NO = gradients.mT, gradients_NO, inputs_NI
     product_BIO = torch.bmm(_by_expert(inputs_NI, batch).mT, _by_expert(gradients_NO, batch))

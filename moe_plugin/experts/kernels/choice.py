@@ -1,6 +1,6 @@
-"""Which kernels run on a GPU: pure torch, unless the environment variable `MOE_PLUGIN_KERNELS` says `triton`.
+"""Which kernels run on a GPU: pure torch, unless the environment variable `MOE_PLUGIN_KERNELS` is `triton`.
 
-Off by default, since nobody has measured yet on a GPU what they gain.
+Triton is off by default, as its gain has not been measured yet; docs/speed.md has the command.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TORCH = Kernels(permute.permute, permute.unpermute)
 
 
 def kernels_for(device: torch.device) -> Kernels:
-    """Return the kernels to run on this device. Triton's are for GPUs only, whatever the variable says.
+    """Return the kernels for this device; Triton's are for GPUs only.
 
     Raises:
         ConfigError: The variable names no kernels.
@@ -51,21 +51,19 @@ def triton_kernels() -> Kernels:
 
 
 def check_choice() -> None:
-    """Check the variable, before anything is created: wherever our experts are made, or take the place of others.
+    """Check the variable, before anything is created: wherever our experts are made, or replace others.
 
     Raises:
-        ConfigError: It names no kernels, or Triton is asked for and not installed.
+        ConfigError: It names no kernels, or Triton, which is not installed.
     """
     if _chosen() == "triton" and find_spec("triton") is None:
-        raise ConfigError(
-            f"'{VARIABLE}' must be torch where Triton is not installed, got 'triton'. "
-            "Install it: pip install 'moe_plugin[triton]'."
-        )
+        fix = "Install it: pip install 'moe_plugin[triton]'."
+        raise ConfigError(VARIABLE, "must be torch without Triton", "triton", fix)
 
 
 def _chosen() -> str:
-    """Return the only reader of the variable, so that a misspelt one is nowhere taken for another."""
+    """Read the variable; the rest of the package asks here."""
     chosen = os.environ.get(VARIABLE, "torch")
     if chosen not in ("torch", "triton"):
-        raise ConfigError(f"'{VARIABLE}' must be torch or triton, got {chosen!r}. Unset it for torch.")
+        raise ConfigError(VARIABLE, "must be torch or triton", chosen, "Unset it for torch.")
     return chosen

@@ -35,7 +35,7 @@ def order_pairs(
 ) -> tuple[Tensor, Tensor]:
     """Return the used ones of the T * K pairs sorted by expert, int64 (P,), and the end of each expert's, int32 (E,).
 
-    Only where some are unused it waits for the device.
+    It waits for the device only if some are unused.
 
     Args:
         expert_ids_TK: Selected experts, int64.
@@ -57,13 +57,7 @@ def order_pairs(
 
 
 def plan_dispatch(expert_ids_TK: Tensor, num_experts: int, used_TK: Tensor | None = None) -> Dispatch:
-    """Sort the token-expert pairs by expert; only where some are unused it waits for the device.
-
-    Args:
-        expert_ids_TK: Selected experts, int64.
-        num_experts: Experts E.
-        used_TK: bool, False for pairs to leave out, which then take no room and no time; None keeps all.
-    """
+    """Sort the token-expert pairs by expert, see `order_pairs`. Unused ones take no memory and no time."""
     num_pairs, top_k = expert_ids_TK.numel(), expert_ids_TK.shape[1]
     pair_ids_P, offsets_E = order_pairs(expert_ids_TK, num_experts, used_TK)
     if used_TK is None:
@@ -78,12 +72,12 @@ def plan_dispatch(expert_ids_TK: Tensor, num_experts: int, used_TK: Tensor | Non
 
 
 def tokens_and_weights(pair_ids_P: Tensor, weights_TK: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the token of each pair (P,), and its gate weight (P, 1)."""
+    """Return the token of each pair (P,) and its gate weight (P, 1), see `order_pairs`."""
     return pair_ids_P // weights_TK.shape[1], weights_TK.reshape(-1, 1).index_select(0, pair_ids_P)
 
 
 def gate_weight_gradient(dweights_P: Tensor, pair_ids_P: Tensor, weights_TK: Tensor) -> Tensor:
-    """Return the gradient of the gate weights (T, K) from those of the used pairs; that of others is 0."""
+    """Return the gradient of the gate weights (T, K) from those of the used pairs; 0 for others, see `order_pairs`."""
     dweights_TK = torch.zeros_like(weights_TK)
     dweights_TK.view(-1).scatter_(0, pair_ids_P.long(), dweights_P.to(weights_TK.dtype))
     return dweights_TK
@@ -92,8 +86,8 @@ def gate_weight_gradient(dweights_P: Tensor, pair_ids_P: Tensor, weights_TK: Ten
 def combine(y_PD: Tensor, weights_TK: Tensor, dispatch: Dispatch) -> Tensor:
     """Sum each token's rows times its gate weights.
 
-    `embedding_bag` is about three times as fast as `index_add`, and weighing the outputs in it is 12% of the
-    expert layer faster than weighing the hidden activations (fp32, one CPU thread).
+    `embedding_bag` is about three times as fast as `index_add`, and weighing the outputs in it saves 12% of the expert
+    layer's time over weighing the hidden activations (fp32, one CPU thread).
 
     Args:
         y_PD: Outputs of the experts, sorted by expert.

@@ -1,7 +1,7 @@
 """The dtype that a layer gives, and the one its matrix products are computed in.
 
-They differ where a processor has no instructions for half precision: torch emulates its products there, 3 to 23 times
-slower than those in fp32.
+They differ on processors without instructions for half precision: torch emulates its products there, 3 to 23 times
+slower than in fp32.
 """
 
 from __future__ import annotations
@@ -13,22 +13,27 @@ HALVES = frozenset({torch.float16, torch.bfloat16})
 
 
 def compute_dtype(x: Tensor) -> torch.dtype:
-    """Return the dtype that a layer gives for this input: that of `x`, or of the autocast where one is active."""
-    # Operators of our own do not know autocast, so it is asked for here. Like autocast itself, leave fp64 alone.
+    """Return the dtype that a layer gives for this input: that of `x`, or of the autocast if one is active."""
+    # Our operators do not know autocast, so it is asked for here. Like autocast itself, leave fp64 alone.
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         return torch.get_autocast_dtype(x.device.type)
     return x.dtype
 
 
 def product_dtype(dtype: torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype of the products of a layer that gives `dtype`: fp32 in place of an emulated half precision."""
+    """Return the dtype of a layer's products: fp32 in place of an emulated half precision.
+
+    Args:
+        dtype: What the layer gives.
+        device: Where it computes.
+    """
     return torch.float32 if device.type == "cpu" and dtype in EMULATED_BY_CPU else dtype
 
 
 def _cpu_has_bf16() -> bool:
     if not torch.backends.mkldnn.is_available():
         return False
-    # oneDNN takes bf16 on any AVX-512, but without instructions for it only by emulation.
+    # oneDNN takes bf16 on any AVX-512, but emulates it without instructions for it.
     emulated = torch.cpu._is_avx512_supported() and not torch.cpu._is_avx512_bf16_supported()
     return torch.ops.mkldnn._is_mkldnn_bf16_supported() and not emulated
 

@@ -1,7 +1,7 @@
 """Experts on a GPU: one grouped product per projection over all rows.
 
-Nothing here waits for the device, but `grouped_mm` itself does where torch has no kernel for it: torch 2.13 has one for
-bf16 on compute capability 9 and 10, and elsewhere loops over the experts by offsets that the host reads.
+Nothing here waits for the device, but `grouped_mm` itself does if torch has no kernel for it: torch 2.13 has one for
+bf16 on compute capability 9 and 10, and otherwise loops over the experts by offsets that the host reads.
 
 Shape legend: T tokens, D model width, H hidden width, E experts, K experts selected per token, P token-expert pairs,
 I inputs of a projection, O its outputs.
@@ -50,7 +50,7 @@ def backward_by_groups(
     gate_up_P: Tensor,
     wanted: Sequence[bool] = (True, True, True, True),
 ) -> Sequence[Tensor]:
-    """Gradients of hidden states, gate weights, and both projections; an empty tensor for each that is not wanted."""
+    """Return the gradients of `forward_by_groups`, see `fused_experts`; an empty tensor for each not wanted."""
     if not _can_group(gate_up, down):
         given = gradient_TD, x_TD, weights_TK, gate_up, down, pair_ids_P
         return backward_in_blocks(*given, offsets_E.tolist(), gate_up_P, wanted)
@@ -77,20 +77,20 @@ def backward_by_groups(
 
 
 def _weight_gradient(inputs_PI: Tensor, gradients_PO: Tensor, weights: Tensor, offsets_E: Tensor) -> Tensor:
-    """Return the gradient of weights (E, I, O), which lies in memory as they do: else autograd would copy it."""
+    """Return the gradient of weights (E, I, O) in their layout in memory: autograd would copy any other."""
     if weights.is_contiguous():
         return functional.grouped_mm(inputs_PI.t(), gradients_PO, offs=offsets_E)
     return functional.grouped_mm(gradients_PO.t(), inputs_PI, offs=offsets_E).mT
 
 
 def _can_group(gate_up: Tensor, down: Tensor) -> bool:
-    """Return whether grouped_mm takes the dtype, and how weights, inputs, outputs and gradients lie in memory."""
+    """Return whether grouped_mm takes the dtype and the memory layout of weights, inputs, outputs and gradients."""
     widths = (*gate_up.shape[1:], down.shape[1])
     aligned = all(width * gate_up.element_size() % _ALIGNMENT_BYTES == 0 for width in widths)
     return aligned and gate_up.dtype in _DTYPES and _has_rows(gate_up) and _has_rows(down)
 
 
 def _has_rows(weights: Tensor) -> bool:
-    """Whether the numbers of a row or of a column lie side by side, and all of these begin at aligned addresses."""
+    """Return whether rows or columns are contiguous, and all of them begin at aligned addresses."""
     unit, *others = sorted(weights.stride())
     return unit == 1 and all(stride * weights.element_size() % _ALIGNMENT_BYTES == 0 for stride in others)

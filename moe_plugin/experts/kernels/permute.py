@@ -25,14 +25,14 @@ def permute(x_TD: Tensor, token_ids_P: Tensor) -> Tensor:
 def unpermute(
     y_PD: Tensor, pair_ids_P: Tensor, num_tokens: int, top_k: int, weights_TK: Tensor | None = None
 ) -> Tensor:
-    """Sum the rows of each token's pairs: (T, D). The same bits each time, unlike `index_add` on a GPU.
+    """Sum the rows of each token's pairs: (T, D). It gives the same bits each time, unlike `index_add` on a GPU.
 
     Args:
         y_PD: Rows of pairs; fp32, bf16 or fp16.
         pair_ids_P: Used pairs in any order, ``t * top_k + k`` for expert k of token t, each once; int32 or int64.
         num_tokens: Tokens T. Those without a used pair get zeros.
         top_k: Experts selected per token.
-        weights_TK: What to multiply each pair's row by, in the dtype of `y_PD`; None for one.
+        weights_TK: Factor of each pair's row, in the dtype of `y_PD`; None for one.
     """
     rows_P = torch.arange(len(pair_ids_P), device=pair_ids_P.device)
     return sum_rows(y_PD, rows_P, pair_ids_P, num_tokens, top_k, weights_TK)
@@ -46,7 +46,7 @@ def sum_rows(
     top_k: int,
     weights_TK: Tensor | None = None,
 ) -> Tensor:
-    """As `unpermute`, where the row of each pair is the one that `rows_P`, int64, says."""
+    """Sum rows as `unpermute` does, with the row of each pair given by `rows_P`, int64."""
     if not len(pair_ids_P):
         return y_RD.new_zeros(num_tokens, y_RD.shape[1])
     pairs_P = pair_ids_P.long()

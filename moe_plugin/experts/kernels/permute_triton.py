@@ -5,7 +5,7 @@ Sums are taken in fp32, in the order of a token's experts.
 Shape legend: T tokens, K experts selected per token, N = T * K pairs, P pairs that are used, D width, B block.
 """
 
-# Types are checked where Triton is not installed, too; and launches give a kernel's constexpr parameters their values.
+# Types are checked without Triton too, and launches give a kernel's constexpr parameters their values.
 # pyright: reportMissingImports=false, reportIndexIssue=false, reportArgumentType=false
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _PAIRS = 1024
 
 
 def permute(x_TD: Tensor, token_ids_P: Tensor) -> Tensor:
-    """As its twin."""
+    """Return what its twin does, see `moe_plugin.experts.kernels.permute`."""
     num_pairs, dim = len(token_ids_P), x_TD.shape[1]
     out_PD = x_TD.new_empty(num_pairs, dim)
     if out_PD.numel():
@@ -35,7 +35,7 @@ def permute(x_TD: Tensor, token_ids_P: Tensor) -> Tensor:
 def unpermute(
     y_PD: Tensor, pair_ids_P: Tensor, num_tokens: int, top_k: int, weights_TK: Tensor | None = None
 ) -> Tensor:
-    """As its twin."""
+    """Return what its twin does, see `moe_plugin.experts.kernels.permute`."""
     dim = y_PD.shape[1]
     out_TD = y_PD.new_empty(num_tokens, dim)
     if out_TD.numel():
@@ -48,7 +48,7 @@ def unpermute(
 
 
 def _rows(pair_ids_P: Tensor, num_pairs: int) -> Tensor:
-    """Return where the row of each of the N pairs lies, -1 where it is unused; int32."""
+    """Return the row of each of the N pairs, -1 if it is unused; int32."""
     rows_N = pair_ids_P.new_full((num_pairs,), -1, dtype=torch.int32)
     if used := len(pair_ids_P):
         place_rows[(triton.cdiv(used, _PAIRS),)](pair_ids_P.contiguous(), rows_N, used, PAIRS=_PAIRS)
@@ -57,7 +57,7 @@ def _rows(pair_ids_P: Tensor, num_pairs: int) -> Tensor:
 
 @triton.jit
 def gather_rows(x_TD, token_ids_P, out_PD, dim, COLUMNS: tl.constexpr):
-    """One program per row and block of columns."""
+    """Copy the rows of tokens, see `permute`: a program per row and block of columns."""
     row = tl.program_id(0).to(tl.int64)
     token = tl.load(token_ids_P + row).to(tl.int64)
     columns_B = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
@@ -68,7 +68,7 @@ def gather_rows(x_TD, token_ids_P, out_PD, dim, COLUMNS: tl.constexpr):
 
 @triton.jit
 def place_rows(pair_ids_P, rows_N, used, PAIRS: tl.constexpr):
-    """Note at each used pair which row is its own."""
+    """Note the row of each used pair, see `_rows`."""
     rows_B = tl.program_id(0) * PAIRS + tl.arange(0, PAIRS)
     inside_B = rows_B < used
     pairs_B = tl.load(pair_ids_P + rows_B, mask=inside_B)
@@ -77,7 +77,7 @@ def place_rows(pair_ids_P, rows_N, used, PAIRS: tl.constexpr):
 
 @triton.jit
 def sum_rows(y_PD, rows_TK, weights_TK, out_TD, dim, TOP_K: tl.constexpr, COLUMNS: tl.constexpr):
-    """One program per token and block of columns."""
+    """Sum the rows of each token, see `unpermute`: a program per token and block of columns."""
     token = tl.program_id(0).to(tl.int64)
     columns_B = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     inside_B = columns_B < dim

@@ -1,4 +1,4 @@
-"""Experts with about as many rows, to be multiplied together, their rows padded to one of few numbers.
+"""Experts with about as many rows, multiplied together, their rows padded to one of few numbers.
 
 Shape legend: E experts, B experts of a batch, M rows of each, P token-expert pairs, N rows with padding.
 """
@@ -14,9 +14,9 @@ from torch import Tensor
 ROWS = 4096
 """Rows of a batch, if it has more than one expert."""
 ALONE = 768
-"""An expert with more rows has a batch of its own: its weights need no copy then, and no more is held at once."""
+"""An expert with more rows is a batch: its weights then need no copy, and no more is held at once."""
 FILLED = 0.85
-"""How much of its rows each expert of a batch has at least, if there is more than one."""
+"""Share of the rows that each of several experts of a batch fills at least."""
 FINEST = 8
 """Numbers of rows are multiples of this, and of the largest power of two up to a 32nd of them."""
 
@@ -25,11 +25,11 @@ class Batch(NamedTuple):
     """Experts that are multiplied together.
 
     Attributes:
-        experts: Which, B of them.
+        experts: Their ids, B of them.
         loads: Pairs of each.
         height: Rows of each, M, with padding.
-        pairs: Where its pairs lie among those of all batches.
-        rows: Where its rows lie among those of all batches.
+        pairs: Place of its pairs among those of all batches.
+        rows: Place of its rows among those of all batches.
     """
 
     experts: list[int]
@@ -39,14 +39,14 @@ class Batch(NamedTuple):
     rows: slice
 
 
-class Layout(NamedTuple):
-    """Batches of experts, and which pair each row is of.
+class BatchLayout(NamedTuple):
+    """Batches of experts, and the pair of each row.
 
     Attributes:
         batches: From the fullest experts down.
         pair_ids_P: Pairs in the order of the batches.
         rows_P: The row of each of them.
-        sources_N: For each row, which of them it is of; for a row of padding, the first of its expert.
+        sources_N: The place in that order of each row's pair; a row of padding has the first pair of its expert.
     """
 
     batches: list[Batch]
@@ -55,8 +55,13 @@ class Layout(NamedTuple):
     sources_N: Tensor
 
 
-def lay_out(pair_ids_P: Tensor, ends: Sequence[int]) -> Layout:
-    """Put pairs sorted by expert, where `ends` says where those of each expert end, in batches."""
+def lay_out(pair_ids_P: Tensor, ends: Sequence[int]) -> BatchLayout:
+    """Put pairs in batches.
+
+    Args:
+        pair_ids_P: Pairs sorted by expert.
+        ends: Where those of each expert end.
+    """
     begins = (0, *ends[:-1])
     found = batches([end - begin for begin, end in zip(begins, ends, strict=True)])
     experts = [expert for batch in found for expert in batch.experts]
@@ -69,11 +74,11 @@ def lay_out(pair_ids_P: Tensor, ends: Sequence[int]) -> Layout:
     rows_P = (heights_E.cumsum(0) - heights_E).repeat_interleave(loads_E) + within_P
     sources_N = firsts_E.repeat_interleave(heights_E).scatter_(0, rows_P, all_P)
     order_P = begins_E.repeat_interleave(loads_E) + within_P
-    return Layout(found, pair_ids_P.index_select(0, order_P), rows_P, sources_N)
+    return BatchLayout(found, pair_ids_P.index_select(0, order_P), rows_P, sources_N)
 
 
 def batches(loads: Sequence[int]) -> list[Batch]:
-    """Return experts with any pair, from the fullest down, by 1, 2, 4, 8...: so few shapes of products occur.
+    """Return experts with any pair, from the fullest down, by 1, 2, 4, 8...: few shapes of products occur.
 
     Args:
         loads: Pairs of each expert.

@@ -1,7 +1,7 @@
 """Experts on a CPU: blocks of rows that stay in its caches, one product per expert and block.
 
-A grouped product over all rows writes every intermediate to memory and reads it back; in blocks that happens only to
-what is kept. Half precision is computed in fp32 on processors without instructions for it.
+A grouped product over all rows writes every intermediate to memory and reads it back; blocks do so only with what is
+kept. Half precision is computed in fp32 on processors without instructions for it.
 
 Shape legend: T tokens, D model width, H hidden width, E experts, K experts selected per token, P token-expert pairs,
 N rows of a block, X one tensor per expert.
@@ -22,7 +22,7 @@ ROWS = 2048
 """Rows of a block, of one or more experts."""
 
 Piece = tuple[int, int]
-"""An expert and how many of its rows."""
+"""An expert and a number of its rows."""
 
 
 def forward_in_blocks(
@@ -30,7 +30,7 @@ def forward_in_blocks(
 ) -> tuple[Tensor, Tensor]:
     """Return the experts' output (T, D), and gate and up projection of each pair (P, 2H), see `fused_experts`.
 
-    `ends` says where the rows of each expert end.
+    `ends` is where the rows of each expert end.
     """
     dtype = product_dtype(x_TD.dtype, x_TD.device)
     y_TD = torch.zeros_like(x_TD, dtype=_sum_dtype(dtype))
@@ -62,7 +62,7 @@ def backward_in_blocks(
     gate_up_P: Tensor,
     wanted: Sequence[bool] = (True, True, True, True),
 ) -> Sequence[Tensor]:
-    """Gradients of hidden states, gate weights, and both projections; an empty tensor for each that is not wanted."""
+    """Return the gradients of `forward_in_blocks`, see `fused_experts`; an empty tensor for each not wanted."""
     dtype = product_dtype(x_TD.dtype, x_TD.device)
     dx_TD = torch.zeros_like(x_TD, dtype=_sum_dtype(dtype)) if wanted[0] else x_TD.new_empty(0)
     dgate_up = torch.empty_like(gate_up, dtype=dtype) if wanted[2] else x_TD.new_empty(0)
@@ -104,9 +104,9 @@ def backward_in_blocks(
 
 
 def blocks(ends: Sequence[int], dtype: torch.dtype) -> Iterator[tuple[slice, list[Piece]]]:
-    """Cut rows sorted by expert into blocks; an expert may lie in several.
+    """Cut rows sorted by expert into blocks; an expert may be in several.
 
-    Not in half precision, where a sum over pieces would lose digits: there a block holds whole experts, however large.
+    In half precision a block holds whole experts, however large: a sum over pieces would lose digits.
 
     Args:
         ends: Where the rows of each expert end.
@@ -140,7 +140,7 @@ def _multiply(
 def _add_products_(
     sums_X: tuple[Tensor, ...], pieces: list[Piece], rows_NI: Tensor, gradients_NO: Tensor, begun: set[int]
 ) -> None:
-    """Add the gradient of each expert's weights (I, O); those of experts not yet begun hold nothing to add to."""
+    """Add the gradient of each expert's weights (I, O), or set it for experts not yet begun."""
     sizes = [size for _, size in pieces]
     for (expert, _), rows, gradient in zip(
         pieces, rows_NI.split(sizes), gradients_NO.split(sizes), strict=True
@@ -154,11 +154,11 @@ def _add_products_(
 def through_swiglu_(
     gate_up_N: Tensor, dhidden_NH: Tensor, weights_N1: Tensor, dweights_N: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """The weighted hidden activations, and the gradient before the activation; fills in that of the gate weights.
+    """Return the weighted hidden activations, and the gradient before the activation; fill in the gate weights'.
 
     Args:
         gate_up_N: Gate and up projection, (N, 2H).
-        dhidden_NH: Gradient of the hidden activations before they are weighted by gate weights; changed in place.
+        dhidden_NH: Gradient of the weighted hidden activations; changed in place.
         weights_N1: Gate weights.
         dweights_N: Receives their gradient.
     """
@@ -176,5 +176,5 @@ def through_swiglu_(
 
 
 def _sum_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Return where a token's experts are added up: never in half precision."""
+    """Return the dtype in which a token's experts are added up: never half precision."""
     return torch.float32 if dtype in HALVES else dtype

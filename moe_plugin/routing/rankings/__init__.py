@@ -1,4 +1,4 @@
-"""What a router may rank experts by instead of its scores: the baselines that need no balancing, or balance at once."""
+"""What a router may rank experts by instead of its scores: baselines that need no balancing, or balance at once."""
 
 from __future__ import annotations
 

@@ -15,10 +15,10 @@ from moe_plugin.routing.rankings.ranking import pseudo_random
 
 @dataclass(frozen=True)
 class Random:
-    """Experts drawn evenly and anew whenever a token's hidden state changes at all.
+    """Experts drawn evenly, and again whenever a token's hidden state changes at all.
 
-    The draw is a hash of the bits of the hidden state, not of a generator, so that a layer which is recomputed in the
-    backward draws the same.
+    The draw is a hash of the bits of the hidden state, without a generator: a layer that is recomputed in the backward
+    draws the same.
     """
 
     def __call__(self, scores_TE: Tensor, x_TD: Tensor, *, training: bool) -> Tensor:

@@ -1,4 +1,4 @@
-"""What a ranking is, and the pseudo-random one that several are made from.
+"""What a ranking is, and the pseudo-random numbers that several use.
 
 Shape legend: T tokens, D model width, E experts.
 """
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Ranking(Protocol):
-    """Takes the place of the scores where experts are selected; gate weights still come from the scores."""
+    """What experts are selected by instead of scores; gate weights still come from the scores."""
 
     def __call__(self, scores_TE: Tensor, x_TD: Tensor, *, training: bool) -> Tensor:
         """Return what to rank by, before the selection bias is added; fp32 (T, E), without gradient.
@@ -28,7 +28,7 @@ class Ranking(Protocol):
 
 
 def pseudo_random(seeds_T: Tensor, num_experts: int) -> Tensor:
-    """Return a number for each seed and expert that looks random and is always the same; fp32 (T, E) in [0, 1).
+    """Return a number for each seed and expert that looks random but is always the same; fp32 (T, E) in [0, 1).
 
     Args:
         seeds_T: Any integers; int64.

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from moe_plugin.errors import ConfigError
+from moe_plugin.number_checks import check_integer, check_positive
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,14 @@ class Sinkhorn:
     """S-BASE, arXiv 2202.01169, section 3.1, and Megatron-LM's ``sinkhorn`` load balancing.
 
     In training experts are ranked by the plan that transports one unit from every token and ``T / E`` to every expert
-    at the largest score, smoothed by its entropy. Of that plan, ``exp(score + a_t + b_e)``, only b matters for the
-    order of a token's experts. In evaluation scores alone are ranked, as Megatron-LM does.
+    at the largest score, smoothed by its entropy. In that plan, ``exp(score + a_t + b_e)``, only b matters for the
+    order of a token's experts. In evaluation scores alone are ranked, as in Megatron-LM.
 
     A token's experts depend on all tokens of the batch, later ones too: in training it can see the future.
 
     Attributes:
         iterations: Rounds of Sinkhorn's algorithm.
-        temperature: Of the entropy, in units of the scores; small is nearer to the best balanced assignment.
+        temperature: Weight of the entropy, in units of the scores; small is nearer to the best balanced assignment.
     """
 
     iterations: int = 20
@@ -37,9 +37,8 @@ class Sinkhorn:
         Raises:
             ConfigError: One is not positive.
         """
-        for name in ("iterations", "temperature"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"'{name}' must be > 0, got {getattr(self, name)}.")
+        check_integer("iterations", self.iterations)
+        check_positive("temperature", self.temperature)
 
     def __call__(self, scores_TE: Tensor, x_TD: Tensor, *, training: bool) -> Tensor:
         """Return the logarithm of the plan times the temperature, up to one number per token; see `Ranking`."""

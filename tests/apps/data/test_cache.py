@@ -67,5 +67,5 @@ class TestLoadOrBuild:
 
     def test_folder_that_cannot_be_made_is_named(self, texts, tmp_path):
         (tmp_path / "a_file").write_text("")
-        with pytest.raises(ConfigError, match=r"'data.cache' .*a_file.* cannot be written"):
+        with pytest.raises(ConfigError, match=r"'data.cache' must be writable \(.*\), got '.*a_file.*'"):
             load(texts, tmp_path / "a_file" / "cache")

@@ -77,5 +77,5 @@ class TestBuildCorpus:
         assert len(digests) == 2
 
     def test_no_text_is_refused(self):
-        with pytest.raises(ConfigError, match="gives no text"):
+        with pytest.raises(ConfigError, match="'source' must give text, but every file is empty, binary"):
             build_corpus(Texts([Document("a", "code", "")]), Bytes(), 0.1)

@@ -49,14 +49,17 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("sources", "message"),
         [
-            ({}, "must name at least one domain"),
-            ({"code": "src/*.rs"}, r"'source.sources.code': glob 'src/\*.rs' matches no file under"),
+            ({}, r"'source.sources' must name at least one domain, such as .*, got {}"),
+            ({"code": "src/*.rs"}, r"'source.sources.code' must match a file under .*, got 'src/\*.rs'"),
             (
                 {"code": "scr/*.py"},
-                r"'source.sources.code': glob 'scr/\*.py' starts in .*scr, which does not exist",
+                r"'source.sources.code' must start in a folder that exists, not in .*scr, got 'scr/\*.py'",
             ),
-            ({"code": "src/*.py"}, r"'source.sources.code' must match at least 2 files .* got 1: src/a.py"),
-            ({"a": "docs/*.md", "b": "**/*.md"}, "docs/x.md is matched by 'a' and 'b'"),
+            ({"code": "src/*.py"}, r"'source.sources.code' must match at least 2 .*, got \['src/a.py'\]"),
+            (
+                {"a": "docs/*.md", "b": "**/*.md"},
+                r"'source.sources' must match docs/x.md in one domain only, got \['a', 'b'\]",
+            ),
         ],
     )
     def test_globs_that_give_no_corpus_are_refused(self, tree, sources, message):
@@ -66,11 +69,10 @@ class TestFiles:
     def test_empty_files_are_refused(self, tree):
         for name in ("x", "y"):
             (tree / f"docs/{name}.md").write_text("")
-        with pytest.raises(ConfigError, match="matches 2 files, all empty"):
+        message = "'source.sources.prose' must match a file with text; its 2 files are empty"
+        with pytest.raises(ConfigError, match=message):
             Files({"prose": "docs/*.md"}, root=str(tree))
 
     def test_missing_root_is_refused(self, tree):
-        with pytest.raises(
-            ConfigError, match=r"'source.root' must be a folder, but '.*nowhere' does not exist"
-        ):
+        with pytest.raises(ConfigError, match=r"'source.root' must be a folder that exists, got '.*nowhere'"):
             Files({"code": "*"}, root=str(tree / "nowhere"))

@@ -32,7 +32,7 @@ class TestHuggingFace:
 
     def test_stream_stops_at_its_limit(self, rows, tmp_path):
         documents = list(source(tmp_path, streaming=True, max_bytes=500).documents())
-        assert 0 < sum(len(d.text) for d in documents) <= 500
+        assert [d.text for d in documents] == [row["text"] for row in rows[:4]]  # of 120 bytes each
 
     def test_saved_folder_is_read(self, rows, tmp_path):
         datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
@@ -47,27 +47,43 @@ class TestHuggingFace:
             val_batch_size=2,
             cache=str(tmp_path),
         )
-        assert next(iter(data.train_dataloader()))["tokens"].shape == (4, 17)
+        batch = next(iter(data.train_dataloader()))
+        assert batch["tokens"].shape == (4, 17)
         assert data.domains == ["code", "prose"]
+        for tokens, domain in zip(batch["tokens"].tolist(), batch["domain"].tolist(), strict=True):
+            whole_words = bytes(tokens).decode().replace("\0", " ").split()[1:-1]
+            numbers = [int(word) for word in whole_words if word.isdigit()]
+            assert numbers == [number for number in numbers if number % 2 == domain] != []
 
     @pytest.mark.parametrize("columns", [{"text": "body"}, {"domain": "number"}])
     def test_wrong_column_names_those_of_text(self, rows, tmp_path, columns):
-        with pytest.raises(ConfigError, match=r"must be a column of text, one of \['text', 'kind'\]"):
+        (key, column), *_ = columns.items()
+        message = rf"'source.{key}' must be a column of text, one of \['text', 'kind'\], got '{column}'"
+        with pytest.raises(ConfigError, match=message):
             list(source(tmp_path, **columns).documents())
 
     def test_unknown_split_is_refused(self, rows, tmp_path):
-        with pytest.raises(ConfigError, match=r"'source.path' 'json' \(split 'tset'\) cannot be loaded"):
+        message = r"(?s)'source.path' must name a dataset that can be loaded \(split 'tset': .*, got 'json'"
+        with pytest.raises(ConfigError, match=message):
             list(source(tmp_path, split="tset").documents())
 
     def test_missing_file_is_refused_in_the_constructor(self, tmp_path):
-        with pytest.raises(ConfigError, match=r"'source.data_files': '.*rows.jsonl' matches no file"):
+        with pytest.raises(ConfigError, match=r"'source.data_files' must match a file, got '.*rows.jsonl'"):
             source(tmp_path)
 
+    @pytest.mark.parametrize("limit", [0, 1.5, "10"])
+    def test_limit_that_is_no_positive_integer_is_refused(self, limit):
+        message = f"'source.max_bytes' must be null or an integer >= 1, got {limit!r}"
+        with pytest.raises(ConfigError, match=message):
+            HuggingFace("owner/name", max_bytes=limit)
+
     def test_stream_without_limit_is_refused(self):
-        with pytest.raises(ConfigError, match=r"set source\.max_bytes"):
+        message = "'source.max_bytes' must be given with source.streaming=true, got None"
+        with pytest.raises(ConfigError, match=message):
             HuggingFace("owner/name", streaming=True)
 
     def test_missing_package_names_the_extra(self, monkeypatch):
         monkeypatch.setattr("moe_plugin.apps.data.hugging_face.find_spec", lambda name: None)
-        with pytest.raises(ConfigError, match=r"pip install 'moe_plugin\[hf\]'"):
+        message = r"'source' needs the package 'datasets'\. Run: pip install 'moe_plugin\[hf\]'"
+        with pytest.raises(ConfigError, match=message):
             HuggingFace("owner/name")

@@ -17,5 +17,5 @@ class TestMain:
         assert "from the cache" in shown
 
     def test_glob_without_domain_is_refused(self):
-        with pytest.raises(ConfigError, match="domain=glob"):
+        with pytest.raises(ConfigError, match=r"'argument' must be domain=glob, .*, got '\*.txt'"):
             main(["*.txt"])

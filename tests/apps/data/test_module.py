@@ -58,14 +58,14 @@ class TestCorpusDataModule:
 
     def test_validation_sees_each_sequence_once_in_equal_ranks(self, make):
         data = make()
-        rows = [tuple(row) for batch in data.val_dataloader() for row in batch["tokens"].tolist()]
-        assert len(rows) == len(data.val_sequences.tokens)
+        rows = [row for batch in data.val_dataloader() for row in batch["tokens"].tolist()]
+        assert sorted(rows) == sorted(data.val_sequences.tokens.tolist())
         assert len(rows) % 4 == 0
 
     def test_token_limits_are_kept(self, make):
         data = make(max_train_tokens=16 * 50, max_val_tokens=16 * 9)
         assert len(data.train_sequences.tokens) == 50
-        assert len(data.val_sequences.tokens) == 8
+        assert len(data.val_sequences.tokens) == 8  # the largest multiple of val_batch_size, 4, that 9 hold
 
     def test_manifest_and_domains_are_reachable(self, make):
         data = make()
@@ -87,7 +87,10 @@ class TestCorpusDataModule:
         next(iter(data.train_dataloader()))
         other = make(seed=1)
         other.load_state_dict(data.state_dict())
-        with pytest.raises(ConfigError, match="'data' differs from the checkpoint's"):
+        message = (
+            "'data' must be the checkpoint's, which stopped in the middle of epoch 0. Resume with the same"
+        )
+        with pytest.raises(ConfigError, match=message):
             other.train_dataloader()
 
 
@@ -95,27 +98,39 @@ class TestErrors:
     @pytest.mark.parametrize("key", ["context_length", "batch_size", "val_batch_size", "max_train_tokens"])
     @pytest.mark.parametrize("value", [0, -1, 1.5, "abc", True])
     def test_size_that_is_no_positive_integer_is_refused(self, make, key, value):
-        with pytest.raises(ConfigError, match=rf"'data.{key}' must be a whole number >= 1, got {value!r}"):
+        allowed = f"{'null or ' * key.startswith('max_')}an integer >= 1"
+        with pytest.raises(ConfigError, match=rf"'data.{key}' must be {allowed}, got {value!r}"):
             make(**{key: value})
 
-    def test_fraction_outside_0_and_1_is_refused(self, make):
-        with pytest.raises(ConfigError, match=r"'data.validation_fraction' must be in \(0, 1\), got 1.5"):
-            make(validation_fraction=1.5)
+    @pytest.mark.parametrize(("value", "allowed"), [(0, "> 0"), (1, ">= 0 and < 1"), (1.5, ">= 0 and < 1")])
+    def test_fraction_outside_0_and_1_is_refused(self, make, value, allowed):
+        message = rf"'data.validation_fraction' must be a number {allowed}, got {value}\."
+        with pytest.raises(ConfigError, match=message):
+            make(validation_fraction=value)
 
     def test_vocab_size_of_another_tokenizer_is_refused(self, make):
         pytest.importorskip("tokenizers")
-        with pytest.raises(ConfigError, match=r"'data.vocab_size' must be the tokenizer's \(300\), got 256"):
+        message = r"'data.vocab_size' must be the tokenizer's \(300\), got 256\. Set data.vocab_size=300\."
+        with pytest.raises(ConfigError, match=message):
             make(tokenizer=BytePairs(300))
 
     def test_less_text_than_a_sequence_names_the_domain(self, make):
-        with pytest.raises(
-            ConfigError, match=r"'data.context_length' needs 5001 .*'code' has \d+ in validation"
-        ):
-            make(context_length=5000, batch_size=1).validate()
+        data = make(context_length=5000, batch_size=1)
+        count = len(data.corpus.streams["validation/code"])
+        message = f"must be < the {count} tokens of domain 'code' in validation, got 5000."
+        with pytest.raises(ConfigError, match=f"'data.context_length' {message}"):
+            data.validate()
 
     def test_less_text_than_a_batch_is_refused(self, make):
-        with pytest.raises(ConfigError, match=r"'data.batch_size' is 5000 sequences, but train has"):
+        count = len(make().train_sequences.tokens)
+        message = rf"'data.batch_size' must be <= {count}, the train sequences .* \(None\), got 5000\."
+        with pytest.raises(ConfigError, match=message):
             make(batch_size=5000).setup()
+
+    def test_token_limit_below_a_batch_is_refused(self, make):
+        message = r"'data.val_batch_size' must be <= 3, the validation .* token limit \(50\), got 4\."
+        with pytest.raises(ConfigError, match=message):
+            make(max_val_tokens=50).setup()
 
     def test_constructor_writes_nothing(self, make, tmp_path):
         make()

@@ -24,6 +24,7 @@ class TestShuffled:
         assert not torch.equal(one, shuffled(100, seed=2, epoch=3))
 
     def test_known_order_is_the_same_on_every_machine(self):
+        # Read from torch's generator once: a run that is resumed elsewhere must find this order.
         assert shuffled(6, seed=0, epoch=0).tolist() == [1, 5, 3, 0, 2, 4]
 
 
@@ -81,5 +82,6 @@ class TestStepOrder:
         assert torch.equal(next(iter(resumed)), shuffled(50, 0, 0)[16 + 2 : 16 + 4])
 
     def test_indivisible_batch_names_the_next_sizes(self):
-        with pytest.raises(ConfigError, match=r"'batch_size' .* 3 x 2 = 6, got 8; use 6 or 12"):
+        message = r"'batch_size' must be a multiple of .* \(3 x 2 = 6\), got 8\. Use 6 or 12\."
+        with pytest.raises(ConfigError, match=message):
             order(world_size=3, accumulation=2)

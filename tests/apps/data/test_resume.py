@@ -145,7 +145,8 @@ class TestLoops:
         assert rows == rows[:2] * 3
 
     def test_accumulation_that_does_not_divide_is_refused_before_training(self, tmp_path):
-        with pytest.raises(ConfigError, match=r"'batch_size' .* 1 x 3 = 3, got 32; use 30 or 33"):
+        message = r"'batch_size' must be a multiple of .* \(1 x 3 = 3\), got 32\. Use 30 or 33\."
+        with pytest.raises(ConfigError, match=message):
             fit(tmp_path, enable_checkpointing=False, accumulate_grad_batches=3)
 
 

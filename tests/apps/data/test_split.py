@@ -72,5 +72,6 @@ class TestValidationFiles:
         assert "big" not in validation_files(sizes, 0.09)
 
     def test_domain_of_one_file_is_refused(self):
-        with pytest.raises(ConfigError, match=r"domain 'prose' has 1 file"):
+        message = "'source' must have 2 files or more in domain 'prose', .*, got 1. Add files to it"
+        with pytest.raises(ConfigError, match=message):
             validation_files({"a": {"code": 5}, "b": {"code": 5}, "c": {"prose": 5}}, 0.1)

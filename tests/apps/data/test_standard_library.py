@@ -23,7 +23,7 @@ class TestStandardLibrary:
         for domain in data.domains:
             train, validation = (totals[split][domain]["bytes"] for split in ("train", "validation"))
             assert validation / (train + validation) == pytest.approx(0.09, abs=0.01)
-            assert train > 1_000_000
+            assert train > 1_000_000  # shares alone would also hold for a few files
 
     def test_no_file_and_no_text_is_on_both_sides(self, data):
         entries = data.manifest["documents"]
@@ -47,8 +47,14 @@ class TestStandardLibrary:
         assert list(table(data.corpus).columns[0].cells) == [*data.domains, "all"]
 
     def test_negative_header_bytes_is_refused(self):
-        with pytest.raises(ConfigError, match="'header_bytes' must be >= 0, got -1"):
+        with pytest.raises(ConfigError, match="'header_bytes' must be an integer >= 0, got -1"):
             StandardLibrary(header_bytes=-1)
+
+    def test_library_without_its_source_is_refused(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(sysconfig, "get_paths", lambda: {"stdlib": str(tmp_path)})
+        message = rf"'source' needs a folder .* got '{tmp_path}'\. Use data=files\."
+        with pytest.raises(ConfigError, match=message):
+            StandardLibrary()
 
 
 class TestLibraryFiles:

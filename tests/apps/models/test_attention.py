@@ -65,7 +65,13 @@ class TestCausalSelfAttention:
         for one, other in zip(narrow.parameters(), attention.parameters(), strict=True):
             torch.testing.assert_close(one.grad.float(), other.grad, atol=0.5, rtol=0.05)
 
-    @pytest.mark.parametrize("num_heads", [0, 3, 8])
+    @pytest.mark.parametrize("num_heads", [3, 8])
     def test_odd_head_width_is_refused(self, num_heads):
-        with pytest.raises(ConfigError, match=r"'num_heads' must divide dim \(8\)"):
+        message = rf"'num_heads' must divide dim \(8\) into even head widths, got {num_heads}\."
+        with pytest.raises(ConfigError, match=message):
+            CausalSelfAttention(8, num_heads)
+
+    @pytest.mark.parametrize("num_heads", [0, 1.5, True])
+    def test_number_of_heads_that_is_no_positive_integer_is_refused(self, num_heads):
+        with pytest.raises(ConfigError, match=f"'num_heads' must be an integer >= 1, got {num_heads}"):
             CausalSelfAttention(8, num_heads)

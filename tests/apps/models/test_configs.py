@@ -56,8 +56,11 @@ class TestModels:
             "hidden_dim": 128,
             "num_shared": 0,
         }
-        assert size.total_parameters == 3_482_752
-        assert size.active_parameters == 730_240
+        expert, router = 3 * 128 * 128, 16 * 128
+        layer = 2 * 128 + 4 * 128 * 128 + router
+        rest = 2 * 256 * 128 + 128
+        assert size.total_parameters == rest + 4 * (layer + 16 * expert)
+        assert size.active_parameters == rest + 4 * (layer + 2 * expert)
 
     def test_small_is_a_few_times_larger(self):
         tiny, small = (measure(instantiate(compose(model).model)) for model in ("tiny", "small"))

@@ -38,10 +38,11 @@ class TestDeepseekV3:
 
     def test_unknown_key_is_named(self):
         pytest.importorskip("transformers")
-        with pytest.raises(ConfigError, match="got num_expert"):
+        message = r"'model' must have keys of transformers' DeepseekV3Config only, got \['num_expert'\]"
+        with pytest.raises(ConfigError, match=message):
             deepseek_v3(num_expert=3)
 
     def test_without_transformers_names_the_extra(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "transformers", None)
-        with pytest.raises(ConfigError, match=r"pip install moe_plugin\[hf\]"):
+        with pytest.raises(ConfigError, match=r"got 'deepseek_v3'\. .* pip install 'moe_plugin\[hf\]'"):
             deepseek_v3()

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import re
+from contextlib import contextmanager
+from functools import partial
+
 import lightning
 import pytest
 import torch
@@ -10,11 +14,13 @@ from torch.utils.data import DataLoader
 
 from moe_plugin import LossFreeBalancing, balance_
 from moe_plugin.apps.models import measure
-from moe_plugin.apps.models.hugging_face import HostRouter
+from moe_plugin.apps.models.hugging_face import HostRouter, HuggingFaceModel, replace_routers_
 from moe_plugin.attach.balanced_model import find_balanced
 from moe_plugin.balancing.rules import Proportional
-from moe_plugin.experts import fused
+from moe_plugin.errors import ConfigError
+from moe_plugin.experts import ExpertShape, fused
 from moe_plugin.losses import LoadBalancingLoss
+from moe_plugin.routing import Router, Sigmoid
 from tests.apps.models.test_configs import CONF, compose
 
 pytest.importorskip("transformers")
@@ -36,6 +42,15 @@ def build(family, router, experts="8", **changes):
     config.update(changes)
     torch.manual_seed(0)
     return instantiate(config.model)
+
+
+@contextmanager
+def refused(message):
+    """Expect a ConfigError, which Hydra hides in its own."""
+    with pytest.raises(InstantiationException) as caught:
+        yield
+    assert isinstance(caught.value.__cause__, ConfigError)
+    assert re.match(message, str(caught.value.__cause__))
 
 
 def rows(size, seed=0):
@@ -81,7 +96,10 @@ class TestFamilies:
     def test_size_is_counted_on_the_meta_device(self, family):
         with torch.device("meta"):
             size = measure(build(family, "qwen3"))
-        assert 0 < size.active_parameters < size.total_parameters
+        numbers = {name: parameter.numel() for name, parameter in build(family, "qwen3").named_parameters()}
+        assert size.total_parameters == sum(numbers.values())
+        routed = sum(number for name, number in numbers.items() if ".experts." in name)
+        assert size.total_parameters - size.active_parameters == routed * (8 - 2) / 8
 
 
 class TestHuggingFaceModel:
@@ -110,23 +128,44 @@ class TestHuggingFaceModel:
         gradients = [m.router.weight.grad for m in model.modules() if isinstance(m, HostRouter)]
         assert all(gradient.abs().max() > 0 for gradient in gradients)
 
-    def test_auxiliary_loss_of_a_native_router_is_an_error(self):
-        loss = {"_target_": "moe_plugin.losses.LoadBalancingLoss", "coefficient": 0.1}
-        with pytest.raises(
-            InstantiationException, match="loss_free or none with router=native, got aux_loss"
-        ):
+    @pytest.mark.parametrize("kind", ["LoadBalancingLoss", "SequenceLoss"])
+    def test_auxiliary_loss_of_a_native_router_is_an_error_that_names_it(self, kind):
+        loss = {"_target_": f"moe_plugin.losses.{kind}", "coefficient": 0.1}
+        message = f"'balancing.auxiliary_loss' must be null with router=native, got '{kind}'. Choose"
+        with refused(message):
             build("mixtral", "native", balancing={"auxiliary_loss": loss})
 
     def test_shared_experts_where_there_are_none_are_an_error(self):
-        with pytest.raises(
-            InstantiationException, match=r"'experts.num_shared' must be 0 for mixtral, got 1"
-        ):
+        message = r"'experts.num_shared' must be 0, the shared experts of this mixtral, got 1\. Set .*=0\."
+        with refused(message):
             build("mixtral", "native", "64")
-        assert build("deepseek_v3", "native", "64").network.model is not None
+
+    def test_other_number_of_shared_experts_names_that_of_the_model(self):
+        transformers = pytest.importorskip("transformers")
+        message = (
+            r"'experts.num_shared' must be 2, the shared experts of this deepseek_v3, got 1\. Set .*=2\."
+        )
+        with pytest.raises(ConfigError, match=message):
+            HuggingFaceModel(
+                config=transformers.DeepseekV3Config(n_shared_experts=2),
+                context_length=LENGTH,
+                router=None,
+                experts=ExpertShape(num_experts=8, top_k=2, hidden_dim=16, num_shared=1),
+            )
+
+    def test_as_many_shared_experts_as_the_model_has_are_built(self):
+        layer = build("deepseek_v3", "native", "64").network.model.model.layers[0].mlp
+        assert layer.shared_experts.down_proj.in_features == 1 * 16
 
     def test_experts_that_the_host_has_not_are_an_error(self):
-        with pytest.raises(InstantiationException, match="'router' must not be zero_experts for a model"):
+        message = "'router' must be one without zero experts for a model of transformers, got 'zero_experts'"
+        with refused(message):
             build("mixtral", "zero_experts")
+
+    def test_router_of_a_model_without_one_is_an_error(self):
+        message = "'router' must be native for Linear, which has no router to replace, got 'Router'"
+        with pytest.raises(ConfigError, match=message):
+            replace_routers_(torch.nn.Linear(2, 2), partial(Router, score=Sigmoid()), ExpertShape(4, 2, 8))
 
     def test_top_p_holds_the_budget_of_a_host(self, tmp_path):
         model = build("mixtral", "top_p")
@@ -136,9 +175,8 @@ class TestHuggingFaceModel:
             assert 4 * LENGTH == record.tokens[name] <= counts_E.sum() < 8 * record.tokens[name]
 
     def test_native_router_of_our_own_model_is_an_error(self):
-        with pytest.raises(
-            InstantiationException, match="'router' must be one of ours for this model, got native"
-        ):
+        message = r"'router' must be one of ours for this model, got 'native'\. Take sigmoid_top_k"
+        with refused(message):
             instantiate(compose("tiny", "native").model)
 
 

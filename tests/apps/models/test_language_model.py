@@ -87,7 +87,8 @@ class TestTraining:
         loss = model.training_step(batch, 0)
         torch.testing.assert_close(logged["train/loss"].double(), token_mean(model, [batch]))
         torch.testing.assert_close(loss, logged["train/loss"] + logged["train/auxiliary_loss"])
-        assert logged["train/auxiliary_loss"] > 0
+        expected = model.network(batch["tokens"][:, :-1], model.auxiliary_loss)[1]
+        torch.testing.assert_close(logged["train/auxiliary_loss"], expected)
 
     @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
     def test_low_precision_trains_with_fp32_bias(self, precision):
@@ -110,7 +111,8 @@ class TestTraining:
         assert model.configure_optimizers()["optimizer"].defaults["fused"] is False
 
     def test_endless_run_names_max_steps(self):
-        with pytest.raises(ConfigError, match=r"'trainer\.max_steps' must be set"):
+        message = r"'trainer\.max_steps' must be >= 1 in an endless run, .* uses it, got -1\."
+        with pytest.raises(ConfigError, match=message):
             trainer(max_epochs=-1).fit(language_model(), loader([token_batch(1)]))
 
 
@@ -135,13 +137,14 @@ class TestConstructor:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"vocab_size": 0}, "'vocab_size' must be a positive integer, got 0"),
-            ({"context_length": 0}, "'context_length' must be a positive integer, got 0"),
-            ({"dim": 0}, "'dim' must be a positive integer, got 0"),
-            ({"num_layers": 0}, "'num_layers' must be a positive integer, got 0"),
-            ({"dense_hidden_dim": 0}, "'dense_hidden_dim' must be a positive integer, got 0"),
-            ({"moe_every": 0}, "'moe_every' must be a positive integer, got 0"),
-            ({"num_dense": 3}, r"'num_dense' must be between 0 and num_layers \(2\), got 3"),
+            ({"vocab_size": 0}, "'vocab_size' must be an integer >= 1, got 0"),
+            ({"context_length": 0}, "'context_length' must be an integer >= 1, got 0"),
+            ({"dim": 0}, "'dim' must be an integer >= 1, got 0"),
+            ({"num_layers": 0}, "'num_layers' must be an integer >= 1, got 0"),
+            ({"dense_hidden_dim": 0}, "'dense_hidden_dim' must be an integer >= 1, got 0"),
+            ({"moe_every": 0}, "'moe_every' must be an integer >= 1, got 0"),
+            ({"num_dense": -1}, "'num_dense' must be an integer >= 0, got -1"),
+            ({"num_dense": 3}, r"'num_dense' must be <= num_layers \(2\), got 3"),
             ({"activation_checkpointing": "yes"}, "'activation_checkpointing' must be null, .*, got 'yes'"),
         ],
     )

@@ -47,13 +47,14 @@ class TestValidation:
     @pytest.mark.parametrize(
         ("numbers", "message"),
         [
-            ({"learning_rate": 0.0}, "'learning_rate' must be a finite number > 0, got 0.0"),
-            ({"learning_rate": math.nan}, "'learning_rate' must be a finite number > 0, got nan"),
-            ({"weight_decay": -0.1}, "'weight_decay' must be a finite number >= 0, got -0.1"),
-            ({"betas": (0.9, 1.0)}, "'betas' must be two numbers in"),
-            ({"betas": (0.9,)}, "'betas' must be two numbers in"),
-            ({"warmup_steps": -1}, "'warmup_steps' must be >= 0, got -1"),
-            ({"floor": 1.5}, "'floor' must be between 0 and 1, got 1.5"),
+            ({"learning_rate": 0.0}, "'learning_rate' must be a number > 0, got 0.0"),
+            ({"learning_rate": math.nan}, "'learning_rate' must be a number > 0, got nan"),
+            ({"weight_decay": -0.1}, "'weight_decay' must be a number >= 0, got -0.1"),
+            ({"betas": (0.9, 1.0)}, "'betas' must be a number >= 0 and < 1, got 1.0"),
+            ({"betas": (0.9,)}, r"'betas' must be two numbers, got \(0.9,\)"),
+            ({"warmup_steps": -1}, "'warmup_steps' must be an integer >= 0, got -1"),
+            ({"warmup_steps": 0.5}, "'warmup_steps' must be an integer >= 0, got 0.5"),
+            ({"floor": 1.5}, "'floor' must be a number from 0 to 1, got 1.5"),
         ],
     )
     def test_bad_number_is_named(self, numbers, message):

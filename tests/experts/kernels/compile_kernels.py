@@ -5,6 +5,7 @@ In a process of its own: where Triton interprets, it cannot compile. The interpr
 
 from __future__ import annotations
 
+import re
 import sys
 from typing import Any
 
@@ -16,11 +17,12 @@ from moe_plugin.experts.kernels import permute_triton
 
 
 def compile_for(target: GPUTarget, kernel: Any, arguments: dict[str, Any]) -> None:
-    """Types of arguments are strings, all else is a constant."""
+    """Types of arguments are strings, all else is a constant. Prints the kernel, its GPU, and what the code is."""
     constants = {name: value for name, value in arguments.items() if not isinstance(value, str)}
     signature = {name: "constexpr" if name in constants else arguments[name] for name in kernel.arg_names}
     compiled = triton.compile(ASTSource(kernel, signature, constants), target=target)
-    print(kernel.__name__, len(compiled.asm["cubin"]))
+    architecture = re.search(r"\.target (\w+)", compiled.asm["ptx"])
+    print(kernel.__name__, architecture and architecture[1], compiled.asm["cubin"][1:4].decode())
 
 
 def main() -> None:

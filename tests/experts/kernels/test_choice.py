@@ -70,5 +70,8 @@ class TestCheckChoice:
     def test_triton_that_is_not_installed_is_refused(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(VARIABLE, "triton")
         monkeypatch.setattr(choice, "find_spec", lambda name: None)
-        with pytest.raises(ConfigError, match=r"Install it: pip install 'moe_plugin\[triton\]'"):
+        message = (
+            r"must be torch without Triton, got 'triton'\. Install it: pip install 'moe_plugin\[triton\]'"
+        )
+        with pytest.raises(ConfigError, match=message):
             check_choice()

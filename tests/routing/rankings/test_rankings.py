@@ -55,9 +55,17 @@ class TestSinkhorn:
     def test_no_tokens_are_no_trouble(self):
         assert router_with(Sinkhorn())(torch.randn(0, 16)).expert_ids_TK.shape == (0, 2)
 
-    @pytest.mark.parametrize("numbers", [{"iterations": 0}, {"temperature": 0.0}])
-    def test_bad_numbers_are_refused(self, numbers):
-        with pytest.raises(ConfigError, match="must be > 0, got 0"):
+    @pytest.mark.parametrize(
+        ("numbers", "message"),
+        [
+            ({"iterations": 0}, "'iterations' must be an integer >= 1, got 0"),
+            ({"iterations": 1.5}, "'iterations' must be an integer >= 1, got 1.5"),
+            ({"temperature": 0.0}, "'temperature' must be a number > 0, got 0.0"),
+            ({"temperature": math.inf}, "'temperature' must be a number > 0, got inf"),
+        ],
+    )
+    def test_bad_numbers_are_refused(self, numbers, message):
+        with pytest.raises(ConfigError, match=message):
             Sinkhorn(**numbers)
 
 
@@ -98,7 +106,8 @@ class TestTokenHash:
         assert (counts_E - 5000).abs().max() < 5 * math.sqrt(5000)
 
     def test_network_that_tells_no_ids_is_an_error(self):
-        with pytest.raises(ConfigError, match="got 0 ids for 6 tokens"):
+        message = r"'ranking' needs the ids of 6 tokens for TokenHash, got 0\. Call tell_tokens_ before"
+        with pytest.raises(ConfigError, match=message):
             router_with(TokenHash())(torch.randn(6, 16))
 
 
