@@ -12,7 +12,7 @@ import torch
 from omegaconf import OmegaConf
 
 from moe_plugin.apps import evaluate, train
-from moe_plugin.apps.launch.compose import conf_dir
+from moe_plugin.apps.launch.compose import HYDRA_GROUPS, conf_dir
 
 SMALL = [
     "experts=8",
@@ -139,7 +139,7 @@ class TestSweep:
 
 class TestRules:
     def test_sweep_over_all_rules_trains_with_each(self) -> None:
-        rules = sorted(path.stem for path in (conf_dir() / "rule").glob("*.yaml"))
+        rules = sorted(path.stem for path in (HYDRA_GROUPS / "rule").glob("*.yaml"))
         train.main([*SMALL, "-m", f"rule={','.join(rules)}", "trainer.max_steps=1"])
         with (run_folder() / "sweep_summary.csv").open() as file:
             rows = list(csv.DictReader(file))
@@ -193,20 +193,27 @@ class TestWrongUse:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (["foo=1"], "'foo' (got 1) is not a key of the configuration."),
+            (["foo=1"], "'foo' is not a key of the configuration, got 1."),
             (["trainer.max_step=3"], "Did you mean 'trainer.max_steps'?"),
             (["router=foo"], "'router' must be one of deepseek_v3, expert_choice"),
             (["seed=x"], "'seed' must be a whole number, got 'x'."),
             (["count_only=maybe"], "'count_only' must be true or false, got 'maybe'."),
             (["trainer.max_steps=abc"], "'trainer.max_steps' must be a whole number, got 'abc'."),
-            (["trainer.max_steps=-1"], "'trainer.max_steps' must be >= 1"),
+            (
+                ["trainer.max_steps=-1"],
+                "'trainer.max_steps' must be >= 1 unless trainer.max_epochs is, got -1.",
+            ),
+            (["trainer.max_steps=-1", "trainer.max_epochs=null"], "'trainer.max_steps' must be >= 1"),
             (["trainer.precision=12"], "'trainer.precision' must be"),
             (
                 ["trainer.accelerator=tpux"],
-                "'trainer': You selected an invalid accelerator name: `accelerator='tpux'`",
+                "'trainer' cannot be used: You selected an invalid accelerator name: `accelerator='tpux'`",
             ),
-            (["trainer.accumulate_grad_batches=0"], "'trainer.accumulate_grad_batches' must be >= 1, got 0."),
-            (["+trainer.foo=1"], "'trainer.foo' (got 1) is not a key of 'trainer'."),
+            (
+                ["trainer.accumulate_grad_batches=0"],
+                "'trainer.accumulate_grad_batches' must be an integer >= 1, got 0.",
+            ),
+            (["+trainer.foo=1"], "'trainer.foo' is not a key of 'trainer', got 1."),
             (["experts.top_k=99"], "'experts.top_k' must be <= num_experts (8), got 99."),
             (["rule.rate=abc"], "'rule.rate' must be"),
             (["rule.rate=-0.1"], "'rule.rate' must be"),
@@ -217,13 +224,21 @@ class TestWrongUse:
             (["data.batch_size=9", "strategy=ddp"], "'data.batch_size' must be a multiple of"),
             (["data.source.sources.letters=nope/*.txt"], "'data.source.sources.letters'"),
             (["data.source.sources={other: x}"], "'data.source.sources'"),
-            (["data.source.sources=???"], "'data.source.sources' must be given"),
+            (
+                ["data.source.sources=???"],
+                "'data.source.sources' must be given. Add data.source.sources=VALUE.",
+            ),
             (
                 ["ckpt_path=nope.ckpt"],
                 "'ckpt_path' must be an existing checkpoint or 'last', got 'nope.ckpt'.",
             ),
-            (["strategy.devices=0"], "'strategy.devices' must be >= 1, got 0."),
-            (["strategy=fsdp1"], "needs a GPU, and there is none. Set strategy=fsdp."),
+            (["strategy.devices=0"], "'strategy.devices' must be an integer >= 1, got 0."),
+            (
+                ["strategy=fsdp_tp", "strategy.tensor_parallel_size=0"],
+                "'strategy.tensor_parallel_size' must be an integer >= 1, got 0.",
+            ),
+            (["strategy=fsdp1"], "'trainer.accelerator' must be a GPU for FSDP of the first generation"),
+            (["strategy=fsdp1"], "got 'cpu'. Set strategy=fsdp."),
             (
                 ["strategy=fsdp_ep", "strategy.expert_parallel_size=3"],
                 "must divide the number of processes (2), got 3.",
@@ -231,7 +246,7 @@ class TestWrongUse:
             (["strategy=fsdp_ep", "experts.num_experts=5"], "must divide the experts of 'network.layers.0"),
             (
                 ["balancing.callback.experts=fused", "strategy=fsdp_ep"],
-                "'balancing.callback.experts' must be null where experts are spread over processes "
+                "'balancing.callback.experts' must be null when experts are spread over processes "
                 "(expert_parallel_size is 2), got 'fused'.",
             ),
             (
@@ -307,7 +322,10 @@ class TestEvaluate:
         [
             ([], "'ckpt_path' must be an existing checkpoint, got None."),
             (["ckpt_path=nope"], "'ckpt_path' must be an existing checkpoint, got 'nope'."),
-            (["ckpt_path=texts/a0.txt"], "'ckpt_path' must lie in a run's folder"),
+            (
+                ["ckpt_path=texts/a0.txt"],
+                "'ckpt_path' must be in a run's folder, next to its config.yaml, got 'texts/a0.txt'.",
+            ),
             (["a=[1"], "'a=[1' must be key=value"),
         ],
     )
