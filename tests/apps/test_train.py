@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from omegaconf import OmegaConf
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from moe_plugin.apps import evaluate, train
 from moe_plugin.apps.launch.compose import HYDRA_GROUPS, conf_dir
@@ -66,8 +67,11 @@ class TestTrain:
             )
         }
         assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
-        assert list((folder / "tensorboard").glob("events.out.tfevents.*"))
-        assert (folder / "csv" / "metrics.csv").stat().st_size
+        with (folder / "csv" / "metrics.csv").open() as file:
+            losses = [float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]]
+        assert losses[-1] == pytest.approx(summary(folder)["val_loss"])
+        events = EventAccumulator(str(folder / "tensorboard")).Reload()
+        assert events.Scalars("val/loss")[-1].value == pytest.approx(losses[-1])
         assert f"tensorboard --logdir {folder}/tensorboard" in capsys.readouterr().out
 
     def test_summary_holds_exact_numbers(self) -> None:
@@ -87,7 +91,8 @@ class TestTrain:
 
     def test_without_balancing_the_load_is_still_measured(self) -> None:
         train.main([*SMALL, "balancing=none"])
-        assert summary(run_folder())["max_violation_global"] > 0
+        # No expert gets more than each token once: the largest load is num_experts / top_k of the mean at most.
+        assert 0 < summary(run_folder())["max_violation_global"] <= 8 / 2 - 1
 
     def test_dry_run_writes_no_summary(self) -> None:
         train.main([*SMALL, "debug=fast_dev_run", "name=small"])

@@ -1,4 +1,4 @@
-"""Composes configurations without running anything: one per job, so that each is checked before the first runs."""
+"""Composes configurations without running anything: one per job, so each is checked before the first runs."""
 
 from __future__ import annotations
 

@@ -60,7 +60,7 @@ def run_in_processes(run_folder: Path, config: DictConfig) -> None:
 
     Raises:
         RunError: A process failed; it names the user's error, if it was one. Otherwise the trace is above.
-        SystemExit: A signal stopped the run; with code `STOPPED` if it can go on.
+        SystemExit: A signal stopped the run; with code `STOPPED` if it can be continued.
     """
     launch = elastic_launch(_launch_config(config), sys.executable)
     with for_processes(number_of_processes(config)), StopSignals() as signals, quiet_agent():

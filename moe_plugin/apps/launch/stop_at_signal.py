@@ -50,7 +50,7 @@ class StopAtSignal(Callback):
             self._agree(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Agree anew on how often: batches of a validation take another time than the steps around it."""
+        """Agree anew on how often: batches of a validation take longer or shorter than steps."""
         self._pace.start()
 
     on_validation_end = on_validation_start
