@@ -13,13 +13,7 @@ from hydra.errors import InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from moe_plugin.apps.launch.build import (
-    build_callbacks,
-    build_data,
-    build_model_on_meta,
-    build_trainer,
-    to_plain,
-)
+from moe_plugin.apps.launch.build import build_callbacks, build_data, build_model_on_meta, build_trainer
 from moe_plugin.apps.launch.checkpoint_experts import check_checkpoint_experts
 from moe_plugin.apps.launch.config_schema import Paths, Settings, Strategy
 from moe_plugin.apps.launch.expert_parallel import check_experts
@@ -82,7 +76,7 @@ def _check_types(config: DictConfig) -> None:
     """Check every key and scalar against what takes it."""
     groups = {"strategy": Strategy, "paths": Paths}
     if OmegaConf.is_list(config.strategy.devices):
-        given, fix = to_plain(config.strategy.devices), "CUDA_VISIBLE_DEVICES picks GPUs."
+        given, fix = list(config.strategy.devices), "CUDA_VISIBLE_DEVICES picks GPUs."
         raise ConfigError("strategy.devices", "must be a whole number or 'auto'", given, fix)
     settings = {field.name: config[field.name] for field in dataclasses.fields(Settings)}
     check_arguments(Settings, settings, "")

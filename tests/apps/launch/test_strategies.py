@@ -29,7 +29,9 @@ class TestFsdp2:
 
 class TestFsdp1:
     def test_without_a_gpu_it_says_what_to_take(self):
-        with pytest.raises(ConfigError, match=r"'accelerator' must be a GPU .* got 'cpu'. Set strategy=fsdp."):
+        with pytest.raises(
+            ConfigError, match=r"'accelerator' must be a GPU .* got 'cpu'. Set strategy=fsdp."
+        ):
             fsdp1("cpu", "32-true")
 
     def test_buffers_keep_their_precision(self, monkeypatch):
