@@ -1,4 +1,4 @@
-"""Adds the top-level conf/ to the package as moe_plugin.conf; everything else is in pyproject.toml."""
+"""Adds the YAML files: conf/ as moe_plugin.conf, and moe_plugin/hydra_groups; all else is in pyproject.toml."""
 
 from setuptools import find_namespace_packages, setup
 
@@ -8,5 +8,9 @@ setup(
         "moe_plugin.conf",
     ],
     package_dir={"moe_plugin.conf": "conf"},
-    package_data={"moe_plugin.conf": ["*.yaml", "**/*.yaml"], "moe_plugin.apps.report": ["*.html"]},
+    package_data={
+        "moe_plugin": ["hydra_groups/*/*.yaml"],
+        "moe_plugin.conf": ["*.yaml", "**/*.yaml"],
+        "moe_plugin.apps.report": ["*.html"],
+    },
 )

@@ -40,9 +40,10 @@ APPS = {
     },
     "apps.report": {"errors", "metrics", "plots", "callbacks", "__init__"},
     "apps.launch": {
-        *("errors", "experts", "attach", "sharding", "callbacks", "apps.models", "apps.report"),
+        *("errors", "number_checks", "experts", "attach", "sharding", "callbacks"),
+        *("apps.models", "apps.report"),
     },
-    "apps.throughput": {"errors", "apps.data", "apps.launch", "apps.models"},
+    "apps.throughput": {"errors", "number_checks", "apps.data", "apps.models"},
     "apps.train": {"apps.launch"},
     "apps.evaluate": {"errors", "apps.launch", "apps.throughput"},
     "apps.inspection": {"errors", "attach", "apps.launch"},

@@ -7,10 +7,11 @@ import shutil
 import subprocess
 import sys
 import sysconfig
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
+import yaml
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ("moe_plugin", "conf", "hydra_plugins", "pyproject.toml", "setup.py", "README.md", "LICENSE")
@@ -66,13 +67,18 @@ def run_app(installed: Path, tmp_path: Path) -> Callable[..., str]:
             (tmp_path / "conf" / name).write_text(text)
         (tmp_path / "app.py").write_text(APP)
         folders = [str(installed), sysconfig.get_paths()["purelib"], str(tmp_path / "conf")]
-        command = [sys.executable, "-S", "app.py", *folders, *words]
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
-        return subprocess.run(
-            command, cwd=tmp_path, env=environment, check=True, stdout=subprocess.PIPE, text=True
-        ).stdout
+        return run_isolated(["app.py", *folders, *words], tmp_path)
 
     return run
+
+
+def run_isolated(arguments: Sequence[str], folder: Path) -> str:
+    """Runs Python in a folder, without an installation of ours in this environment, and returns what it prints."""
+    environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+    command = [sys.executable, "-S", *arguments]
+    return subprocess.run(
+        command, cwd=folder, env=environment, check=True, stdout=subprocess.PIPE, text=True
+    ).stdout
 
 
 class TestInstalled:
@@ -88,17 +94,55 @@ class TestInstalled:
         shown = run_app(files, "+balancing=loss_free", "hydra.run.dir=.", "hydra.output_subdir=null")
         assert shown.splitlines() == ["made Fraction", "made LossFreeBalancing"]
 
+    def test_rule_of_the_callback_is_an_option(self, run_app: Callable[..., str]) -> None:
+        words = ["+balancing=loss_free", "+rule@callbacks.loss_free.rule=sign", "--cfg", "job"]
+        expected = {
+            "_target_": "moe_plugin.callbacks.loss_free.LossFreeBalancing",
+            "rule": {"_target_": "moe_plugin.balancing.rules.Sign", "rate": "auto", "centred": True},
+        }
+        config = yaml.safe_load(run_app({"config.yaml": "x: 1"}, *words))
+        assert config == {"x": 1, "callbacks": {"loss_free": expected}}
+
+    def test_app_gets_three_groups_and_no_more(self, run_app: Callable[..., str]) -> None:
+        shown = run_app({"config.yaml": "x: 1"}, "--help")
+        groups = shown.partition("== Configuration groups ==")[2].partition("== Config ==")[0]
+        options = dict(line.split(": ") for line in groups.splitlines() if ": " in line)
+        rules = {path.stem for path in (ROOT / "moe_plugin" / "hydra_groups" / "rule").iterdir()}
+        assert {group: set(names.split(", ")) for group, names in options.items()} == {
+            "balancing": {"loss_free"},
+            "callbacks": {"load_monitor", "loss_free"},
+            "rule": rules,
+        }
+
+    @pytest.mark.parametrize("option", ["callbacks/default", "model/tiny"])
+    def test_app_without_an_option_does_not_get_that_of_our_commands(
+        self, option: str, run_app: Callable[..., str], capfd: pytest.CaptureFixture[str]
+    ) -> None:
+        text = f"defaults: [{{{option.replace('/', ': ')}}}]"
+        with pytest.raises(subprocess.CalledProcessError):
+            run_app({"config.yaml": text}, "--cfg", "job")
+        assert f"Could not find '{option}'" in capfd.readouterr().err
+
     def test_groups_are_those_of_the_installation(
         self, run_app: Callable[..., str], installed: Path, source: Path
     ) -> None:
         shown = run_app({"config.yaml": "x: 1"}, "--info", "searchpath")
-        lines = [line for line in shown.splitlines() if line.startswith("| moe_plugin")]
-        assert len(lines) == 2
-        assert all(str(installed) in line or str(source) in line for line in lines)
+        (line,) = (line for line in shown.splitlines() if line.startswith("| moe_plugin"))
+        assert str(installed) in line or str(source) in line
 
     def test_package_is_a_search_path(self, run_app: Callable[..., str]) -> None:
         text = "defaults: [{experts: '8'}]\nhydra: {searchpath: ['pkg://moe_plugin.conf']}"
         assert "num_experts: 8" in run_app({"config.yaml": text}, "--cfg", "job")
+
+    def test_our_command_finds_its_groups_and_those(self, installed: Path, tmp_path: Path) -> None:
+        words = ["rule=sign", "callbacks=[default,loss_free]", "+hardware=h100", "--cfg", "job"]
+        text = "import site, sys; site.addsitedir(sys.argv.pop(1)); sys.path.append(sys.argv.pop(1)); "
+        text += "from moe_plugin.apps.train import main; main()"
+        folders = [str(installed), sysconfig.get_paths()["purelib"]]
+        shown = run_isolated(["-c", text, *folders, *words], tmp_path)
+        config = yaml.safe_load(shown)
+        assert config["rule"]["_target_"] == "moe_plugin.balancing.rules.Sign"
+        assert list(config["callbacks"])[-2:] == ["load_monitor", "loss_free"]
 
 
 class TestConstraints:

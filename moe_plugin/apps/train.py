@@ -11,7 +11,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
 from moe_plugin.apps.launch.command import one_line_errors, run
-from moe_plugin.apps.launch.environment import is_first_node, is_launched
+from moe_plugin.apps.launch.process_environment import is_first_node, is_launched
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -21,15 +21,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         arguments: Words after the program's name; by default the program's own.
     """
     if is_launched():
-        train_by_hand(sys.argv[1:] if arguments is None else arguments)
+        _train_by_hand(sys.argv[1:] if arguments is None else arguments)
     else:
         run(sys.argv[1:] if arguments is None else arguments, train)
 
 
-def train_by_hand(arguments: Sequence[str]) -> None:
+def _train_by_hand(arguments: Sequence[str]) -> None:
     """Run the command line in a process that torchrun has started."""
     from moe_plugin.apps.launch import torchrun_config
-    from moe_plugin.apps.launch.job import train as train_here
+    from moe_plugin.apps.launch.train_job import train as train_here
 
     if not torchrun_config.is_follower():
         try:
@@ -51,10 +51,10 @@ def train(composed: DictConfig) -> float | None:
         The metric that a sweeper optimises, ``optimized_metric`` of the run's summary; None after a dry run.
     """
     from moe_plugin.apps.launch import torchrun_config
-    from moe_plugin.apps.launch.folder import prepare_
-    from moe_plugin.apps.launch.job import train as train_here
     from moe_plugin.apps.launch.last_checkpoint import find_checkpoint
     from moe_plugin.apps.launch.processes import number_of_processes, run_in_processes
+    from moe_plugin.apps.launch.run_folder import prepare_
+    from moe_plugin.apps.launch.train_job import train as train_here
     from moe_plugin.apps.launch.validate_config import without_hydra
 
     folder = Path(HydraConfig.get().runtime.output_dir)

@@ -14,21 +14,21 @@ class AgreementInterval:
     """
 
     def __init__(self) -> None:
-        """The first occasion is due."""
+        """Make the first occasion due."""
         self.start()
 
     def start(self) -> None:
-        """Begins anew, where occasions become longer or shorter: the next one is due."""
+        """Begin again, when occasions become longer or shorter: the next one is due."""
         self._stride = self._left = 1
         self._since = time.monotonic()
 
     def is_due(self) -> bool:
-        """Return counts an occasion, and says whether to agree on it."""
+        """Count an occasion, and return whether to agree on it."""
         self._left -= 1
         return self._left == 0
 
     def proposal(self) -> int:
-        """After how many occasions this rank would agree again; at most twice as many as this time."""
+        """Return after how many occasions this rank would agree again; at most twice as many as this time."""
         elapsed = time.monotonic() - self._since
         return max(1, min(2 * self._stride, int(self._stride * SECONDS / max(elapsed, 1e-9))))
 

@@ -25,7 +25,7 @@ def build_model(config: DictConfig) -> LightningModule:
 
 
 def build_model_for(config: DictConfig) -> LightningModule:
-    """Return the model as the strategy wants it: with storage or without yet, its layers checkpointed or not."""
+    """Return the model as the strategy wants it: on the meta device or not, its layers checkpointed or not."""
     strategy = config.strategy
     model = build_model_on_meta(config) if strategy.get("meta_init") else build_model(config)
     for layer in find_layers(model) if strategy.get("activation_checkpointing") else []:
@@ -45,7 +45,7 @@ def build_data(config: DictConfig) -> LightningDataModule:
 
 
 def build_callbacks(config: DictConfig) -> list[Callback]:
-    """Return the balancing callback, if there is one, and the others; no progress bar where none is wanted."""
+    """Return the balancing callback, if there is one, and the others; no progress bar if it is switched off."""
     nodes = [config.balancing.callback, *(config.callbacks or {}).values()]
     callbacks = [instantiate(node) for node in nodes if node is not None]
     if config.strategy.get("compile") is not None:
@@ -82,7 +82,7 @@ def build_trainer(config: DictConfig, *, callbacks: Sequence[Callback], **object
         devices=config.strategy.devices,
         strategy=strategy if isinstance(strategy, str) else instantiate(strategy),
         val_check_interval=val_check_interval,
-        max_time=None,  # `TimeLimit` sees to it
+        max_time=None,  # `TimeLimit` does that
         callbacks=[*callbacks, *time_limit],
         plugins=[WholeCheckpointIO()],
         _convert_="all",

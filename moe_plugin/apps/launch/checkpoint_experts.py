@@ -15,11 +15,11 @@ def check_checkpoint_experts(model: nn.Module, path: str | Path) -> None:
     """Check that each layer of the model has as many experts as in the checkpoint.
 
     Args:
-        model: The model, the meta device is enough.
+        model: The model; the meta device is enough.
         path: A checkpoint, a file or a folder.
 
     Raises:
-        CheckpointError: Names both numbers for each layer in which they differ.
+        CheckpointError: They differ; it names both numbers for each such layer.
     """
     shapes, names = shapes_in(path), {module: name for name, module in model.named_modules()}
     wrong = []

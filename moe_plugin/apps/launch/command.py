@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import re
 import sys
@@ -14,9 +13,9 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
-from moe_plugin.apps.launch.compose import HYDRA_VERSION, compose_jobs, conf_dir
-from moe_plugin.apps.launch.environment import is_launched
-from moe_plugin.apps.launch.explain import one_line
+from moe_plugin.apps.launch.compose import HYDRA_VERSION, compose_jobs, conf_dir, is_group
+from moe_plugin.apps.launch.explain_config_error import one_line
+from moe_plugin.apps.launch.process_environment import is_launched
 from moe_plugin.apps.launch.sweep import reported_sweep, sweep_job
 from moe_plugin.errors import ConfigError, MoEPluginError, RunError
 
@@ -26,7 +25,7 @@ FAILED, WRONG_USE = 1, 2
 def run(arguments: Sequence[str], task: Callable[[DictConfig], object]) -> None:
     """Run a task on the configuration that the arguments stand for, or on each of a sweep.
 
-    With ``count_only=true`` the models' sizes are printed and that is all.
+    With ``count_only=true`` only the models' sizes are printed.
 
     Args:
         arguments: The command line without the program's name.
@@ -38,37 +37,26 @@ def run(arguments: Sequence[str], task: Callable[[DictConfig], object]) -> None:
     """
     arguments = [quote_option(word) for word in arguments]
     args = get_args_parser().parse_intermixed_args(arguments)
-    if is_run(args) and all(is_counted(job) for job in check_all(args)):
+    if _is_run(args) and all(_is_counted(job) for job in _check_all(args)):
         return
 
-    words = [*switches(arguments, args.overrides), *args.overrides]
+    words = [*_switches(arguments, args.overrides), *args.overrides]
     main = hydra.main(config_path=str(conf_dir()), config_name="config", version_base=HYDRA_VERSION)
-    with command_line(words), reported_sweep() if is_sweep(args) else nullcontext():
-        main(sweep_job(task) if is_sweep(args) else single_job(task))()
+    with _command_line(words), reported_sweep() if _is_sweep(args) else nullcontext():
+        main(sweep_job(task) if _is_sweep(args) else one_line_errors()(task))()
 
 
-def single_job(task: Callable[[DictConfig], object]) -> Callable[[DictConfig], object]:
-    """Return the task with a user's errors in one line."""
-
-    @functools.wraps(task)
-    def job(config: DictConfig) -> object:
-        with one_line_errors():
-            return task(config)
-
-    return job
-
-
-def is_run(args: Namespace) -> bool:
+def _is_run(args: Namespace) -> bool:
     """Return whether jobs will run, rather than help or a configuration be shown."""
     return not (args.help or args.hydra_help or args.cfg or args.info or args.shell_completion)
 
 
-def is_sweep(args: Namespace) -> bool:
+def _is_sweep(args: Namespace) -> bool:
     """Return whether the command line asks for several jobs."""
-    return is_run(args) and (args.multirun or "hydra.mode=MULTIRUN" in args.overrides)
+    return _is_run(args) and (args.multirun or "hydra.mode=MULTIRUN" in args.overrides)
 
 
-def switches(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
+def _switches(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
     """Return the words that are not overrides: Hydra wants them first, people type ``-m`` anywhere."""
     remaining = list(arguments)
     for word in overrides:
@@ -79,19 +67,18 @@ def switches(arguments: Sequence[str], overrides: Sequence[str]) -> list[str]:
 def quote_option(word: str) -> str:
     """Put options that are numbers in quotes, as Hydra wants them: ``experts=8,16`` becomes ``experts="8","16"``."""
     group, equals, options = word.partition("=")
-    if not equals or not re.fullmatch(r"\w+", group) or not (conf_dir() / group).is_dir():
+    if not equals or not re.fullmatch(r"\w+", group) or not is_group(group):
         return word
     return f"{group}=" + re.sub(r"(?<![^,])\d+(?![^,])", r'"\g<0>"', options)
 
 
-def check_all(args: Namespace) -> list[DictConfig]:
-    """Compose and checks each job, and returns their configurations; the first that is wrong ends the program."""
+def _check_all(args: Namespace) -> list[DictConfig]:
+    """Compose and check each job, and return their configurations; the first that is wrong ends the program."""
     with one_line_errors():
-        if is_sweep(args) and is_launched():
-            raise ConfigError(
-                "'-m' must be used without torchrun: each job of a sweep starts its own processes."
-            )
-        configs = list(compose_jobs(args.overrides, multirun=is_sweep(args), config_dir=args.config_dir))
+        if _is_sweep(args) and is_launched():
+            fix = "Each job of a sweep starts its own processes."
+            raise ConfigError("-m", "must be used without torchrun", fix=fix)
+        configs = list(compose_jobs(args.overrides, multirun=_is_sweep(args), config_dir=args.config_dir))
         # Torch and Lightning are imported only now: a misspelt key is answered at once.
         from moe_plugin.apps.launch.validate_config import check
 
@@ -100,8 +87,8 @@ def check_all(args: Namespace) -> list[DictConfig]:
     return configs
 
 
-def is_counted(config: DictConfig) -> bool:
-    """Print the model's size if that is all that is asked for, and says whether it was."""
+def _is_counted(config: DictConfig) -> bool:
+    """Print the model's size if only that is asked for, and return whether it was."""
     if config.count_only:
         from moe_plugin.apps.launch.build import build_model_on_meta
         from moe_plugin.apps.models.size import measure, print_size_table
@@ -112,7 +99,11 @@ def is_counted(config: DictConfig) -> bool:
 
 @contextmanager
 def one_line_errors() -> Iterator[None]:
-    """Turn a user's errors in its block into one line on stderr and exit code 2."""
+    """Turn a user's errors in its block into one line on stderr.
+
+    Raises:
+        SystemExit: With code 2 for wrong use, 1 for a run that failed.
+    """
     try:
         yield
     except MoEPluginError as error:
@@ -123,7 +114,7 @@ def one_line_errors() -> Iterator[None]:
 
 
 @contextmanager
-def command_line(arguments: Sequence[str]) -> Iterator[None]:
+def _command_line(arguments: Sequence[str]) -> Iterator[None]:
     """Make the arguments those of the program within its block: Hydra reads them there."""
     before = sys.argv
     sys.argv = [before[0], *arguments]

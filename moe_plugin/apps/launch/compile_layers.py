@@ -13,22 +13,17 @@ class CompileLayers(Callback):
     """Compiles each repeated layer in place when training begins; one layer's code serves all of them."""
 
     def __init__(self, backend: str) -> None:
-        """Check the backend.
-
-        Args:
-            backend: Of `torch.compile`.
+        """Take a backend of `torch.compile`.
 
         Raises:
             ConfigError: torch has no such backend.
         """
         known = torch.compiler.list_backends(exclude_tags=())
         if backend not in known:
-            raise ConfigError(
-                f"'strategy.compile' must be null or one of {', '.join(known)}; got {backend!r}."
-            )
+            raise ConfigError("strategy.compile", f"must be null or one of {', '.join(known)}", backend)
         self.backend = backend
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Compiles; the first batch waits for it."""
+        """Compile; the first batch waits for it."""
         for layer in find_layers(pl_module):
             layer.compile(backend=self.backend)

@@ -1,4 +1,4 @@
-"""Composes configurations without running anything: one per job, so that each is checked before the first runs."""
+"""Composes configurations without running anything: one per job, so each is checked before the first runs."""
 
 from __future__ import annotations
 
@@ -11,18 +11,25 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from moe_plugin.apps.launch.explain import explain_composition
+from moe_plugin.apps.launch.explain_config_error import explain_composition
 from moe_plugin.apps.launch.overrides import choices, parse
 from moe_plugin.errors import ConfigError
 
 HYDRA_VERSION = "1.3"
+PACKAGE = Path(__file__).parents[2]
+HYDRA_GROUPS = PACKAGE / "hydra_groups"
+"""Config groups of any Hydra app; moe_plugin_search_path.py puts them on its search path, and on ours."""
 
 
 def conf_dir() -> Path:
-    """Return the folder of our config groups: inside an installed package, beside it in a checkout."""
-    package = Path(__file__).parents[2]
-    inside = package / "conf"
-    return inside if inside.is_dir() else package.parent / "conf"
+    """Return the folder of the applications' config groups: in an installed package, next to it in a checkout."""
+    inside = PACKAGE / "conf"
+    return inside if inside.is_dir() else PACKAGE.parent / "conf"
+
+
+def is_group(name: str) -> bool:
+    """Return whether one of our config groups has this name."""
+    return any((folder / name).is_dir() for folder in (conf_dir(), HYDRA_GROUPS))
 
 
 def compose_jobs(
@@ -30,7 +37,7 @@ def compose_jobs(
 ) -> Iterator[DictConfig]:
     """Yield the configuration (with its ``hydra`` node) of a run, or that of every job of a grid sweep.
 
-    A sampler such as Optuna chooses its values as it goes: then the one yielded leaves out the swept keys.
+    A sampler such as Optuna chooses its values as it goes: then one is yielded, without the swept keys.
 
     Args:
         overrides: The command line's ``key=value`` words.
@@ -40,23 +47,19 @@ def compose_jobs(
     Raises:
         ConfigError: A word is malformed, or names what is not there.
     """
-    parse(overrides)  # a malformed word is told before anything else
+    parse(overrides)  # a malformed word is reported first
     if config_dir is not None:
         overrides = [*overrides, f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
     with initialize_config_dir(str(conf_dir()), version_base=HYDRA_VERSION, job_name="train"):
         try:
-            for words in split_sweep(overrides) if multirun else [list(overrides)]:
+            for words in _split_sweep(overrides) if multirun else [list(overrides)]:
                 yield compose("config", words, return_hydra_config=True)
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(explain_composition(error, overrides)) from error
+            raise explain_composition(error, overrides) from error
 
 
-def split_sweep(overrides: Sequence[str]) -> list[list[str]]:
-    """Return the words of each job of a sweep.
-
-    Raises:
-        ConfigError: A range is given and nothing that samples it.
-    """
+def _split_sweep(overrides: Sequence[str]) -> list[list[str]]:
+    """Return the words of each job of a sweep."""
     fixed = [words[0] for words in choices(overrides) if len(words) == 1]
     sweeper = compose("config", fixed, return_hydra_config=True).hydra.sweeper
     if not sweeper._target_.endswith("BasicSweeper"):
@@ -65,7 +68,7 @@ def split_sweep(overrides: Sequence[str]) -> list[list[str]]:
     words = [*configured, *overrides]
     for word, values in zip(words, choices(words), strict=True):
         if not values:
-            raise ConfigError(
-                f"{word!r} is a range, which a sampler draws from: add hparams_search=optuna, or give values."
-            )
+            key, _, given = word.partition("=")
+            fix = "Add hparams_search=optuna, or give values."
+            raise ConfigError(key, "must be values, since no sampler draws from ranges", given, fix)
     return [list(job) for job in itertools.product(*choices(words))]

@@ -12,6 +12,7 @@ from moe_plugin.apps.launch.build import build_model_on_meta
 from moe_plugin.apps.launch.processes import number_of_processes
 from moe_plugin.errors import ConfigError
 from moe_plugin.experts.parallel import find_expert_layers
+from moe_plugin.number_checks import check_integer
 
 
 class ExpertParallelStrategy(ModelParallelStrategy):
@@ -37,34 +38,28 @@ class ExpertParallelStrategy(ModelParallelStrategy):
             save_distributed_checkpoint: Save a folder with a file per process rather than one file.
 
         Raises:
-            ConfigError: The processes don't divide into groups of 'expert_parallel_size'.
+            ConfigError: The processes don't divide into groups of ``expert_parallel_size``.
         """
         if devices == "auto":
             devices = max(1, torch.cuda.device_count())
-        size, processes = (
-            devices if expert_parallel_size == "auto" else expert_parallel_size,
-            devices * num_nodes,
-        )
-        if size < 1 or processes % size:
-            raise ConfigError(
-                f"'expert_parallel_size' must divide the number of processes ({processes}), got {size}."
-            )
+        processes = devices * num_nodes
+        size = devices if expert_parallel_size == "auto" else expert_parallel_size
+        check_integer("expert_parallel_size", size)
+        if processes % size:
+            rule = f"must divide the number of processes ({processes})"
+            raise ConfigError("expert_parallel_size", rule, size)
         super().__init__(processes, 1, save_distributed_checkpoint)
         self.expert_parallel_size = size
 
 
 def check_experts(config: DictConfig) -> None:
-    """Check that the experts of the model can be divided as the strategy says.
-
-    Raises:
-        ConfigError: They cannot.
-    """
+    """Check that the experts of the model can be divided as the strategy says."""
     size = expert_parallel_size(config)
     if size > 1:
         find_expert_layers(build_model_on_meta(config), size)
 
 
 def expert_parallel_size(config: DictConfig) -> int:
-    """Among how many processes the strategy divides each layer's experts."""
+    """Return among how many processes the strategy divides each layer's experts."""
     size = config.strategy.get("expert_parallel_size", 1)
     return number_of_processes(config) if size == "auto" else size

@@ -1,4 +1,4 @@
-"""Whether the experts of a run's model can be computed by ours, found out before anything is created."""
+"""Checks, before anything is created, that our fused experts can compute those of a run's model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from moe_plugin.errors import ConfigError
 
 
 def check_fused_experts(config: DictConfig) -> None:
-    """Check that our experts can take the place of the model's, where the balancing callback is told so.
+    """Check that our experts can replace the model's, if the balancing callback is to do that.
 
     Raises:
         ConfigError: The strategy spreads the experts over processes before they could be replaced.
@@ -23,10 +23,9 @@ def check_fused_experts(config: DictConfig) -> None:
         return
     size = expert_parallel_size(config)
     if size > 1:
-        raise ConfigError(
-            f"'experts' must be null where experts are spread over processes (expert_parallel_size is {size}), got "
-            "'fused'. Leave it out, or choose a strategy that keeps them together, such as strategy=fsdp."
-        )
+        rule = f"must be null when experts are spread over processes (expert_parallel_size is {size})"
+        fix = "Leave it out, or choose a strategy that keeps them together, such as strategy=fsdp."
+        raise ConfigError("experts", rule, "fused", fix)
     adapters = [instantiate(adapter) for adapter in callback.get("adapters") or ()]
     sites = to_plain(callback.get("sites"))
     balance_(build_model_on_meta(config), sites=sites, adapters=adapters, experts="fused")

@@ -1,4 +1,4 @@
-"""What TensorBoard's HPARAMS tab compares: what was asked of each job, and the measures it ends with."""
+"""What TensorBoard's HPARAMS tab compares: the settings of each job, and the measures it ends with."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ from moe_plugin.apps.report.sweep import overrides_of
 
 METRICS = ("val/loss", "val/max_violation_global", "val/max_violation_batch", "val/dead_experts")
 GROUPS = ("experiment", "model", "router", "experts", "balancing", "rule", "data", "trainer", "strategy")
-"""The settings that are compared; the others say where files lie and what is shown."""
+"""The settings that are compared; the others say where files are and what is shown."""
 
 
 def log_hyperparameters(loggers: Iterable[Logger], folder: Path, seed: int) -> None:
     """Write the seed and the settings that were given, with measures that later scalars of the same names fill in.
 
-    A setting that is a default and not swept over is left out: a column of equal values tells nothing, and the run's
+    A setting that is a default and not swept over is left out: a column of equal values shows nothing, and the run's
     `config.yaml` has them all. An option of a group is one value, such as `router: top_p`.
 
     Args:
-        loggers: Those that are not TensorBoard are left alone.
+        loggers: Only TensorBoard's get them.
         folder: The run's, in which Hydra has noted what was given.
         seed: The run's.
     """

@@ -1,4 +1,4 @@
-"""Keeps a checkpoint of the latest state that training can go on from exactly."""
+"""Keeps a checkpoint of the latest state from which training can continue exactly."""
 
 from __future__ import annotations
 
@@ -20,10 +20,8 @@ class LastCheckpoint(Checkpoint):
     A checkpoint saved after the end of `fit` says that its epoch is over, and a longer run would skip the rest of
     it; `ModelCheckpoint(save_last=True)` saves only when the best one changes.
 
-    Args:
-        path: Where the checkpoint goes.
-
     Attributes:
+        path: Where the checkpoint goes.
         saved_step: The optimizer step saved last; -1 before any.
     """
 
@@ -65,11 +63,11 @@ class LastCheckpoint(Checkpoint):
 
 
 def find_checkpoint(ckpt_path: str | None, run_folder: Path) -> str | None:
-    """Return the checkpoint to go on from.
+    """Return the checkpoint to continue from.
 
     Args:
-        ckpt_path: A path; ``"last"`` for the run folder's own last checkpoint, None if there is none yet, so that a
-            job that is queued again goes on with the same command.
+        ckpt_path: A path; ``"last"`` for the run folder's own last checkpoint, None if there is none yet, so a job
+            that is queued again continues with the same command.
         run_folder: The run's folder.
     """
     if ckpt_path != LAST:

@@ -17,22 +17,15 @@ def parse(words: Sequence[str]) -> list[Override]:
     Raises:
         ConfigError: A word is malformed.
     """
-    return [parse_word(word) for word in words]
+    return [_parse_word(word) for word in words]
 
 
-def parse_word(word: str) -> Override:
-    """Return Hydra's reading of one word.
-
-    Raises:
-        ConfigError: It is malformed.
-    """
+def _parse_word(word: str) -> Override:
     try:
         return OverridesParser.create().parse_override(word)
     except HydraException as error:
-        reason = str(error).splitlines()[0]
-        raise ConfigError(
-            f"'{word}' must be key=value ({reason}); text with blanks or signs goes in quotes: \"key='a b'\"."
-        ) from error
+        reason, fix = str(error).splitlines()[0], "Text with blanks or signs goes in quotes: \"key='a b'\"."
+        raise ConfigError(word, f"must be key=value ({reason})", fix=fix) from error
 
 
 def choices(words: Sequence[str]) -> Iterator[list[str]]:

@@ -18,7 +18,7 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
-from moe_plugin.apps.launch.environment import for_processes, is_launched
+from moe_plugin.apps.launch.process_environment import for_processes, is_launched
 from moe_plugin.apps.launch.quiet_logs import quiet_agent
 from moe_plugin.apps.launch.signals import STOP_SIGNALS, STOPPED, StopSignals
 from moe_plugin.apps.report.stopped import can_go_on, read_stopped
@@ -34,39 +34,38 @@ def number_of_processes(config: DictConfig) -> int:
 
 
 def check_processes(config: DictConfig) -> None:
-    """Check that the processes that a job wants can be had here.
+    """Check that this machine can run the processes that a job wants.
 
     Raises:
         ConfigError: More than there are GPUs, others than torchrun has started, or machines without a launcher.
     """
     devices, nodes, gpus = number_of_processes(config), config.trainer.num_nodes, torch.cuda.device_count()
     if config.trainer.accelerator in ("gpu", "cuda", "auto") and 0 < gpus < devices:
-        raise ConfigError(
-            f"'strategy.devices' must be <= {gpus}, the GPUs here, got {devices}; trainer.accelerator=cpu takes any."
-        )
+        fix = "trainer.accelerator=cpu takes any number."
+        raise ConfigError("strategy.devices", f"must be <= {gpus}, the GPUs here", devices, fix)
     if is_launched() and devices * nodes != int(os.environ["WORLD_SIZE"]):
-        raise ConfigError(
-            f"'strategy.devices' x trainer.num_nodes must be the processes that torchrun started "
-            f"({os.environ['WORLD_SIZE']}), got {devices} x {nodes}."
-        )
+        processes = f"{os.environ['WORLD_SIZE']} processes with trainer.num_nodes={nodes}"
+        raise ConfigError("strategy.devices", f"must give {processes}, as torchrun started them", devices)
     if nodes > 1 and not is_launched():
-        raise ConfigError(
-            f"'trainer.num_nodes' must be 1 unless torchrun runs on each machine or hydra/launcher=slurm is given, "
-            f"got {nodes}; docs/running.md has the lines."
-        )
+        rule = "must be 1 unless torchrun runs on each machine or hydra/launcher=slurm is given"
+        raise ConfigError("trainer.num_nodes", rule, nodes, "docs/running.md has the lines.")
 
 
 def run_in_processes(run_folder: Path, config: DictConfig) -> None:
-    """Run the job whose ``config.yaml`` lies in the folder in several processes, and waits.
+    """Run a job in several processes, and wait.
+
+    Args:
+        run_folder: Holds the job's ``config.yaml``.
+        config: The same configuration.
 
     Raises:
-        RunError: A process failed; for its fault if it was the user's, otherwise its own trace is above.
-        SystemExit: A signal stopped the run; with code `STOPPED` if it can go on.
+        RunError: A process failed; it names the user's error, if it was one. Otherwise the trace is above.
+        SystemExit: A signal stopped the run; with code `STOPPED` if it can be continued.
     """
-    launch = elastic_launch(launch_config(config), sys.executable)
+    launch = elastic_launch(_launch_config(config), sys.executable)
     with for_processes(number_of_processes(config)), StopSignals() as signals, quiet_agent():
         try:
-            launch("-m", "moe_plugin.apps.launch.worker", str(run_folder))
+            launch("-m", "moe_plugin.apps.launch.worker_process", str(run_folder))
         except SignalException as error:  # the agent has passed it on to the processes and waited for them
             signals.received = error.sigval
             raise SystemExit(STOPPED if can_go_on(run_folder) else 128 + error.sigval) from None
@@ -79,7 +78,7 @@ def run_in_processes(run_folder: Path, config: DictConfig) -> None:
             raise RunError(read_stopped(run_folder) or unknown) from None
 
 
-def launch_config(config: DictConfig) -> LaunchConfig:
+def _launch_config(config: DictConfig) -> LaunchConfig:
     """Return how torchrun's agent starts the processes of this machine and finds the others."""
     nodes = config.trainer.num_nodes
     endpoint, run_id = ("localhost:0", uuid.uuid4().hex) if nodes == 1 else slurm_rendezvous()

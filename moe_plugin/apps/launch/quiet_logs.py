@@ -1,4 +1,4 @@
-"""Silences what Lightning and torch say that a user of this app can do nothing about; each line says why."""
+"""Silences messages of Lightning and torch that a user of this app need not act on; each line says why."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 # Lightning's tips, the devices it sees, the seed, each process's start, the stop reason, how it reads checkpoints
-# (the user's own, with data and callback states), SLURM's requeueing (ours): the app says what matters itself.
+# (the user's own, with data and callback states), SLURM's requeueing (ours): the app itself shows what matters.
 LOGGERS = (
     "lightning.pytorch.utilities.rank_zero",
     "lightning.fabric.utilities.rank_zero",
-    # Where both packages are installed, the one imported last writes for both.
+    # If both packages are installed, the one imported last writes for both.
     "pytorch_lightning.utilities.rank_zero",
     "lightning.fabric.utilities.distributed",
     "lightning.fabric.utilities.seed",
@@ -21,7 +21,7 @@ LOGGERS = (
 )
 
 WARNINGS = (
-    # The corpus lies in memory: workers would only copy it.
+    # The corpus is in memory: workers would only copy it.
     r"The '\w+' does not have many workers",
     # Our loader is stateful: its length is not what Lightning logs by.
     r"The number of training batches \(\d+\) is smaller than the logging interval",
@@ -35,14 +35,13 @@ WARNINGS = (
     r"The `srun` command is available on your system but is not used",
     # Lightning 2.6 with torch 2.13: its own use of a deprecated check.
     r"`isinstance\(treespec, LeafSpec\)` is deprecated",
-    # A run that goes on in its folder keeps its earlier table beside the new one.
+    # A run that continues in its folder keeps its earlier table next to the new one.
     r"Experiment logs directory .* exists and is not empty",
     # An evaluation needs none of the callbacks that only act in training.
     r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
 )
 
-
-# torchrun's agent, on each signal and failed process: our own line says it.
+# torchrun's agent, on each signal and failed process: our own line reports it.
 AGENT_LOGGERS = (
     "torch.distributed.elastic.agent.server.api",
     "torch.distributed.elastic.multiprocessing.api",
@@ -52,7 +51,7 @@ AGENT_LOGGERS = (
 @contextmanager
 def quiet() -> Iterator[None]:
     """Silence the messages above within its block, and no others."""
-    with warnings.catch_warnings(), level(LOGGERS, logging.WARNING):
+    with warnings.catch_warnings(), _level(LOGGERS, logging.WARNING):
         for message in WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         yield
@@ -60,11 +59,11 @@ def quiet() -> Iterator[None]:
 
 def quiet_agent() -> AbstractContextManager[None]:
     """Silence torchrun's agent within its block."""
-    return level(AGENT_LOGGERS, logging.CRITICAL)
+    return _level(AGENT_LOGGERS, logging.CRITICAL)
 
 
 @contextmanager
-def level(names: Sequence[str], minimum: int) -> Iterator[None]:
+def _level(names: Sequence[str], minimum: int) -> Iterator[None]:
     """Let through only messages of at least a level within its block."""
     before = {name: logging.getLogger(name).level for name in names}
     for name in names:

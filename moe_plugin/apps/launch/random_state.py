@@ -14,13 +14,13 @@ KEY = "random_states"
 
 
 class RandomState(Callback):
-    """Saves torch's, numpy's and Python's generators, and lets a resumed run draw on from there.
+    """Saves torch's, numpy's and Python's generators, and lets a resumed run continue from there.
 
-    With another number of ranks nothing is restored: each then goes on from its seed.
+    With another number of ranks nothing is restored: each then starts from its seed.
     """
 
     def __init__(self) -> None:
-        """Has nothing to restore."""
+        """Start with nothing to restore."""
         self._saved: list[dict[str, Any]] = []
 
     def on_save_checkpoint(
@@ -45,7 +45,7 @@ class RandomState(Callback):
     ) -> None:
         """Restore this rank's state once."""
         if len(self._saved) == trainer.world_size:
-            set_random_state_(self._saved[trainer.global_rank])
+            _set_random_state_(self._saved[trainer.global_rank])
         self._saved = []
 
 
@@ -60,7 +60,7 @@ def random_state() -> dict[str, Any]:
     }
 
 
-def set_random_state_(state: dict[str, Any]) -> None:
+def _set_random_state_(state: dict[str, Any]) -> None:
     """Put this process's generators into a state of `random_state`."""
     torch.set_rng_state(state["torch"])
     if state["cuda"] is not None and torch.cuda.is_available():

@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: noted when they come, obeyed where the run can go on later."""
+"""Signals that ask a run to end: noted when they come, obeyed where the run can be continued later."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 # Preemption and time limits (SLURM sends SIGTERM, submitit SIGUSR2), Ctrl-C, a closed terminal.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-# "Temporary failure, try again" of sysexits.h: the run was stopped by a signal and can go on from its checkpoint.
+# "Temporary failure, try again" of sysexits.h: the run was stopped by a signal and can continue from its checkpoint.
 STOPPED = os.EX_TEMPFAIL
 
 
@@ -19,7 +19,7 @@ class StopSignals:
     """Notes stop signals within its block; afterwards hands them on to whoever handled them before.
 
     A signal ends the program at once unless it is deferred: then it waits in `received` for a step boundary. A
-    second Ctrl-C always ends the program. What the shell told us to ignore (``nohup``) stays ignored.
+    second Ctrl-C always ends the program. What the shell makes us ignore (``nohup``) stays ignored.
 
     Attributes:
         received: Number of the last stop signal; 0 before any.
@@ -53,7 +53,7 @@ class StopSignals:
             before(self.received, None)
 
     def note(self, signum: int, _: FrameType | None) -> None:
-        """Is the handler.
+        """Handle a signal, called as `signal.signal` documents.
 
         Raises:
             KeyboardInterrupt: At a second Ctrl-C.

@@ -11,6 +11,7 @@ from torch.distributed.fsdp import MixedPrecision
 
 from moe_plugin.apps.models.transformer import TransformerLayer
 from moe_plugin.errors import ConfigError
+from moe_plugin.number_checks import check_integer
 
 
 def fsdp2(
@@ -28,14 +29,14 @@ def fsdp2(
         save_distributed_checkpoint: Save a folder with a file per process rather than one file.
 
     Raises:
-        ConfigError: The processes of a node don't divide into groups of 'tensor_parallel_size'.
+        ConfigError: The processes of a node don't divide into groups of ``tensor_parallel_size``.
     """
     if devices == "auto":
         devices = max(1, torch.cuda.device_count())
-    if tensor_parallel_size < 1 or devices % tensor_parallel_size:
-        raise ConfigError(
-            f"'tensor_parallel_size' must divide strategy.devices ({devices}), got {tensor_parallel_size}."
-        )
+    check_integer("tensor_parallel_size", tensor_parallel_size)
+    if devices % tensor_parallel_size:
+        rule = f"must divide strategy.devices ({devices})"
+        raise ConfigError("tensor_parallel_size", rule, tensor_parallel_size)
     return ModelParallelStrategy(
         data_parallel_size=devices * num_nodes // tensor_parallel_size,
         tensor_parallel_size=tensor_parallel_size,
@@ -57,7 +58,8 @@ def fsdp1(
         ConfigError: There is no GPU.
     """
     if accelerator == "cpu" or not torch.cuda.is_available():
-        raise ConfigError("FSDP of the first generation needs a GPU, and there is none. Set strategy=fsdp.")
+        rule = "must be a GPU for FSDP of the first generation, and there must be one"
+        raise ConfigError("accelerator", rule, accelerator, "Set strategy=fsdp.")
     return FSDPStrategy(
         auto_wrap_policy=is_unit,
         mixed_precision=mixed_precision(str(precision)),
@@ -66,12 +68,12 @@ def fsdp1(
 
 
 def is_unit(module: nn.Module, recurse: bool, nonwrapped_numel: int) -> bool:
-    """FSDP's question whether a module is a unit: the layers of our transformer and of those of Hugging Face are."""
+    """Return whether FSDP makes a module a unit, see `FSDPStrategy`: our transformer's and Hugging Face's layers."""
     is_layer = isinstance(module, TransformerLayer) or type(module).__name__.endswith("DecoderLayer")
     return recurse or is_layer
 
 
 def mixed_precision(precision: str) -> MixedPrecision | None:
-    """Return Lightning's choice for FSDP, but for the buffers: cast to bf16 a selection bias would no longer move."""
+    """Return Lightning's choice for FSDP, except for buffers: a selection bias cast to bf16 would no longer move."""
     compute = {"bf16": torch.bfloat16, "16": torch.float16}.get(precision.partition("-")[0])
     return None if compute is None else MixedPrecision(param_dtype=compute, reduce_dtype=compute)

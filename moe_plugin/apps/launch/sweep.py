@@ -1,4 +1,4 @@
-"""Jobs of a sweep: one that fails lets the others go on; ``sweep_summary.csv`` has a line for each."""
+"""Jobs of a sweep: if one fails, the others still run; ``sweep_summary.csv`` has a line for each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig
 
-from moe_plugin.apps.launch.explain import one_line
+from moe_plugin.apps.launch.explain_config_error import one_line
 from moe_plugin.errors import MoEPluginError
 
 
@@ -23,7 +23,7 @@ class SweepSummary(Callback):
     """A Hydra callback that gathers the jobs' summaries after each job.
 
     Attributes:
-        folders: Those of the sweeps that this program has begun; Hydra makes the callback itself and keeps it.
+        folders: Folders of the sweeps that this program has begun; Hydra itself makes and keeps the callback.
     """
 
     folders: ClassVar[list[Path]] = []
@@ -33,7 +33,7 @@ class SweepSummary(Callback):
         self.folders.append(Path(config.hydra.sweep.dir))
 
     def on_job_end(self, config: DictConfig, job_return: JobReturn, **kwargs: Any) -> None:
-        """Write the table anew."""
+        """Write the table again."""
         if config.hydra.mode is not RunMode.MULTIRUN:
             return
         from moe_plugin.apps.report.stopped import write_stopped
@@ -46,7 +46,7 @@ class SweepSummary(Callback):
 
 
 def sweep_job(task: Callable[[DictConfig], object]) -> Callable[[DictConfig], object]:
-    """Return the task for a sweep: a user's error is told in one line, kept in the job's folder, and is no result."""
+    """Return the task for a sweep: a user's error becomes one line, also in the job's folder, and no result."""
 
     @functools.wraps(task)
     def job(config: DictConfig) -> object:
@@ -75,7 +75,7 @@ def reported_sweep() -> Iterator[None]:
         yield
     finally:
         failed = [
-            row for folder in SweepSummary.folders for row in show(folder) if row["status"] != "finished"
+            row for folder in SweepSummary.folders for row in _show(folder) if row["status"] != "finished"
         ]
         SweepSummary.folders.clear()
     if failed:
@@ -84,8 +84,8 @@ def reported_sweep() -> Iterator[None]:
         raise SystemExit(1)
 
 
-def show(folder: Path) -> list[dict[str, Any]]:
-    """Print the table of a sweep and returns its rows."""
+def _show(folder: Path) -> list[dict[str, Any]]:
+    """Print the table of a sweep and return its rows."""
     from rich.console import Console
 
     from moe_plugin.apps.report.sweep import gather_sweep, sweep_table

@@ -11,7 +11,7 @@ from moe_plugin.apps.launch.step_boundary import is_at_step_boundary
 
 
 class TimeLimit(Timer):
-    """Lightning's timer, asked at step boundaries only, so that the last checkpoint loses no gradient."""
+    """Lightning's timer, asked at step boundaries only, so the last checkpoint loses no gradient."""
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Look at the clock after an optimizer step."""

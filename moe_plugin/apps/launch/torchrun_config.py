@@ -12,7 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch.distributed.distributed_c10d import Store
 from torch.distributed.rendezvous import rendezvous
 
-from moe_plugin.apps.launch.environment import is_launched
+from moe_plugin.apps.launch.process_environment import is_launched
 
 KEY = "moe_plugin/config"
 NOTHING = "null"
@@ -25,22 +25,22 @@ def is_follower() -> bool:
 
 def share(config: DictConfig) -> None:
     """Give the run's resolved configuration to the other ranks."""
-    meeting_point().set(KEY, OmegaConf.to_yaml(config))
+    _meeting_point().set(KEY, OmegaConf.to_yaml(config))
 
 
 def release() -> None:
     """Let the other ranks end if nothing was shared."""
-    meeting_point().compare_set(KEY, "", NOTHING)
+    _meeting_point().compare_set(KEY, "", NOTHING)
 
 
 def receive() -> DictConfig | None:
     """Wait for rank 0's configuration; None if there is nothing to run, as after ``--help``."""
-    config = OmegaConf.create(meeting_point().get(KEY).decode())
+    config = OmegaConf.create(_meeting_point().get(KEY).decode())
     return config if isinstance(config, DictConfig) and config else None
 
 
 @functools.cache
-def meeting_point() -> Store:
-    """Return the store that torchrun's environment variables name; kept, since rank 0 may be its host."""
+def _meeting_point() -> Store:
+    """Return the store that torchrun's environment variables name; cached, since rank 0 may be its host."""
     store, _, _ = next(rendezvous("env://"))
     return store

@@ -18,7 +18,7 @@ class Throughput(Callback):
     """
 
     def __init__(self) -> None:
-        """Start at nothing."""
+        """Start at 0."""
         self.tokens = 0
         self.seconds = 0.0
         self._since: float | None = None
@@ -35,7 +35,7 @@ class Throughput(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        """Counts a micro-batch: each sequence of S+1 tokens has S to predict."""
+        """Count a micro-batch: each sequence of S+1 tokens has S to predict."""
         # Ranks that split the computation of the same tokens count once.
         replicas = (trainer.distributed_sampler_kwargs or {"num_replicas": 1})["num_replicas"]
         self.tokens += batch["tokens"][:, 1:].numel() * replicas
@@ -45,7 +45,7 @@ class Throughput(Callback):
         self._stop()
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let the clock go on."""
+        """Start the clock again."""
         if trainer.state.fn == TrainerFn.FITTING:
             self._start()
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import importlib
 import math
-import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,21 +15,27 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 
 from moe_plugin.apps.launch.build import build_callbacks, build_data, build_model_on_meta, build_trainer
 from moe_plugin.apps.launch.checkpoint_experts import check_checkpoint_experts
+from moe_plugin.apps.launch.config_schema import Paths, Settings, Strategy
 from moe_plugin.apps.launch.expert_parallel import check_experts
-from moe_plugin.apps.launch.explain import locate, one_line
+from moe_plugin.apps.launch.explain_config_error import locate, one_line
 from moe_plugin.apps.launch.fused_experts import check_fused_experts
 from moe_plugin.apps.launch.last_checkpoint import LAST
 from moe_plugin.apps.launch.processes import check_processes, number_of_processes
 from moe_plugin.apps.launch.quiet_logs import quiet
-from moe_plugin.apps.launch.schema import Paths, Settings, Strategy
 from moe_plugin.apps.launch.signature import check_arguments
-from moe_plugin.errors import ConfigError, MoEPluginError
+from moe_plugin.errors import ConfigError
+from moe_plugin.number_checks import check_positive_integers
 
-USER_ERRORS = (MoEPluginError, MisconfigurationException, ValueError, TypeError, ImportError, OSError)
+USER_ERRORS = (InstantiationException, MisconfigurationException, ValueError, TypeError, ImportError, OSError)
 
 
 def without_hydra(config: DictConfig, output: Path) -> DictConfig:
-    """Return the run's own configuration, resolved, with its folder filled in."""
+    """Return the run's own configuration, resolved.
+
+    Args:
+        config: As composed, with the ``hydra`` node.
+        output: The run's folder.
+    """
     run = OmegaConf.masked_copy(config, [key for key in map(str, config) if key != "hydra"])
     with open_dict(run):
         run.paths.output = str(output)
@@ -45,17 +50,18 @@ def check(config: DictConfig) -> None:
         config: As composed; its interpolations may be unresolved.
 
     Raises:
-        ConfigError: Names the key, the value and what is allowed.
+        ConfigError: A value is not allowed; it names the full key.
     """
-    check_types(config)
+    _check_types(config)
     run = without_hydra(config, Path(config.paths.runs, config.name))
     if run.count_only:
         return
-    check_missing(run)
-    check_checkpoint(run.ckpt_path)
-    check_end(run)
-    check_batch(run)
-    elsewhere = is_for_a_queue(config)
+    _check_missing(run)
+    _check_checkpoint(run.ckpt_path)
+    _check_end(run)
+    _check_batch(run)
+    # Through submitit, jobs run on other machines than this one.
+    elsewhere = "submitit" in str(OmegaConf.select(config, "hydra.launcher._target_"))
     if not elsewhere:
         check_processes(run)
     with quiet():
@@ -66,19 +72,12 @@ def check(config: DictConfig) -> None:
             check_checkpoint_experts(build_model_on_meta(run), run.ckpt_path)
 
 
-def is_for_a_queue(config: DictConfig) -> bool:
-    """Return whether jobs will run on other machines than this one, through submitit."""
-    return "submitit" in str(OmegaConf.select(config, "hydra.launcher._target_"))
-
-
-def check_types(config: DictConfig) -> None:
+def _check_types(config: DictConfig) -> None:
     """Check every key and scalar against what takes it."""
     groups = {"strategy": Strategy, "paths": Paths}
     if OmegaConf.is_list(config.strategy.devices):
-        raise ConfigError(
-            f"'strategy.devices' must be a whole number or 'auto', got {config.strategy.devices}; "
-            "CUDA_VISIBLE_DEVICES picks GPUs."
-        )
+        given, fix = list(config.strategy.devices), "CUDA_VISIBLE_DEVICES picks GPUs."
+        raise ConfigError("strategy.devices", "must be a whole number or 'auto'", given, fix)
     settings = {field.name: config[field.name] for field in dataclasses.fields(Settings)}
     check_arguments(Settings, settings, "")
     for key, schema in groups.items():
@@ -88,7 +87,12 @@ def check_types(config: DictConfig) -> None:
 
 
 def nodes(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, DictConfig]]:
-    """Yield the full key and node of everything with a ``_target_``; what interpolations point to comes once."""
+    """Yield the full key and node of everything with a ``_target_``; what interpolations point to comes once.
+
+    Args:
+        config: The configuration.
+        prefix: Put before each key.
+    """
     for name in map(str, config):
         key = f"{prefix}{name}"
         if OmegaConf.is_interpolation(config, name) or OmegaConf.is_missing(config, name) or key == "hydra":
@@ -102,80 +106,79 @@ def nodes(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, DictConfi
 
 def present(node: DictConfig) -> Mapping[str, Any]:
     """Return the values of a node that are filled in and that can be resolved without a run."""
-    return {
-        str(name): node[name]
-        for name in node
-        if not OmegaConf.is_missing(node, name) and not nested(node, name)
-    }
-
-
-def nested(node: DictConfig, name: Any) -> bool:
-    """Return whether a value waits for the run's own folder."""
-    return "paths.output" in str(node._get_node(name))
+    waits = [name for name in node if "paths.output" in str(node._get_node(name))]
+    return {str(n): node[n] for n in node if not OmegaConf.is_missing(node, n) and n not in waits}
 
 
 def locate_target(node: DictConfig, key: str) -> Callable[..., Any]:
-    """Return what a node's ``_target_`` names."""
+    """Return what a node's ``_target_`` names.
+
+    Args:
+        node: The node.
+        key: Its full key.
+
+    Raises:
+        ConfigError: It cannot be imported.
+    """
     try:
         module, _, name = node._target_.rpartition(".")
         return getattr(importlib.import_module(module), name)
     except (ImportError, ValueError, AttributeError) as error:
-        raise ConfigError(
-            f"'{key}._target_' must name a class or function that can be imported, got {node._target_!r}: "
-            f"{one_line(str(error))}"
-        ) from error
+        rule = f"must name a class or function that can be imported ({one_line(str(error))})"
+        raise ConfigError(f"{key}._target_", rule, node._target_) from error
 
 
-def check_missing(run: DictConfig) -> None:
+def _check_missing(run: DictConfig) -> None:
     """Check that what an option leaves open is given."""
     for key in sorted(OmegaConf.missing_keys(run)):
-        raise ConfigError(f"'{key}' must be given: {key}=...")
+        raise ConfigError(key, "must be given", fix=f"Add {key}=VALUE.")
 
 
-def check_checkpoint(path: str | None) -> None:
-    """Check that the checkpoint to go on from is there; a run's own last one may be still to come."""
+def _check_checkpoint(path: str | None) -> None:
+    """Check that the checkpoint to continue from exists; a run's own last one may come later."""
     if path not in (None, LAST) and not Path(path).exists():
-        raise ConfigError(f"'ckpt_path' must be an existing checkpoint or '{LAST}', got {path!r}.")
+        raise ConfigError("ckpt_path", f"must be an existing checkpoint or '{LAST}'", path)
 
 
-def check_end(run: DictConfig) -> None:
+def _check_end(run: DictConfig) -> None:
     """Check that training ends: the learning rate decays over a known number of steps."""
-    if run.trainer.max_steps < 1 and run.trainer.max_epochs < 1:
-        raise ConfigError(
-            f"'trainer.max_steps' must be >= 1 unless trainer.max_epochs is, got {run.trainer.max_steps}; "
-            "trainer.max_time can end a run before."
-        )
+    if run.trainer.max_steps < 1 and (run.trainer.max_epochs or 0) < 1:
+        rule, fix = "must be >= 1 unless trainer.max_epochs is", "trainer.max_time can end a run before."
+        raise ConfigError("trainer.max_steps", rule, run.trainer.max_steps, fix)
 
 
-def check_batch(run: DictConfig) -> None:
+def _check_batch(run: DictConfig) -> None:
     """Check that a global batch divides into equal micro-batches."""
     factors = {
         "strategy.devices": number_of_processes(run),
         "trainer.num_nodes": run.trainer.num_nodes,
         "trainer.accumulate_grad_batches": run.trainer.accumulate_grad_batches,
     }
-    for key, value in factors.items():
-        if value < 1:
-            raise ConfigError(f"'{key}' must be >= 1, got {value}.")
     # Ranks that split the computation of the same tokens share their part of the batch.
-    parts = max(1, math.prod(factors.values()) // run.strategy.get("tensor_parallel_size", 1))
+    sharing = run.strategy.get("tensor_parallel_size", 1)
+    check_positive_integers(**factors, **{"strategy.tensor_parallel_size": sharing})
+    parts = max(1, math.prod(factors.values()) // sharing)
     if run.data.batch_size % parts:
-        raise ConfigError(
-            f"'data.batch_size' must be a multiple of {' x '.join(factors)} "
-            f"({' x '.join(map(str, factors.values()))} = {parts}), got {run.data.batch_size}."
-        )
+        product = f"{' x '.join(factors)} ({' x '.join(map(str, factors.values()))} = {parts})"
+        raise ConfigError("data.batch_size", f"must be a multiple of {product}", run.data.batch_size)
 
 
 def attempt(build: Callable[[DictConfig], object], run: DictConfig, config: DictConfig, key: str) -> None:
-    """Build a part to see whether it can be built; what goes wrong names the key."""
+    """Build a part to see whether it can be built.
+
+    Args:
+        build: Builds the part.
+        run: The run's own configuration.
+        config: The configuration in which an error's key is looked up.
+        key: The part's.
+
+    Raises:
+        ConfigError: It cannot; the error names the full key.
+    """
     try:
         build(run)
-    except InstantiationException as error:
-        found = re.search(r"full_key: (\S+)", str(error))
-        cause = one_line(str(error.__cause__ or error))
-        raise ConfigError(locate(cause, config, near=found[1] if found else key)) from error
     except USER_ERRORS as error:
-        raise ConfigError(locate(one_line(str(error)), config, near=key)) from error
+        raise locate(error, config, near=key) from error
 
 
 BUILDERS: dict[str, Callable[[DictConfig], object]] = {

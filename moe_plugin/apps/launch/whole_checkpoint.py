@@ -11,7 +11,7 @@ import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
 from torch import Tensor
 from torch.distributed.checkpoint.filesystem import FileSystemReader
-from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 
 from moe_plugin.errors import CheckpointError
@@ -21,16 +21,16 @@ MODEL, OPTIMIZER = "state_dict", "optimizer_"
 
 
 class WholeCheckpointIO(TorchCheckpointIO):
-    """Lightning's reading and writing of files; a folder is put together while it is read."""
+    """Lightning's reading and writing of files; a folder is put together as it is read."""
 
     def load_checkpoint(self, path: Any, *arguments: Any, **options: Any) -> dict[str, Any]:
         """Return the checkpoint, whole and on the CPU."""
-        if is_sharded(path):
-            return read_sharded(Path(path))
+        if _is_sharded(path):
+            return _read_sharded(Path(path))
         return super().load_checkpoint(path, *arguments, **options)
 
 
-def is_sharded(path: str | Path) -> bool:
+def _is_sharded(path: str | Path) -> bool:
     """Return whether a checkpoint is a folder with a file per process."""
     return (Path(path) / LIGHTNINGS_PART).is_file()
 
@@ -41,8 +41,8 @@ def shapes_in(path: str | Path) -> dict[str, torch.Size]:
     Raises:
         CheckpointError: The file or folder is no checkpoint.
     """
-    if is_sharded(path):
-        stored = _metadata(Path(path)).state_dict_metadata
+    if _is_sharded(path):
+        stored = FileSystemReader(path).read_metadata().state_dict_metadata
         tensors = {
             name: each.size for name, each in stored.items() if isinstance(each, TensorStorageMetadata)
         }
@@ -55,9 +55,9 @@ def shapes_in(path: str | Path) -> dict[str, torch.Size]:
     return {name: value.shape for name, value in model.items() if isinstance(value, Tensor)}
 
 
-def read_sharded(folder: Path) -> dict[str, Any]:
+def _read_sharded(folder: Path) -> dict[str, Any]:
     """Return what `ModelParallelStrategy` saved in a folder in the form that it has in a file."""
-    metadata = _metadata(folder)
+    metadata = FileSystemReader(folder).read_metadata()
     values = {
         name: torch.empty(each.size, dtype=each.properties.dtype)
         if isinstance(each, TensorStorageMetadata)
@@ -74,10 +74,6 @@ def read_sharded(folder: Path) -> dict[str, Any]:
         MODEL: tree[MODEL],
         "optimizer_states": [_numbered(tree[optimizer]) for optimizer in optimizers],
     }
-
-
-def _metadata(folder: Path) -> Metadata:
-    return FileSystemReader(folder).read_metadata()
 
 
 def _nested(values: dict[str, Any], paths: dict[str, tuple]) -> dict[Any, Any]:

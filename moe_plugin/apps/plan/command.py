@@ -15,7 +15,7 @@ from rich.console import Console
 
 from moe_plugin.apps.launch.command import one_line_errors, quote_option
 from moe_plugin.apps.launch.compose import HYDRA_VERSION, conf_dir
-from moe_plugin.apps.launch.explain import explain_composition
+from moe_plugin.apps.launch.explain_config_error import explain_composition
 from moe_plugin.apps.launch.overrides import parse
 from moe_plugin.errors import ConfigError
 

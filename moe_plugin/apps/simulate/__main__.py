@@ -14,7 +14,7 @@ from rich.console import Console
 
 from moe_plugin.apps.launch.command import one_line_errors
 from moe_plugin.apps.launch.compose import HYDRA_VERSION, conf_dir
-from moe_plugin.apps.launch.explain import one_line
+from moe_plugin.apps.launch.explain_config_error import one_line
 from moe_plugin.apps.launch.signature import check_arguments
 from moe_plugin.apps.launch.validate_config import locate_target, nodes, present
 from moe_plugin.apps.simulate.picture import trial_picture

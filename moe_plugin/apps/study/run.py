@@ -32,7 +32,7 @@ def run_in_child(words: Sequence[str], folder: Path) -> bool:
     Returns:
         Whether it came to its end.
     """
-    import moe_plugin.apps.launch.job  # noqa: F401 (for the child, which finds torch and Lightning imported)
+    import moe_plugin.apps.launch.train_job  # noqa: F401 (for the child, which finds torch and Lightning imported)
 
     folder.mkdir(parents=True, exist_ok=True)
     (folder / COMMIT_FILE).write_text(commit() + "\n")

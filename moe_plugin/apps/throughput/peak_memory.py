@@ -1,4 +1,4 @@
-"""The most memory that a piece of work takes, where that can be known."""
+"""The most memory that a piece of work takes, if that can be known."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _CLEAR_PEAK = "5"  # proc(5): sets the peak resident size to the present one
 
 
 class PeakMemory:
-    """Peaks beyond what was in use at first: on a GPU of torch's tensors, on a CPU of the whole process.
+    """Peaks above what was in use at first: on a GPU of torch's tensors, on a CPU of the process.
 
     A process may keep what it frees. So on a CPU a peak is exact only while peaks rise.
     """
@@ -26,7 +26,7 @@ class PeakMemory:
         """Do the work.
 
         Returns:
-            Bytes; None on a device or a system that does not tell.
+            Bytes; None on a device or a system that does not report them.
         """
         is_known = self._reset_()
         work()

@@ -14,31 +14,29 @@ from functools import partial
 from typing import Any
 
 import torch
-from lightning.pytorch import Trainer
-from omegaconf import DictConfig
+from lightning.pytorch import LightningDataModule, LightningModule, Trainer
 from rich.table import Table
 from torch import Tensor
 
 from moe_plugin.apps.data import CorpusDataModule
-from moe_plugin.apps.launch.build import build_data, build_model_on_meta
 from moe_plugin.apps.models.language_model import TokenModel
-from moe_plugin.apps.throughput.concurrency import KEY, Concurrency
 from moe_plugin.apps.throughput.peak_memory import PeakMemory
+from moe_plugin.apps.throughput.throughput_settings import ThroughputSettings
 from moe_plugin.errors import ConfigError
 
 SHORTEST = 0.2
-"""Seconds that are timed at least: one short read says more about what ran before it, whose data fill the caches."""
+"""Seconds that are timed at least: one short read depends on what ran before it, whose data fill the caches."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """What reading some sequences at once came to; None throughout where memory did not suffice.
+    """Measures of reading some sequences at once; all None if they do not fit in memory.
 
     Attributes:
         sequences: Their number.
         tokens_per_second: Median over the rounds.
         relative_time_per_token: Over that of the smallest number of sequences in the same round; median.
-        peak_memory_mib: What reading takes beyond the model; None where it is not known.
+        peak_memory_mib: What reading takes in addition to the model; None if it is not known.
     """
 
     sequences: int
@@ -47,27 +45,30 @@ class Reading:
     peak_memory_mib: float | None = None
 
 
-def check_throughput(concurrency: Concurrency, config: DictConfig) -> None:
-    """Check that a run's model and text can be read in this way, without creating anything.
+def check_throughput(settings: ThroughputSettings, model: LightningModule, data: LightningDataModule) -> None:
+    """Check that the model and the text can be read in this way, without reading anything.
+
+    Args:
+        settings: How many sequences at once.
+        model: The model; the meta device is enough.
+        data: What holds the text.
 
     Raises:
         ConfigError: They can't, or sequences are longer than the model reads.
     """
-    model, data = build_model_on_meta(config), build_data(config)
-    if not isinstance(model, TokenModel) or not isinstance(data, CorpusDataModule):
-        raise ConfigError(
-            f"'{KEY}' must be false for {type(model).__name__} with {type(data).__name__}: it is measured for "
-            "TokenModel with CorpusDataModule."
-        )
-    concurrency.length_for(model.context_length)
+    for key, value, kind in (("model", model, TokenModel), ("data", data, CorpusDataModule)):
+        if not isinstance(value, kind):
+            raise ConfigError(key, f"must be a {kind.__name__} for throughput=true", type(value).__name__)
+    assert isinstance(model, TokenModel)
+    settings.length_for(model.context_length)
 
 
-def measure_throughput(trainer: Trainer, concurrency: Concurrency) -> dict[str, Any]:
+def measure_throughput(trainer: Trainer, settings: ThroughputSettings) -> dict[str, Any]:
     """Read held-out text with the model that the trainer has validated, in the trainer's precision.
 
     Args:
         trainer: After `validate`.
-        concurrency: How many sequences at once.
+        settings: How many sequences at once.
 
     Returns:
         ``device``, ``length``, ``rounds``, and ``readings``: a `Reading` for each number of sequences.
@@ -75,17 +76,26 @@ def measure_throughput(trainer: Trainer, concurrency: Concurrency) -> dict[str, 
     model, data, device = trainer.lightning_module, trainer.datamodule, trainer.strategy.root_device  # pyright: ignore
     assert isinstance(model, TokenModel)
     assert isinstance(data, CorpusDataModule)
-    length = concurrency.length_for(model.context_length)
-    tokens_NS = cut_text(data.val_dataloader(), concurrency.sequences[-1], length).to(device)
+    length = settings.length_for(model.context_length)
+    tokens_NS = cut_text(data.val_dataloader(), settings.sequences[-1], length).to(device)
     model.to(device).eval()
     with torch.inference_mode(), trainer.precision_plugin.forward_context():
-        readings = read_at_once(model, tokens_NS, concurrency.sequences, concurrency.rounds)
-    settings = {"device": str(device), "length": length, "rounds": concurrency.rounds}
-    return settings | {"readings": [asdict(reading) for reading in readings]}
+        readings = read_at_once(model, tokens_NS, settings.sequences, settings.rounds)
+    measured = {"device": str(device), "length": length, "rounds": settings.rounds}
+    return measured | {"readings": [asdict(reading) for reading in readings]}
 
 
 def cut_text(batches: Iterable[Mapping[str, Tensor]], number: int, length: int) -> Tensor:
-    """Cut batches into sequences, int64 (number, length); from the beginning again where there is too little text."""
+    """Cut batches into sequences, again from the beginning if there is too little text.
+
+    Args:
+        batches: Each with ``tokens``.
+        number: How many sequences.
+        length: Tokens of each.
+
+    Returns:
+        int64 (number, length).
+    """
     parts, found = [], 0
     for batch in batches:
         tokens_BS = batch["tokens"][:, :-1]
@@ -100,29 +110,29 @@ def cut_text(batches: Iterable[Mapping[str, Tensor]], number: int, length: int) 
 def read_at_once(
     read: Callable[[Tensor], object], tokens_NS: Tensor, sequences: Sequence[int], rounds: int
 ) -> list[Reading]:
-    """Times reading the first 1, 4, ... of the sequences; all numbers take turns, after a first time that is not timed.
+    """Time reading the first 1, 4, ... of the sequences; all numbers take turns, after a first time that is not timed.
 
     Args:
         read: Takes int64 (B, S).
         tokens_NS: At least as many sequences as the largest number.
-        sequences: Numbers of sequences, rising. Those for which memory does not suffice are not timed.
+        sequences: Numbers of sequences, rising. Those that do not fit in memory are not timed.
         rounds: Times that each is read.
     """
-    peaks = peaks_until_memory_ends(read, tokens_NS, sequences)
+    peaks = _peaks_until_memory_ends(read, tokens_NS, sequences)
     seconds: dict[int, list[float]] = {number: [] for number in peaks}
     for _ in range(rounds):
         for number in peaks:
-            seconds[number].append(seconds_of(partial(read, tokens_NS[:number]), tokens_NS.device))
+            seconds[number].append(_seconds_of(partial(read, tokens_NS[:number]), tokens_NS.device))
     return [
         reading(number, seconds, peaks[number], tokens_NS.shape[1]) if number in peaks else Reading(number)
         for number in sequences
     ]
 
 
-def peaks_until_memory_ends(
+def _peaks_until_memory_ends(
     read: Callable[[Tensor], object], tokens_NS: Tensor, sequences: Sequence[int]
 ) -> dict[int, int | None]:
-    """Bytes that each number of sequences takes, if known; none from the first on for which memory does not suffice."""
+    """Return the bytes that each number of sequences takes, if known; without those that do not fit in memory."""
     memory, peaks = PeakMemory(tokens_NS.device), {}
     with suppress(torch.OutOfMemoryError):
         for number in sequences:
@@ -130,8 +140,8 @@ def peaks_until_memory_ends(
     return peaks
 
 
-def seconds_of(work: Callable[[], object], device: torch.device) -> float:
-    """Wall time of some work on a device: of one time where it is long, the mean over several where it is short."""
+def _seconds_of(work: Callable[[], object], device: torch.device) -> float:
+    """Return the seconds of some work on a device: of doing it once if it is long, on average if it is short."""
     begin, times = time.perf_counter(), 0
     while True:
         work()
@@ -144,7 +154,14 @@ def seconds_of(work: Callable[[], object], device: torch.device) -> float:
 
 
 def reading(number: int, seconds: Mapping[int, Sequence[float]], peak: int | None, length: int) -> Reading:
-    """Return what a number of sequences came to beside the smallest."""
+    """Return the measures of a number of sequences, relative to the smallest.
+
+    Args:
+        number: Of sequences.
+        seconds: By number, of each round.
+        peak: Bytes that the number takes, if known.
+        length: Tokens of a sequence.
+    """
     fewest = min(seconds)
     ratios = [
         (one / number) / (other / fewest) for one, other in zip(seconds[number], seconds[fewest], strict=True)
@@ -158,7 +175,7 @@ def reading(number: int, seconds: Mapping[int, Sequence[float]], peak: int | Non
 
 
 def throughput_table(throughput: Mapping[str, Any]) -> Table:
-    """Return what `measure_throughput` returned, for the terminal."""
+    """Return the table for the terminal of what `measure_throughput` returned."""
     readings = [Reading(**each) for each in throughput["readings"]]
     title = f"Reading held-out text at once, {throughput['length']} tokens a sequence, {throughput['device']}"
     table = Table(title=title, title_justify="left")

@@ -5,16 +5,19 @@ from __future__ import annotations
 import pytest
 from omegaconf import OmegaConf
 
-from moe_plugin.apps.launch.compose import compose_jobs, conf_dir
+from moe_plugin.apps.launch.compose import HYDRA_GROUPS, compose_jobs, conf_dir, is_group
 from moe_plugin.errors import ConfigError
 
 RENDERED_ELSEWHERE = {"hydra", "rule", "hardware", "source", "study"}
-OPTIONS = [
-    f"{group.name}={option.stem}"
-    for group in sorted(conf_dir().iterdir())
-    if group.is_dir() and group.name not in RENDERED_ELSEWHERE
-    for option in sorted(group.glob("*.yaml"))
-]
+OPTIONS = sorted(
+    {
+        f"{group.name}={option.stem}"
+        for folder in (conf_dir(), HYDRA_GROUPS)
+        for group in folder.iterdir()
+        if group.is_dir() and group.name not in RENDERED_ELSEWHERE
+        for option in group.glob("*.yaml")
+    }
+)
 
 
 def words(*arguments: str) -> list[str]:
@@ -44,7 +47,7 @@ class TestComposeJobs:
         }
 
     def test_every_rule_takes_the_callbacks_place(self) -> None:
-        for rule in {path.stem for path in (conf_dir() / "rule").glob("*.yaml")} - {"by_layer"}:
+        for rule in {path.stem for path in (HYDRA_GROUPS / "rule").glob("*.yaml")} - {"by_layer"}:
             (config,) = compose_jobs([f"rule={rule}"], multirun=False)
             target = config.balancing.callback.rule._target_
             assert target.rpartition(".")[2].lower() == rule.replace("_", "")
@@ -57,7 +60,10 @@ class TestComposeJobs:
         ]
 
     def test_range_without_sampler_is_refused(self) -> None:
-        with pytest.raises(ConfigError, match="is a range"):
+        with pytest.raises(
+            ConfigError,
+            match=r"^'seed' must be values, .*, got 'interval\(1,2\)'\. Add hparams_search=optuna",
+        ):
             list(compose_jobs(["seed=interval(1,2)"], multirun=True))
 
     def test_sampler_gives_one_without_the_swept_keys(self) -> None:
@@ -72,7 +78,7 @@ class TestComposeJobs:
         assert config.model._target_ == "my.Model"
 
     def test_every_file_says_what_it_is_on_top(self) -> None:
-        for path in conf_dir().rglob("*.yaml"):
+        for path in (*conf_dir().rglob("*.yaml"), *HYDRA_GROUPS.rglob("*.yaml")):
             first, *others = path.read_text().splitlines()
             comment = others[0] if first.startswith("# @package") else first
             assert comment.startswith("# "), path
@@ -80,15 +86,13 @@ class TestComposeJobs:
     @pytest.mark.parametrize(
         ("word", "message"),
         [
-            ("foo=1", "'foo' (got 1) is not a key of the configuration."),
+            ("foo=1", "'foo' is not a key of the configuration, got 1."),
             (
                 "trainer.max_step=3",
-                "'trainer.max_step' (got 3) is not a key of 'trainer'. Did you mean 'trainer.max_steps'?",
+                "'trainer.max_step' is not a key of 'trainer', got 3. Did you mean 'trainer.max_steps'?",
             ),
-            (
-                "router=foo",
-                "'router' must be one of deepseek_v3, ",
-            ),
+            ("router=foo", "'router' must be one of deepseek_v3, "),
+            ("router=foo", ", top_p, zero_experts, got 'foo'."),
             ("routers=x", "Did you mean 'router'?"),
             ("data=[1", "'data=[1'"),
         ],
@@ -105,6 +109,26 @@ class TestConfDir:
         assert "defaults" in OmegaConf.load(conf_dir() / "config.yaml")
 
 
+class TestHydraGroups:
+    def test_hold_what_is_for_any_app_and_no_second_copy_of_it_is_in_ours(self) -> None:
+        files = {str(path.relative_to(HYDRA_GROUPS)) for path in HYDRA_GROUPS.rglob("*.yaml")}
+        others = {"balancing/loss_free.yaml", "callbacks/load_monitor.yaml", "callbacks/loss_free.yaml"}
+        assert {name for name in files if not name.startswith("rule/")} == others
+        # The same option in two ways: moe-train's has a key for each setting, and its rule is the group's.
+        ours = {str(path.relative_to(conf_dir())) for path in conf_dir().rglob("*.yaml")}
+        assert files & ours == {"balancing/loss_free.yaml"}
+
+
+class TestIsGroup:
+    @pytest.mark.parametrize("name", ["experts", "rule", "callbacks"])
+    def test_groups_of_both_folders_are(self, name: str) -> None:
+        assert is_group(name)
+
+    @pytest.mark.parametrize("name", ["config", "seed", "hydra_groups"])
+    def test_files_and_keys_are_not(self, name: str) -> None:
+        assert not is_group(name)
+
+
 class TestQuoteOption:
     @pytest.mark.parametrize(
         ("word", "quoted"),
@@ -112,6 +136,8 @@ class TestQuoteOption:
             ("experts=8", 'experts="8"'),
             ("experts=8,16", 'experts="8","16"'),
             ("seed=8", "seed=8"),
+            ("rule=8", 'rule="8"'),
+            ("plan=8", "plan=8"),
             ("hydra", "hydra"),  # of --cfg hydra
         ],
     )

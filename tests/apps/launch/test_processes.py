@@ -76,14 +76,14 @@ class TestWrongUse:
         ("words", "message"),
         [
             (["strategy.devices=two"], "'strategy.devices' must be a whole number or 'auto', got 'two'."),
-            (["strategy.devices=-1"], "'strategy.devices' must be >= 1, got -1."),
+            (["strategy.devices=-1"], "'strategy.devices' must be an integer >= 1, got -1."),
             (["strategy.devices=1.5"], "'strategy.devices' must be a whole number or 'auto', got 1.5."),
             (["strategy.devices=true"], "'strategy.devices' must be a whole number or 'auto', got True."),
             (["strategy.devices=[0,1]"], "'strategy.devices' must be a whole number or 'auto', got [0, 1]"),
-            (["trainer.num_nodes=0"], "'trainer.num_nodes' must be >= 1, got 0."),
+            (["trainer.num_nodes=0"], "'trainer.num_nodes' must be an integer >= 1, got 0."),
             (["trainer.num_nodes=2"], "'trainer.num_nodes' must be 1 unless torchrun runs on each machine"),
             (["trainer.max_time=soon"], "is not a valid duration"),
-            (["-m", "seed=0,1", "strategy.devices=0"], "'strategy.devices' must be >= 1, got 0."),
+            (["-m", "seed=0,1", "strategy.devices=0"], "'strategy.devices' must be an integer >= 1, got 0."),
         ],
     )
     def test_one_line_and_nothing_is_created(
@@ -105,7 +105,7 @@ class TestWrongUse:
         [
             (
                 ["strategy=ddp", "strategy.devices=3"],
-                "must be the processes that torchrun started (2), got 3 x 1.",
+                "'strategy.devices' must give 2 processes with trainer.num_nodes=1, as torchrun started them, got 3.",
             ),
             (["-m", "seed=0,1"], "'-m' must be used without torchrun"),
         ],

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from moe_plugin.apps.launch.job import train
 from moe_plugin.apps.launch.last_checkpoint import find_checkpoint
 from moe_plugin.apps.launch.signals import STOPPED
+from moe_plugin.apps.launch.train_job import train
 from tests.apps.launch.small_job import NOISY, configuration
 
 Words = tuple[str, ...]

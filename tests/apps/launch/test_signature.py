@@ -61,7 +61,9 @@ class TestCheckArguments:
             check_arguments(target, {"rate": "abc"}, "rule")
 
     def test_unknown_name_suggests_the_nearest(self) -> None:
-        with pytest.raises(ConfigError, match=r"'rule.step' \(got 3\).*Did you mean 'rule.steps'\?"):
+        with pytest.raises(
+            ConfigError, match=r"'rule.step' is not a key of 'rule', got 3\. Did you mean 'rule.steps'\?"
+        ):
             check_arguments(target, {"step": 3}, "rule")
 
     def test_target_with_keyword_arguments_takes_any_name(self) -> None:
@@ -70,8 +72,9 @@ class TestCheckArguments:
 
 class TestUnknownKey:
     def test_top_level_key_lists_the_allowed(self) -> None:
-        message = unknown_key("sed", 1, ["seed", "name"])
-        assert (
-            message
-            == "'sed' (got 1) is not a key of the configuration. Did you mean 'seed'? Allowed: seed, name."
-        )
+        error = unknown_key("sed", 1, ["seed", "name"])
+        assert (error.name, error.rule, error.value) == ("sed", "is not a key of the configuration", 1)
+        assert error.fix == "Did you mean 'seed'? Allowed: seed, name."
+
+    def test_key_below_what_has_no_keys_is_named_alone(self) -> None:
+        assert str(unknown_key("a.b", 1, [])) == "'a.b' is not a key of 'a', got 1."

@@ -19,15 +19,19 @@ class TestFsdp2:
         strategy = fsdp2(devices, nodes, tensor_parallel)
         assert (strategy._data_parallel_size, strategy._tensor_parallel_size) == expected
 
-    @pytest.mark.parametrize("size", [0, 3])
-    def test_groups_that_do_not_fit_are_named(self, size):
-        with pytest.raises(ConfigError, match=rf"'tensor_parallel_size' must divide .* \(4\), got {size}"):
+    @pytest.mark.parametrize(
+        ("size", "rule"), [(0, "be an integer >= 1"), (3, r"divide strategy.devices \(4\)")]
+    )
+    def test_groups_that_do_not_fit_are_named(self, size, rule):
+        with pytest.raises(ConfigError, match=rf"^'tensor_parallel_size' must {rule}, got {size}\.$"):
             fsdp2(4, tensor_parallel_size=size)
 
 
 class TestFsdp1:
     def test_without_a_gpu_it_says_what_to_take(self):
-        with pytest.raises(ConfigError, match="needs a GPU, and there is none"):
+        with pytest.raises(
+            ConfigError, match=r"'accelerator' must be a GPU .* got 'cpu'. Set strategy=fsdp."
+        ):
             fsdp1("cpu", "32-true")
 
     def test_buffers_keep_their_precision(self, monkeypatch):

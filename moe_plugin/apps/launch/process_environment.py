@@ -1,4 +1,4 @@
-"""What environment variables say about this process: whether it is one of several, and on which machine."""
+"""What environment variables say about this process, and what child processes inherit."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def is_first_node(config: DictConfig) -> bool:
 
 @contextmanager
 def for_processes(number: int) -> Iterator[None]:
-    """Sets, within its block, what child processes inherit: their threads, and what this process can import."""
+    """Set, within its block, what child processes inherit: their threads, and what this process can import."""
     threads = max(1, (os.cpu_count() or 1) // number)
     before = dict(os.environ)
     os.environ.setdefault("OMP_NUM_THREADS", str(threads))

@@ -23,18 +23,15 @@ from moe_plugin.apps.report.stopped import write_stopped
 class StopAtSignal(Callback):
     """Lets the ranks agree whether to stop: about once a second, after an optimizer step or a validation batch.
 
-    Not after each, for an agreement lets all ranks wait for one another and for their devices.
+    Not after each, because ranks that agree wait for one another and for their devices.
 
     Stopping itself is Lightning's: its flag `trainer.received_sigterm` makes `LastCheckpoint` save and the loops
     raise `SIGTERMException`. Lightning's own handler would set that flag on one rank alone, run a collective inside
     the signal handler, and take rank 0's word for all.
-
-    Args:
-        signals: Notes the signals of this process.
     """
 
     def __init__(self, signals: StopSignals) -> None:
-        """Take the signals."""
+        """Take what notes the signals of this process."""
         self.signals = signals
         self._pace = AgreementInterval()
 
@@ -44,7 +41,7 @@ class StopAtSignal(Callback):
         trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """From here on there is something to save."""
+        """Defer signals: from here on there is something to save."""
         self.signals.deferred = True
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
@@ -53,12 +50,10 @@ class StopAtSignal(Callback):
             self._agree(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Its batches take another time than steps do."""
+        """Agree anew on how often: batches of a validation take longer or shorter than steps."""
         self._pace.start()
 
-    def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """So do steps after it."""
-        self._pace.start()
+    on_validation_end = on_validation_start
 
     def on_validation_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
         """Agree after a batch of a validation, which may last longer than the grace period."""
@@ -80,7 +75,12 @@ class StopAtSignal(Callback):
 
 @contextmanager
 def told_when_stopped(signals: StopSignals, trainer: Trainer, folder: Path) -> Iterator[None]:
-    """Say in one line where a run that a signal stopped can go on; also in ``stopped.txt`` of the run's folder.
+    """Report in one line where a run that a signal stopped can continue; also in ``stopped.txt``.
+
+    Args:
+        signals: Noted the signal.
+        trainer: The run's, which stops within the block.
+        folder: The run's.
 
     Raises:
         SystemExit: With code `STOPPED` if the last step is saved, with that of the signal if not.
@@ -88,7 +88,7 @@ def told_when_stopped(signals: StopSignals, trainer: Trainer, folder: Path) -> I
     try:
         yield
     except SIGTERMException:
-        saved = [path for path in saved_last(trainer) if path.exists()]
+        saved = [path for path in _saved_last(trainer) if path.exists()]
         where = f"go on with ckpt_path={saved[0]}" if saved else "nothing was saved"
         if trainer.is_global_zero:
             line = f"stopped by {signals.name} after step {trainer.global_step}; {where}"
@@ -97,7 +97,7 @@ def told_when_stopped(signals: StopSignals, trainer: Trainer, folder: Path) -> I
         raise SystemExit(STOPPED if saved else 128 + signals.received) from None
 
 
-def saved_last(trainer: Trainer) -> list[Path]:
+def _saved_last(trainer: Trainer) -> list[Path]:
     """Return where the latest step is saved."""
     return [
         Path(callback.path)

@@ -1,4 +1,4 @@
-"""One training job in one process: fit, validate on the whole validation split, write down what came of it."""
+"""One training job in one process: fit, validate on the whole validation split, write down the results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from moe_plugin.apps.launch.hparams import log_hyperparameters
 from moe_plugin.apps.launch.quiet_logs import quiet
 from moe_plugin.apps.launch.random_state import RandomState
 from moe_plugin.apps.launch.signals import StopSignals
-from moe_plugin.apps.launch.stop import StopAtSignal, told_when_stopped
+from moe_plugin.apps.launch.stop_at_signal import StopAtSignal, told_when_stopped
 from moe_plugin.apps.launch.training_speed import Throughput
 from moe_plugin.apps.models.size import fixed_experts_per_token, measure
 from moe_plugin.apps.report import RunSummary, run_report, tensorboard_command, write_summary
@@ -37,7 +37,7 @@ from moe_plugin.callbacks.load_monitor import LoadMonitor
 
 
 def train(config: DictConfig) -> None:
-    """Train and validates; the first process leaves checkpoints, logs and ``summary.json`` in the run's folder.
+    """Train and validate; the first process leaves checkpoints, logs and ``summary.json`` in the run's folder.
 
     Args:
         config: A run's resolved configuration; ``paths.output`` is its folder.
@@ -51,17 +51,17 @@ def train(config: DictConfig) -> None:
         if trainer.is_global_zero:
             write_environment(describe_environment(trainer.world_size, trainer.strategy.root_device), folder)
         with told_when_stopped(signals, trainer, folder):
-            metrics = fit_and_validate(trainer, model, data, config)
+            metrics = _fit_and_validate(trainer, model, data, config)
         if trainer.is_global_zero and metrics:
-            write_manifest(data, folder)
-            summary = summarise(config, metrics, clock)
+            _write_manifest(data, folder)
+            summary = _summarise(config, metrics, clock)
             write_summary(summary, folder)
-            print_report(summary, callbacks, folder)
+            _print_report(summary, callbacks, folder)
         if dist.is_initialized():  # the next job of a sweep may want another group, or none
             dist.destroy_process_group()
 
 
-def fit_and_validate(
+def _fit_and_validate(
     trainer: Trainer, model: LightningModule, data: LightningDataModule, config: DictConfig
 ) -> Mapping[str, float]:
     """Return the metrics of the whole validation split after training; none after a dry run."""
@@ -85,13 +85,13 @@ def validate_checkpoint(config: DictConfig) -> tuple[dict[str, Any], Trainer]:
         trainer.limit_val_batches = 1.0
         model, data = build_model(config), build_data(config)
         (metrics,) = trainer.validate(model, data, ckpt_path=config.ckpt_path, verbose=False)
-    return validation_measures(metrics, model), trainer
+    return _validation_measures(metrics, model), trainer
 
 
-def summarise(config: DictConfig, metrics: Mapping[str, float], clock: Throughput) -> RunSummary:
+def _summarise(config: DictConfig, metrics: Mapping[str, float], clock: Throughput) -> RunSummary:
     """Return the run in numbers."""
     model = build_model_on_meta(config)
-    size, measures = measure(model), validation_measures(metrics, model)
+    size, measures = measure(model), _validation_measures(metrics, model)
     used = measures["mean_experts_per_token"]
     return RunSummary(
         **measures,
@@ -105,7 +105,7 @@ def summarise(config: DictConfig, metrics: Mapping[str, float], clock: Throughpu
     )
 
 
-def validation_measures(metrics: Mapping[str, float], model: nn.Module) -> dict[str, Any]:
+def _validation_measures(metrics: Mapping[str, float], model: nn.Module) -> dict[str, Any]:
     """Return what a validation measured, under the names of ``summary.json``."""
     loss, dead = metrics.get("val/loss"), metrics.get("val/dead_experts")
     return {
@@ -118,15 +118,15 @@ def validation_measures(metrics: Mapping[str, float], model: nn.Module) -> dict[
     }
 
 
-def write_manifest(data: object, folder: Path) -> None:
+def _write_manifest(data: object, folder: Path) -> None:
     """Write down which files were read, if the data module knows."""
     manifest = getattr(data, "manifest", None)
     if manifest is not None:
         (folder / "data_manifest.json").write_text(json.dumps(manifest, indent=1))
 
 
-def print_report(summary: RunSummary, callbacks: list[Callback], folder: Path) -> None:
-    """Print what the run came to, where its files are, and the command that shows its logs."""
+def _print_report(summary: RunSummary, callbacks: list[Callback], folder: Path) -> None:
+    """Print the run's results, where its files are, and the command that shows its logs."""
     console, events = Console(), folder / "tensorboard"
     for callback in callbacks:
         if isinstance(callback, LoadMonitor):

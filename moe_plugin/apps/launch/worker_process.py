@@ -1,4 +1,4 @@
-"""One process of a job that runs in several: ``python -m moe_plugin.apps.launch.worker RUN_FOLDER``."""
+"""One process of a job that runs in several: ``python -m moe_plugin.apps.launch.worker_process RUN_FOLDER``."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
-from moe_plugin.apps.launch.explain import one_line
-from moe_plugin.apps.launch.job import train
+from moe_plugin.apps.launch.command import FAILED
+from moe_plugin.apps.launch.explain_config_error import one_line
+from moe_plugin.apps.launch.train_job import train
 from moe_plugin.apps.report.stopped import write_stopped
 from moe_plugin.errors import MoEPluginError
 
-FAILED = 1
-
 
 def main(run_folder: Path) -> None:
-    """Train what the folder's ``config.yaml`` says.
+    """Train as the folder's ``config.yaml`` says.
 
     Raises:
-        SystemExit: The user's error is in ``stopped.txt``, for the parent to tell: all processes have the same.
+        SystemExit: The user's error is in ``stopped.txt``, for the parent to report: all processes have the same.
     """
     config = OmegaConf.load(run_folder / "config.yaml")
     assert isinstance(config, DictConfig)

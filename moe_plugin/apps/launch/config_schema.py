@@ -1,4 +1,4 @@
-"""The types of what a configuration says outside its ``_target_`` nodes; those have their constructors' hints."""
+"""Types of the settings outside ``_target_`` nodes; for those, their constructors' hints are the types."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 @dataclass
 class Settings:
-    """What belongs to no group."""
+    """The settings that belong to no group."""
 
     name: str
     seed: int

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
-from moe_plugin.apps.launch.folder import prepare_
 from moe_plugin.apps.launch.last_checkpoint import find_checkpoint
+from moe_plugin.apps.launch.run_folder import prepare_
 
 
 class TestPrepare:

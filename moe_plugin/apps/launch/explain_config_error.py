@@ -1,0 +1,95 @@
+"""Explains what is wrong with a configuration: the key, the value, what is allowed."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+
+from hydra import compose
+from hydra.errors import HydraException, InstantiationException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from moe_plugin.apps.launch.overrides import parse
+from moe_plugin.apps.launch.signature import unknown_key
+from moe_plugin.errors import ConfigError
+
+
+def explain_composition(
+    error: HydraException | OmegaConfBaseException, overrides: Sequence[str], config_name: str = "config"
+) -> ConfigError:
+    """Return the error to raise for one that was raised while composing.
+
+    Args:
+        error: Hydra's.
+        overrides: All words of the command line.
+        config_name: The file that is composed.
+    """
+    text = str(error)
+    found = re.match(r"Could not override '([^']+)'", text)
+    if found and found[1] in {override.key_or_group for override in parse(overrides)}:
+        return _explain_key(found[1], overrides, error, config_name)
+    if found := re.search(
+        r"Could not find '([^']+)/([^'/]+)'\s+Available options in '[^']+':(.*?)Config search path",
+        text,
+        re.DOTALL,
+    ):
+        return ConfigError(found[1], f"must be one of {', '.join(found[3].split())}", found[2])
+    return ConfigError(config_name, f"cannot be composed: {_reason(error)}")
+
+
+def _explain_key(key: str, overrides: Sequence[str], error: Exception, config_name: str) -> ConfigError:
+    """Return the error for a key that the configuration doesn't have, or that doesn't take the value."""
+    value, word = {
+        o.key_or_group: (o.value(), word) for word, o in zip(overrides, parse(overrides), strict=True)
+    }[key]
+    others = [other for other in overrides if other != word]
+    parent = OmegaConf.select(compose(config_name, others), key.rpartition(".")[0] or "")
+    known = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
+    if key.rpartition(".")[2] in known:
+        return ConfigError(key, f"cannot be set: {_reason(error)}", value)
+    return unknown_key(key, value, known)
+
+
+def locate(error: Exception, config: DictConfig, near: str) -> ConfigError:
+    """Return an error about an argument as one about its full key: ``top_k`` becomes ``experts.top_k``.
+
+    Args:
+        error: What the constructor raised, or Hydra for it.
+        config: The configuration; its first key that ends in the argument's name is meant, below ``near`` if possible.
+        near: The key of the node that was built; errors about no argument are about this key.
+    """
+    if isinstance(error, InstantiationException):
+        found = re.search(r"full_key: (\S+)", str(error))
+        near = found[1] if found else near
+        error = error.__cause__ if isinstance(error.__cause__, Exception) else error
+    if isinstance(error, ConfigError) and not error.rule:  # being converted
+        found = re.match(r"'([\w.]+)':? (.*?)\.?$", one_line(error.name))
+        error = ConfigError(found[1], found[2]) if found else ValueError(error.name)
+    if not isinstance(error, ConfigError):
+        return ConfigError(near, f"cannot be used: {one_line(str(error)).removesuffix('.')}")
+    keys = [key for key in _leaves(config) if f".{key}".endswith(f".{error.name}")]
+    if keys:
+        return error.renamed(min(keys, key=lambda key: not key.startswith(f"{near}.")))
+    return ConfigError(near, f"has a parameter {error.name!r} that {error.rule}", error.value, error.fix)
+
+
+def _leaves(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Yield the full key of each value that isn't itself a mapping or an interpolation."""
+    for name in map(str, config):
+        key = f"{prefix}{name}"
+        if OmegaConf.is_interpolation(config, name) or OmegaConf.is_missing(config, name) or key == "hydra":
+            continue
+        if isinstance(value := config[name], DictConfig):
+            yield from _leaves(value, f"{key}.")
+        else:
+            yield key
+
+
+def one_line(text: str) -> str:
+    """Return the text with every run of white space as one blank."""
+    return " ".join(text.split())
+
+
+def _reason(error: Exception) -> str:
+    return one_line(f"{error} {error.__cause__ or ''}").removesuffix(".")
