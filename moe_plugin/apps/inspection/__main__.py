@@ -23,8 +23,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     from rich.console import Console
 
+    from moe_plugin.apps.inspection.inspect_source import inspect_source
     from moe_plugin.apps.inspection.inspection_table import inspection_table
-    from moe_plugin.apps.inspection.sources import inspect_source
     from moe_plugin.errors import ConfigError
 
     try:

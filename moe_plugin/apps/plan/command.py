@@ -66,8 +66,8 @@ def run(config: DictConfig) -> None:
         ConfigError: A value is out of range, or the model cannot be laid out like that.
     """
     # Torch and Lightning are imported only now: a misspelt key is answered at once.
-    from moe_plugin.apps.plan.plan import make_plan
-    from moe_plugin.apps.plan.report import as_json, plan_tables
+    from moe_plugin.apps.plan.plan_tables import as_json, plan_tables
+    from moe_plugin.apps.plan.scale_plan import make_plan
     from moe_plugin.apps.plan.settings import build_cluster, build_workload, check_settings
 
     settings = check_settings(config)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from moe_plugin.apps.plan.cluster import Cluster
-from moe_plugin.apps.plan.model import autocast_of, selection_of, width_of
+from moe_plugin.apps.plan.meta_model import autocast_of, selection_of, width_of
 from moe_plugin.apps.plan.traffic import Transfer
 from moe_plugin.apps.plan.workload import Workload
 from moe_plugin.attach.discovery.routed_experts import RoutedExperts, find_routed_experts

@@ -11,10 +11,10 @@ from torch import Tensor
 
 from moe_plugin.apps.plan.buffers import fsdp_buffers, kept_gradients, sharded_gradients
 from moe_plugin.apps.plan.cluster import Cluster, Group
+from moe_plugin.apps.plan.fsdp_units import Unit
 from moe_plugin.apps.plan.memory import RankMemory, at_peak
 from moe_plugin.apps.plan.timeline import Timeline
 from moe_plugin.apps.plan.traffic import Transfer
-from moe_plugin.apps.plan.units import Unit
 
 
 class Layout(Protocol):

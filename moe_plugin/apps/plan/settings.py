@@ -16,8 +16,8 @@ from moe_plugin.apps.launch.signature import check_arguments
 from moe_plugin.apps.launch.validate_config import attempt, locate_target, nodes, present
 from moe_plugin.apps.models.size import measure
 from moe_plugin.apps.plan.cluster import Cluster, Hardware
-from moe_plugin.apps.plan.model import Precision, prepare_, routed_experts
-from moe_plugin.apps.plan.plan import LAYOUTS
+from moe_plugin.apps.plan.meta_model import Precision, prepare_, routed_experts
+from moe_plugin.apps.plan.scale_plan import LAYOUTS
 from moe_plugin.apps.plan.workload import Workload
 from moe_plugin.errors import ConfigError
 

@@ -9,9 +9,9 @@ import torch
 from torch import nn
 
 from moe_plugin.apps.plan.fake_expert_shards import spread_experts_
+from moe_plugin.apps.plan.fsdp_units import Unit, modules_of_units, units_of
 from moe_plugin.apps.plan.timeline import Timeline
 from moe_plugin.apps.plan.trace import trace
-from moe_plugin.apps.plan.units import Unit, modules_of_units, units_of
 
 # One sequence alone would be laid out otherwise: a dimension of one element has no order.
 _SEQUENCES = 2

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.nn import functional
 
 from moe_plugin.apps.plan.fake_kernels import fused_kernels
-from moe_plugin.apps.plan.live import LiveBytes
+from moe_plugin.apps.plan.live_bytes import LiveBytes
 from moe_plugin.apps.plan.timeline import Timeline
 from moe_plugin.errors import ConfigError
 

@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="default: %(default)s")
     options = parser.parse_args(arguments)
-    from moe_plugin.apps.report.atomic import write_atomically
+    from moe_plugin.apps.report.atomic_write import write_atomically
     from moe_plugin.apps.report.page import read_runs, report_page
     from moe_plugin.errors import ConfigError
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from moe_plugin import __version__
-from moe_plugin.apps.report.atomic import write_atomically
+from moe_plugin.apps.report.atomic_write import write_atomically
 
 ENVIRONMENT_FILE = "environment.json"
 

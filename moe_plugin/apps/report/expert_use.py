@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from moe_plugin.apps.report.charts import COLORS, Line, line_chart
+from moe_plugin.apps.report.svg_charts import COLORS, Line, line_chart
 from moe_plugin.plots.colors import amount_scale, ink_on, load_colors
 from moe_plugin.plots.experts_per_token import ratio_places
 from moe_plugin.plots.run_data import EXPERT_USE_FILE

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_plugin.apps.report.charts import COLORS, Line, line_chart, scatter_chart
 from moe_plugin.apps.report.environment import read_environment
 from moe_plugin.apps.report.expert_use import ground_rules, profiles, read_expert_use, used_view
 from moe_plugin.apps.report.run_table import _number
 from moe_plugin.apps.report.summary import SUMMARY_FILE
+from moe_plugin.apps.report.svg_charts import COLORS, Line, line_chart, scatter_chart
 from moe_plugin.metrics import dead_experts, max_violation
 from moe_plugin.plots.colors import load_colors, load_octaves
 from moe_plugin.plots.run_data import RunData, read_run

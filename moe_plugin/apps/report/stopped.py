@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from moe_plugin.apps.report.atomic import write_atomically
+from moe_plugin.apps.report.atomic_write import write_atomically
 
 STOPPED_FILE = "stopped.txt"
 

@@ -7,7 +7,7 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moe_plugin.apps.report.atomic import write_atomically
+from moe_plugin.apps.report.atomic_write import write_atomically
 
 SUMMARY_FILE = "summary.json"
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from rich.table import Table
 
-from moe_plugin.apps.report.atomic import write_atomically
+from moe_plugin.apps.report.atomic_write import write_atomically
 from moe_plugin.apps.report.stopped import STOPPED_FILE, read_stopped
 from moe_plugin.apps.report.summary import SUMMARY_FILE, RunSummary, read_summary
 from moe_plugin.errors import ConfigError

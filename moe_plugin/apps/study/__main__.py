@@ -8,9 +8,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_plugin.apps.launch.command import FAILED, one_line_errors
-from moe_plugin.apps.study.plan import Arm, Study, read_study
+from moe_plugin.apps.study.arms import Arm, Study, read_study
+from moe_plugin.apps.study.child_run import LOG_FILE, is_finished, run_in_child
 from moe_plugin.apps.study.results import collect, run_folder, write_csv
-from moe_plugin.apps.study.run import LOG_FILE, is_finished, run_in_child
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

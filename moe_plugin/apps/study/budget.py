@@ -16,7 +16,7 @@ from statistics import fmean
 
 from moe_plugin.apps.launch.command import one_line_errors
 from moe_plugin.apps.report.summary import SUMMARY_FILE
-from moe_plugin.apps.study.trained import runs_of
+from moe_plugin.apps.study.trained_run import runs_of
 
 COLUMNS = (
     "arm",

@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 from moe_plugin.apps.launch.command import one_line_errors
-from moe_plugin.apps.study.mean_std import spread
-from moe_plugin.apps.study.trained import load_run, look, runs_of
+from moe_plugin.apps.study.markdown import spread
+from moe_plugin.apps.study.trained_run import load_run, look, runs_of
 from moe_plugin.metrics.experts_used import rank_correlation
 
 

@@ -24,8 +24,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_plugin.apps.launch.command import one_line_errors
-from moe_plugin.apps.study.mean_std import spread
-from moe_plugin.apps.study.trained import Batch, Trained, counts_of, in_batches, load_run, look, runs_of
+from moe_plugin.apps.study.markdown import spread
+from moe_plugin.apps.study.trained_run import Batch, Trained, counts_of, in_batches, load_run, look, runs_of
 from moe_plugin.attach.site import Site
 from moe_plugin.metrics import max_violation
 

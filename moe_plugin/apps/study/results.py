@@ -8,8 +8,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from moe_plugin.apps.report.summary import SUMMARY_FILE, read_summary
-from moe_plugin.apps.study.plan import Study
-from moe_plugin.apps.study.run import COMMIT_FILE, is_finished
+from moe_plugin.apps.study.arms import Study
+from moe_plugin.apps.study.child_run import COMMIT_FILE, is_finished
 
 SEED_PREFIX = "seed_"
 TYPES = {"str": str, "int": int, "float": lambda text: float(text or "nan")}  # empty: not measured

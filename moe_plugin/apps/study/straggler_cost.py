@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 
 from moe_plugin.apps.launch.command import one_line_errors
-from moe_plugin.apps.study.mean_std import spread
-from moe_plugin.apps.study.trained import Trained, counts_of, in_batches, load_run, look, runs_of
+from moe_plugin.apps.study.markdown import spread
+from moe_plugin.apps.study.trained_run import Trained, counts_of, in_batches, load_run, look, runs_of
 from moe_plugin.metrics.rank_groups import RANKS, rank_violation
 
 

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from moe_plugin.apps.study.mean_std import spread
-from moe_plugin.apps.study.plan import read_study
+from moe_plugin.apps.study.arms import read_study
+from moe_plugin.apps.study.markdown import spread
 from moe_plugin.apps.study.results import Result, by_arm, read_csv
 
 HEADER = (

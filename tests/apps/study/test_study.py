@@ -14,7 +14,7 @@ from moe_plugin.apps.data import CorpusDataModule
 from moe_plugin.apps.study import budget, difficulty, imbalance, straggler_cost
 from moe_plugin.apps.study.difficulty import spearman, within_positions
 from moe_plugin.apps.study.results import read_csv
-from moe_plugin.apps.study.trained import load_run, look, runs_of
+from moe_plugin.apps.study.trained_run import load_run, look, runs_of
 from moe_plugin.errors import ConfigError
 from tests.apps.launch.small_job import WORDS, write_texts
 

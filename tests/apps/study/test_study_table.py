@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from moe_plugin.apps.study.mean_std import spread
+from moe_plugin.apps.study.markdown import spread
 from moe_plugin.apps.study.picture import draw
 from moe_plugin.apps.study.results import Result, by_arm, read_csv, write_csv
 from moe_plugin.apps.study.study_table import differences, markdown

@@ -10,7 +10,7 @@ from moe_plugin.apps.plan.cluster import Cluster
 from moe_plugin.apps.plan.exchange import RowExchange, row_exchange
 from moe_plugin.apps.plan.layouts import DistributedDataParallel, ExpertParallel, FullySharded, Layout
 from moe_plugin.apps.plan.memory import RankMemory, largest_that_fits
-from moe_plugin.apps.plan.model import autocast_of, bias_count_bytes, expert_share, routed_experts
+from moe_plugin.apps.plan.meta_model import autocast_of, bias_count_bytes, expert_share, routed_experts
 from moe_plugin.apps.plan.steps import Steps, spread_steps, whole_steps
 from moe_plugin.apps.plan.traffic import Transfer
 from moe_plugin.apps.plan.workload import Workload

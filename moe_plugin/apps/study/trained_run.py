@@ -19,8 +19,8 @@ from torch import Tensor
 from moe_plugin.apps.data import CorpusDataModule
 from moe_plugin.apps.launch.build import build_data, build_model
 from moe_plugin.apps.models.language_model import TokenModel
+from moe_plugin.apps.study.child_run import is_finished
 from moe_plugin.apps.study.results import SEED_PREFIX, seed_of
-from moe_plugin.apps.study.run import is_finished
 from moe_plugin.attach.balance import BalancedModel, balance_
 from moe_plugin.attach.site import Site
 from moe_plugin.attach.steering.intercept import Selection

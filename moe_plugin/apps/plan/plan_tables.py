@@ -11,7 +11,7 @@ from rich.table import Table
 from moe_plugin.apps.plan.cluster import Cluster
 from moe_plugin.apps.plan.exchange import RowExchange
 from moe_plugin.apps.plan.memory import RankMemory
-from moe_plugin.apps.plan.plan import ScalePlan
+from moe_plugin.apps.plan.scale_plan import ScalePlan
 from moe_plugin.apps.plan.traffic import Transfer
 from moe_plugin.apps.plan.workload import Workload
 
