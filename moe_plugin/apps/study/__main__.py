@@ -1,4 +1,4 @@
-"""``moe-study``: trains the arms of studies seed by seed, and compares them."""
+"""``moe-study``: trains the arms of studies seed by seed, and writes what each run measured to a CSV."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Raises:
         SystemExit: With code 1 after all runs, if one of them failed.
     """
-    options = parser().parse_args(arguments)
+    options = _parser().parse_args(arguments)
     with one_line_errors():
         studies = [read_study(name) for name in options.studies]
     failed = []
     for study in studies:
         for arm, seed in study.runs():
-            if not run(study, arm, seed, options.folder, options.change):
+            if not _run(study, arm, seed, options.folder, options.change):
                 failed.append(run_folder(options.folder, study.name, arm.name, seed))
             write_csv([result for each in studies for result in collect(each, options.folder)], options.csv)
     if failed:
@@ -36,8 +36,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(FAILED)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line's words."""
+def _parser() -> argparse.ArgumentParser:
     words = argparse.ArgumentParser(prog="moe-study", description=__doc__)
     words.add_argument("studies", nargs="+", help="options of conf/study, or YAML files like them")
     words.add_argument("--folder", type=Path, default=Path("runs/study"), help="default: %(default)s")
@@ -48,8 +47,8 @@ def parser() -> argparse.ArgumentParser:
     return words
 
 
-def run(study: Study, arm: Arm, seed: int, root: Path, changes: Sequence[str]) -> bool:
-    """Train one arm with one seed, unless that run is there already; says whether it came to its end."""
+def _run(study: Study, arm: Arm, seed: int, root: Path, changes: Sequence[str]) -> bool:
+    """Train an arm with a seed, unless that run is finished already; return whether it is finished."""
     folder = run_folder(root, study.name, arm.name, seed)
     if is_finished(folder):
         return True
