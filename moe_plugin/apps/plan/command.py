@@ -28,11 +28,7 @@ Models, routers, experts and data are the groups of moe-train. Its own keys:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line.
-
-    Args:
-        arguments: Words after the program's name; by default the program's own.
-    """
+    """Run the command line."""
     words = [quote_option(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     if {"-h", "--help"} & set(words):
         lines = (conf_dir() / "plan.yaml").read_text().splitlines()

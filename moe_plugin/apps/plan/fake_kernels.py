@@ -43,7 +43,7 @@ class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BNSA: Tensor, k_BNSA: Tensor, v_BNSA: Tensor) -> Tensor:
         batch, heads, length, _ = q_BNSA.shape
-        # Heads next to their widths, as the kernels lay it out, so that joining the heads copies nothing.
+        # Heads next to their widths, as the kernels do, so joining the heads copies nothing.
         y_BNSA = q_BNSA.new_empty(batch, length, heads, v_BNSA.shape[-1]).transpose(1, 2)
         row_sums_BNS = q_BNSA.new_empty((batch, heads, length), dtype=torch.float32)
         ctx.save_for_backward(q_BNSA, k_BNSA, v_BNSA, y_BNSA, row_sums_BNS)

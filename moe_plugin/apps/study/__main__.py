@@ -16,9 +16,6 @@ from moe_plugin.apps.study.results import collect, run_folder, write_csv
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line.
 
-    Args:
-        arguments: Words after the program's name; by default the program's own.
-
     Raises:
         SystemExit: With code 1 after all runs, if one of them failed.
     """

@@ -19,23 +19,14 @@ from moe_plugin.apps.study.markdown import head, row
 from moe_plugin.apps.study.trained_run import runs_of
 
 _COLUMNS = (
-    "arm",
-    "target",
-    "second sixth",
-    "right after the change",
-    "last third",
-    "error, %",
-    "worst window, %",
+    *("arm", "target", "second sixth", "right after the change", "last third"),
+    *("error, %", "worst window, %"),
 )
 _LOGGED = "load/experts_per_token"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a Markdown table, means over the seeds of each arm.
-
-    Args:
-        arguments: Words after the program's name; by default the program's own.
-    """
+    """Print a Markdown table, means over the seeds of each arm."""
     parser = argparse.ArgumentParser(prog="python -m moe_plugin.apps.study.budget", description=__doc__)
     parser.add_argument("study", type=Path, help="folder of a study, such as runs/study/budget")
     options = parser.parse_args(arguments)

@@ -24,11 +24,7 @@ from moe_plugin.metrics.experts_used import rank_correlation
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a Markdown table, mean and standard deviation over the seeds.
-
-    Args:
-        arguments: Words after the program's name; by default the program's own.
-    """
+    """Print a Markdown table, mean and standard deviation over the seeds."""
     parser = argparse.ArgumentParser(prog="python -m moe_plugin.apps.study.difficulty", description=__doc__)
     parser.add_argument("dynamic", type=Path, help="folder of an arm, such as runs/study/dynamic/top_p")
     parser.add_argument("fixed", type=Path, help="the same, with a fixed number of experts")

@@ -38,11 +38,7 @@ _COLUMNS = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a Markdown table, mean and standard deviation over the seeds of each arm.
-
-    Args:
-        arguments: Words after the program's name; by default the program's own.
-    """
+    """Print a Markdown table, mean and standard deviation over the seeds of each arm."""
     parser = argparse.ArgumentParser(prog="python -m moe_plugin.apps.study.imbalance", description=__doc__)
     parser.add_argument(
         "arms", nargs="+", type=Path, help="folders of arms, such as runs/study/balancing/none"

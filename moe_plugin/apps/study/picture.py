@@ -20,11 +20,7 @@ _ROW, _MARGIN = 0.24, 0.8
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Draw the studies of a CSV one below the other.
-
-    Args:
-        arguments: Words after the program's name; by default the program's own.
-    """
+    """Draw the studies of a CSV one below the other."""
     parser = argparse.ArgumentParser(prog="python -m moe_plugin.apps.study.picture", description=__doc__)
     parser.add_argument("csv", type=Path)
     parser.add_argument(

@@ -22,11 +22,7 @@ from moe_plugin.metrics.rank_groups import RANKS, rank_violation
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a Markdown table: MaxVio per rank and the step time, over the seeds of each arm.
-
-    Args:
-        arguments: Words after the program's name; by default the program's own.
-    """
+    """Print a Markdown table: MaxVio per rank and the step time, over the seeds of each arm."""
     parser = argparse.ArgumentParser(
         prog="python -m moe_plugin.apps.study.straggler_cost", description=__doc__
     )

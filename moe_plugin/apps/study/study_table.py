@@ -18,11 +18,7 @@ _HEADER = (
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table of each study in a CSV of ``moe-study``.
-
-    Args:
-        arguments: Words after the program's name; by default the program's own.
-    """
+    """Print the table of each study in a CSV of ``moe-study``."""
     parser = argparse.ArgumentParser(prog="python -m moe_plugin.apps.study.study_table", description=__doc__)
     parser.add_argument("csv", type=Path)
     parser.add_argument("--reference", help="arm to compare with; by default the study's own")
