@@ -21,7 +21,7 @@ from torch import Tensor
 from benchmarks.row import Row
 from benchmarks.turns import Turns, take_turns
 from benchmarks.two_ranks import EXPERTS, TOP_K, D, layer_rows, step
-from moe_plugin.apps.study.trained import counts_of, in_batches, load_run, look
+from moe_plugin.apps.study.trained_run import counts_of, in_batches, load_run, look
 from moe_plugin.experts import GroupedExperts
 from moe_plugin.metrics.rank_groups import rank_violation
 

@@ -1,4 +1,4 @@
-"""What would be balanced in a model, and how: `moe-inspect`, and `inspect_model` for a model in memory."""
+"""The routers of a model and how they would be balanced: `moe-inspect`, and `inspect_model` for a model in memory."""
 
 from moe_plugin.apps.inspection.inspection_table import inspection_table
 from moe_plugin.apps.inspection.sites import BiasStatistics, Inspection, RoutingSite, inspect_model

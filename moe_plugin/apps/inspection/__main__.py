@@ -14,17 +14,17 @@ WRONG_USE, NOTHING_TO_BALANCE = 2, 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what was found; 0 if balancing would take the model, 1 if not, 2 with one line for a wrong word."""
+    """Print what was found; return 0 if the model can be balanced, 1 if not, 2 after one line for a wrong word."""
     parser = argparse.ArgumentParser(
         prog="moe-inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", metavar="WHAT")
-    parser.add_argument("--every-layer", action="store_true", help="a line for each router, alike or not")
+    parser.add_argument("--every-layer", action="store_true", help="a line for each router, even if alike")
     options = parser.parse_args(arguments)
     from rich.console import Console
 
+    from moe_plugin.apps.inspection.inspect_source import inspect_source
     from moe_plugin.apps.inspection.inspection_table import inspection_table
-    from moe_plugin.apps.inspection.sources import inspect_source
     from moe_plugin.errors import ConfigError
 
     try:

@@ -15,11 +15,11 @@ from moe_plugin.apps.inspection.sites import BiasStatistics, Inspection, Routing
 
 
 def inspection_table(inspection: Inspection, *, every_layer: bool = False) -> Group:
-    """Return everything that was found, to be printed by a `rich.console.Console`.
+    """Return what was found; print it with a `rich.console.Console`.
 
     Args:
         inspection: What to show.
-        every_layer: A line for each router, where layers that are alike share one otherwise.
+        every_layer: Show a line for each router; by default layers that are alike share one.
     """
     parts: list[RenderableType] = []
     if inspection.sites:
@@ -32,11 +32,11 @@ def inspection_table(inspection: Inspection, *, every_layer: bool = False) -> Gr
             Text.assemble((f"{title}: ", f"bold {style}"), f"{name or '(the model itself)'}: {reason}.")
             for name, reason in reasons.items()
         ]
-    parts.append(Text(verdict(inspection), style="bold"))
+    parts.append(Text(_verdict(inspection), style="bold"))
     return Group(*parts)
 
 
-def verdict(inspection: Inspection) -> str:
+def _verdict(inspection: Inspection) -> str:
     """Return what balancing would do with the model, in a sentence."""
     if inspection.strangers:
         return "balance_() refuses this model: write an Adapter for what is not understood, or name 'sites' without it."
@@ -57,7 +57,7 @@ def _sites(inspection: Inspection, every_layer: bool) -> Table:
     table.add_column("score")
     table.add_column("driven by")
     table.add_column("bias", justify="right")
-    for sites in [[site] for site in inspection.sites] if every_layer else alike(inspection.sites):
+    for sites in [[site] for site in inspection.sites] if every_layer else _alike(inspection.sites):
         first = sites[0]
         driven = first.driven if first.is_proven else f"{first.driven} (read from names)"
         groups = str(first.groups) if first.groups > 1 else "–"  # noqa: RUF001
@@ -66,8 +66,8 @@ def _sites(inspection: Inspection, every_layer: bool) -> Table:
     return table
 
 
-def alike(sites: Sequence[RoutingSite]) -> list[list[RoutingSite]]:
-    """Return neighbouring routers that differ in nothing but their layer and the values of their bias."""
+def _alike(sites: Sequence[RoutingSite]) -> list[list[RoutingSite]]:
+    """Return groups of neighbouring routers that differ only in their layer and the values of their bias."""
     return [list(group) for _, group in groupby(sites, _kind)]
 
 

@@ -1,4 +1,4 @@
-"""The routing sites of a model, without training or running it: the meta device is enough.
+"""The routing sites of a model, found without training or running it; the meta device is enough.
 
 Shape legend: E experts.
 """
@@ -53,12 +53,12 @@ class RoutingSite:
         router: Its class.
         num_experts: E.
         top_k: Experts per token.
-        score: What the scores are made by, as far as its code or settings tell.
+        score: The function that makes scores, as its code or settings show.
         groups: Groups that limit a token's choice; 1 for none.
         driven: How the bias reaches the selection.
-        bias_key: The `state_dict` key of the bias that the model owns; None where it would get one of ours.
-        is_proven: Whether this was seen in a run on tensors without data, and not read from names.
-        bias: Its values; None where there are none, as on the meta device.
+        bias_key: The `state_dict` key of the bias that the model owns; None if it would get our bias.
+        is_proven: Whether this was seen in a run on tensors without data; otherwise it was read from names.
+        bias: Its values; None if there are none, as on the meta device.
     """
 
     name: str
@@ -80,8 +80,8 @@ class Inspection:
     Attributes:
         model: Its class.
         sites: The routers that can be balanced, in the order of the modules.
-        refused: Those that cannot, and why.
-        strangers: Experts whose routing nobody understood, and why.
+        refused: The routers that cannot be balanced, and why.
+        strangers: Experts whose routing was not understood, and why.
     """
 
     model: str
@@ -99,11 +99,11 @@ class Inspection:
 
 
 def inspect_model(model: nn.Module, adapters: Sequence[Adapter] = ()) -> Inspection:
-    """Find the routers of a model and say how each would be driven; the model is left as it is.
+    """Find the routers of a model and how each would be driven; the model stays unchanged.
 
     Args:
-        model: Any model, on any device including meta, balanced already or not.
-        adapters: How blocks route that select experts in a way of their own.
+        model: Any model, on any device, even meta, balanced or not.
+        adapters: Descriptions of blocks that select experts in their own way.
     """
     balanced = find_balanced(model)
     if balanced is not None:
@@ -121,18 +121,18 @@ def _found(model: nn.Module, found: FoundRouter) -> RoutingSite:
     place, style = found.bias, found.style
     bias_E = None if place is None else place.tensor()
     if style.adapter is not None:
-        driven = "a bias of ours, by its adapter"
+        driven = "our bias, by its adapter"
     elif place is not None:
         driven = f"its own {place.name}"
     else:
-        driven = f"a bias of ours, at {style.kind}"
+        driven = f"our bias, at {style.kind}"
     return RoutingSite(
         name=found.name,
         router=type(found.module).__name__,
         num_experts=style.num_experts,
         top_k=style.top_k,
-        score=score_of(found.module),
-        groups=groups_of(model, found.name),
+        score=_score_of(found.module),
+        groups=_groups_of(model, found.name),
         driven=driven,
         bias_key=None if place is None else _key(model, place),
         is_proven=style.proven,
@@ -147,11 +147,11 @@ def _attached(model: nn.Module, balanced: BalancedModel) -> tuple[RoutingSite, .
             router=type(site.router).__name__,
             num_experts=site.num_experts,
             top_k=site.top_k,
-            score=score_of(site.router),
-            groups=groups_of(model, name),
+            score=_score_of(site.router),
+            groups=_groups_of(model, name),
             driven=f"its own {site.bias_place.name}, balanced now"
             if site.host_owns_bias
-            else "a bias of ours, balanced now",
+            else "our bias, balanced now",
             bias_key=_key(model, site.bias_place) if site.host_owns_bias else None,
             is_proven=site.is_proven,
             bias=None if site.bias.is_meta else BiasStatistics.of(site.bias),
@@ -160,8 +160,8 @@ def _attached(model: nn.Module, balanced: BalancedModel) -> tuple[RoutingSite, .
     )
 
 
-def score_of(router: nn.Module) -> str:
-    """Return what a router makes its scores by: what it says itself, or the functions that its code names."""
+def _score_of(router: nn.Module) -> str:
+    """Return the function that makes a router's scores: as declared, or else those that its code names."""
     score = getattr(router, "score", None)
     if score is not None and hasattr(score, "probabilities"):
         return type(score).__name__
@@ -178,8 +178,7 @@ def score_of(router: nn.Module) -> str:
     return " or ".join(named) or "logits"
 
 
-def groups_of(model: nn.Module, name: str) -> int:
-    """Return groups of experts that limit a token's choice; 1 for none."""
+def _groups_of(model: nn.Module, name: str) -> int:
     return Surroundings.of(model, name).number(GROUP_COUNT_NAMES) or 1
 
 

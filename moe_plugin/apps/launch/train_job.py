@@ -130,7 +130,7 @@ def _print_report(summary: RunSummary, callbacks: list[Callback], folder: Path) 
     console, events = Console(), folder / "tensorboard"
     for callback in callbacks:
         if isinstance(callback, LoadMonitor):
-            console.print(run_report(summary, callback, logs=None))
+            console.print(run_report(summary, callback))
     files = ", ".join(sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
     console.print(f"\nRun: {folder}  ({files})", soft_wrap=True, highlight=False)
     if events.exists():

@@ -14,11 +14,10 @@ from torch import Tensor
 from moe_plugin.apps.plan.timeline import Kind, Mark, Timeline
 
 
-class Curve:
+class _Curve:
     """Bytes over the moments of a timeline, added up piece by piece."""
 
     def __init__(self, moments: int) -> None:
-        """Start at zero."""
         self._changes = torch.zeros(moments + 2, dtype=torch.int64)
 
     def add(self, size: int, start: int, end: int) -> None:
@@ -32,8 +31,13 @@ class Curve:
 
 
 def kept_gradients(timeline: Timeline, units: set[int]) -> Tensor:
-    """Return bytes of gradients that stay from where they are made to the optimizer."""
-    curve = Curve(len(timeline.activations_M))
+    """Return the bytes of gradients that are kept from when they are made until the optimizer's step.
+
+    Args:
+        timeline: With marks of the units.
+        units: The units whose gradients are kept.
+    """
+    curve = _Curve(len(timeline.activations_M))
     for mark in timeline.marks:
         if mark.kind == "gradient" and mark.unit in units:
             curve.add(mark.size, mark.moment, len(timeline.activations_M))
@@ -41,13 +45,13 @@ def kept_gradients(timeline: Timeline, units: set[int]) -> Tensor:
 
 
 def sharded_gradients(timeline: Timeline, shards: Sequence[int]) -> Tensor:
-    """Return bytes of the shards of gradients that each unit leaves when its backward ends.
+    """Return the bytes of the shards of gradients that each unit leaves when its backward ends.
 
     Args:
         timeline: With marks of the units.
-        shards: Bytes of each unit's.
+        shards: Bytes of the shard of each unit.
     """
-    curve = Curve(len(timeline.activations_M))
+    curve = _Curve(len(timeline.activations_M))
     for mark in timeline.marks:
         if mark.kind == "backward_end":
             curve.add(shards[mark.unit], mark.moment, len(timeline.activations_M))
@@ -62,23 +66,23 @@ def fsdp_buffers(
     copies: int = 0,
     by_width: Collection[int] = (),
 ) -> Tensor:
-    """Return bytes that FSDP2 holds beside the shards.
+    """Return the bytes that FSDP2 holds in addition to the shards.
 
     Parameters are gathered into one buffer and copied out of it. In the forward the buffer is kept until the next unit
-    has its own; in the backward a unit's is filled while the one before it is at work. Gradients are whole until their
-    unit's backward ends, and then copied into the input of the reduce-scatter, which is kept until the next one.
+    has its own; in the backward a unit's buffer is filled while the unit before it runs. Gradients are whole until
+    their unit's backward ends; then they are copied into the input of the reduce-scatter, kept until the next one.
 
     Args:
         timeline: With marks of the units.
         gathered: Bytes that the all-gather of each unit returns; 0 for units that are not sharded.
         root: The unit that stays gathered between forward and backward.
         copies: Further copies that the backend makes while it gathers: 1 for gloo, 0 for NCCL.
-        by_width: Units of which it is not the first dimension that is split, which takes one more copy.
+        by_width: Units whose second dimension is split, which takes one more copy.
     """
     marks = [mark for mark in timeline.marks if gathered[mark.unit]]
     moment = defaultdict(lambda: len(timeline.activations_M))  # A unit without gradients has no end.
     moment.update({(mark.kind, mark.unit): mark.moment for mark in marks})
-    curve = Curve(len(timeline.activations_M))
+    curve = _Curve(len(timeline.activations_M))
     _add_forward(curve, marks, gathered, moment, root)
     _add_backward(curve, [mark for mark in marks if mark.unit != root], gathered, moment, copies)
     _add_gradients(curve, marks, gathered, moment, by_width)
@@ -89,7 +93,7 @@ _Moments = Mapping[tuple[Kind, int], int]
 
 
 def _add_forward(
-    curve: Curve, marks: Sequence[Mark], gathered: Sequence[int], moment: _Moments, root: int
+    curve: _Curve, marks: Sequence[Mark], gathered: Sequence[int], moment: _Moments, root: int
 ) -> None:
     forwards = [mark.unit for mark in marks if mark.kind == "forward"]
     for unit, following in zip(forwards, [*forwards[1:], None], strict=True):
@@ -99,7 +103,7 @@ def _add_forward(
 
 
 def _add_backward(
-    curve: Curve, marks: Sequence[Mark], gathered: Sequence[int], moment: _Moments, copies: int
+    curve: _Curve, marks: Sequence[Mark], gathered: Sequence[int], moment: _Moments, copies: int
 ) -> None:
     backwards = [mark.unit for mark in marks if mark.kind == "backward"]
     for unit, before in zip(backwards, [None, *backwards[:-1]], strict=True):
@@ -110,7 +114,7 @@ def _add_backward(
 
 
 def _add_gradients(
-    curve: Curve,
+    curve: _Curve,
     marks: Sequence[Mark],
     gathered: Sequence[int],
     moment: _Moments,

@@ -1,22 +1,22 @@
-"""Devices, their links, and which ranks lie on which node."""
+"""Devices, their links, and which ranks are on which node."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
 from moe_plugin.errors import ConfigError
-from moe_plugin.number_checks import check_positive_integers
+from moe_plugin.number_checks import check_not_negative, check_positive, check_positive_integers
 
 
 @dataclass(frozen=True)
 class Hardware:
-    """One kind of node, as it stands in `conf/hardware/`.
+    """One kind of node, as in `conf/hardware/`.
 
     Attributes:
         name: What it is called in tables.
         devices_per_node: Devices, one process each.
         memory_gib: Memory of a device, GiB.
-        reserved_gib: What training does not get of it: context, communication buffers, fragmentation.
+        reserved_gib: The part that training does not get: context, communication buffers, fragmentation.
         peak_tflops: Peak of dense products of a device in bf16, 1e12 operations per second.
         intra_node_gb_s: What a device sends to the others of its node, 1e9 bytes per second in one direction.
         inter_node_gb_s: The same to other nodes.
@@ -40,12 +40,10 @@ class Hardware:
         """
         check_positive_integers(devices_per_node=self.devices_per_node)
         for name in ("memory_gib", "peak_tflops", "intra_node_gb_s", "inter_node_gb_s"):
-            if not getattr(self, name) > 0:
-                raise ConfigError(f"'{name}' must be > 0, got {getattr(self, name)}.")
-        if not 0 <= self.reserved_gib < self.memory_gib:
-            raise ConfigError(
-                f"'reserved_gib' must be between 0 and memory_gib ({self.memory_gib}), got {self.reserved_gib}."
-            )
+            check_positive(name, getattr(self, name))
+        check_not_negative("reserved_gib", self.reserved_gib)
+        if self.reserved_gib >= self.memory_gib:
+            raise ConfigError("reserved_gib", f"must be < memory_gib ({self.memory_gib})", self.reserved_gib)
 
     @property
     def usable_bytes(self) -> int:
@@ -58,7 +56,7 @@ class Group:
     """Ranks that communicate: the same number on each of some nodes.
 
     Attributes:
-        nodes: Nodes that they lie on.
+        nodes: Nodes that they are on.
         per_node: Ranks on each.
     """
 
@@ -73,7 +71,7 @@ class Group:
 
 @dataclass(frozen=True)
 class Cluster:
-    """Some nodes of a kind, a rank per device, neighbours on the same node.
+    """Some nodes of one kind, a rank per device; neighbouring ranks share a node.
 
     Attributes:
         hardware: The kind of node.
@@ -92,17 +90,16 @@ class Cluster:
             ConfigError: There is no node, or the ranks do not divide into groups of `expert_parallel`, or such a
                 group begins in the middle of a node.
         """
-        check_positive_integers(nodes=self.nodes)
-        per_node = self.hardware.devices_per_node
-        if self.expert_parallel < 1 or self.ranks % self.expert_parallel:
+        check_positive_integers(nodes=self.nodes, expert_parallel=self.expert_parallel)
+        per_node, size = self.hardware.devices_per_node, self.expert_parallel
+        if self.ranks % size:
+            ranks = f"{self.nodes} x {per_node} = {self.ranks}"
+            raise ConfigError("expert_parallel", f"must divide the ranks ({ranks})", size)
+        if size % per_node and per_node % size:
             raise ConfigError(
-                f"'expert_parallel' must divide the ranks ({self.nodes} x {per_node} = {self.ranks}), "
-                f"got {self.expert_parallel}."
-            )
-        if self.expert_parallel % per_node and per_node % self.expert_parallel:
-            raise ConfigError(
-                f"'expert_parallel' must divide the devices of a node ({per_node}) or be a multiple of them, "
-                f"got {self.expert_parallel}."
+                "expert_parallel",
+                f"must divide the devices of a node ({per_node}) or be a multiple of them",
+                size,
             )
 
     @property

@@ -17,7 +17,6 @@ from moe_plugin.apps.launch.command import one_line_errors, quote_option
 from moe_plugin.apps.launch.compose import HYDRA_VERSION, conf_dir
 from moe_plugin.apps.launch.explain_config_error import explain_composition
 from moe_plugin.apps.launch.overrides import parse
-from moe_plugin.errors import ConfigError
 
 HELP = """moe-plan: memory, traffic and slowdown of a model's training step on a cluster. Nothing is trained.
 
@@ -29,45 +28,31 @@ Models, routers, experts and data are the groups of moe-train. Its own keys:
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Run the command line.
-
-    Args:
-        arguments: Words after the program's name; by default the program's own.
-    """
+    """Run the command line."""
     words = [quote_option(word) for word in (sys.argv[1:] if arguments is None else arguments)]
     if {"-h", "--help"} & set(words):
         lines = (conf_dir() / "plan.yaml").read_text().splitlines()
         print(HELP + "\n".join(f"  {line}" for line in lines[lines.index("") + 1 :]))
         return
     with one_line_errors():
-        run(read_config(words))
+        _run(_read_config(words))
 
 
-def read_config(words: Sequence[str]) -> DictConfig:
-    """Return the composed configuration.
-
-    Raises:
-        ConfigError: A word names what is not there.
-    """
+def _read_config(words: Sequence[str]) -> DictConfig:
     parse(words)
     with initialize_config_dir(str(conf_dir()), version_base=HYDRA_VERSION, job_name="plan"):
         try:
             config = compose("plan", list(words))
             OmegaConf.resolve(config)
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError(explain_composition(error, words, "plan")) from error
+            raise explain_composition(error, words, "plan") from error
     return config
 
 
-def run(config: DictConfig) -> None:
-    """Make the plan, prints it and writes it down.
-
-    Raises:
-        ConfigError: A value is out of range, or the model cannot be laid out like that.
-    """
-    # Torch and Lightning are imported only now: a misspelt key is answered at once.
-    from moe_plugin.apps.plan.plan import make_plan
-    from moe_plugin.apps.plan.report import as_json, plan_tables
+def _run(config: DictConfig) -> None:
+    # Torch and Lightning are imported only now: a misspelt key is reported at once.
+    from moe_plugin.apps.plan.plan_tables import as_json, plan_tables
+    from moe_plugin.apps.plan.scale_plan import make_plan
     from moe_plugin.apps.plan.settings import build_cluster, build_workload, check_settings
 
     settings = check_settings(config)

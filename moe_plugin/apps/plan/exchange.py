@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from moe_plugin.apps.plan.cluster import Cluster
-from moe_plugin.apps.plan.model import autocast_of, selection_of, width_of
+from moe_plugin.apps.plan.meta_model import autocast_of, selection_of, width_of
 from moe_plugin.apps.plan.traffic import Transfer
 from moe_plugin.apps.plan.workload import Workload
 from moe_plugin.attach.discovery.routed_experts import RoutedExperts, find_routed_experts
@@ -22,7 +22,7 @@ class RowExchange:
 
     Attributes:
         transfers: The collectives: rows, and before them how many there are.
-        nodes_per_token: Mean number of nodes that a token's experts lie on, as the routers choose.
+        nodes_per_token: Mean number of nodes that a token's experts are on, as the routers choose.
         nodes_per_token_without_limit: The same without groups.
         inter_node: Bytes that a rank sends to other nodes, a row for each expert: what this library does.
         inter_node_once: The same if a row went to each node once, for all its experts there, without groups.
@@ -73,7 +73,7 @@ def row_exchange(model: nn.Module, work: Workload, cluster: Cluster) -> RowExcha
 
 
 def _row_item_bytes(model: nn.Module, experts: RoutedExperts, work: Workload) -> int:
-    """Return bytes per number of a row: ours are cast before they travel, those of transformers are not."""
+    """Return the bytes per number of a row: our experts cast rows before they travel, those of transformers do not."""
     autocast = autocast_of(work.precision)
     if autocast is not None:
         return (autocast if isinstance(experts.module, GroupedExperts) else torch.float32).itemsize

@@ -20,10 +20,10 @@ from moe_plugin.types import Routing
 
 
 def spread_experts_(model: nn.Module, ranks: int, excess: float = 0.0) -> list[nn.Module]:
-    """Leave each expert layer the experts of one rank, and makes it work on the rows that the rank would receive.
+    """Leave each expert layer the experts of one rank, and make it work on the rows that the rank would receive.
 
-    The memory is that of `moe_plugin.experts.parallel.parallelize_experts_`, of which this has no exchange: on fake
-    tensors nobody knows how many rows would travel.
+    The memory is that of `moe_plugin.experts.parallel.parallelize_experts_`. Rows are not exchanged: fake tensors do
+    not show how many would travel.
 
     Args:
         model: A model on the meta device.
@@ -46,17 +46,17 @@ def spread_experts_(model: nn.Module, ranks: int, excess: float = 0.0) -> list[n
 def _check(routed: RoutedExperts, ranks: int) -> None:
     if routed.num_experts % ranks:
         raise ConfigError(
-            f"'expert_parallel' must divide the experts of a layer ({routed.num_experts}), got {ranks}."
+            "expert_parallel", f"must divide the experts of a layer ({routed.num_experts})", ranks
         )
     if any(p.shape[0] != routed.num_experts for p in routed.module.parameters(recurse=False)):
+        kind = type(routed.module).__name__
         raise ConfigError(
-            f"'layouts' must not have ep for {type(routed.module).__name__}, whose experts are not stacked in 3-D "
-            "parameters."
+            "layouts", f"must not have ep for {kind}: its experts are not stacked in 3-D parameters"
         )
 
 
 class _Spread:
-    """Takes the place of an expert layer's forward."""
+    """The forward of an expert layer in place of its own."""
 
     def __init__(self, experts: nn.Module, ranks: int, excess: float) -> None:
         self._experts, self._forward, self._excess = experts, experts.forward, excess
@@ -83,7 +83,7 @@ class _Spread:
 
 
 class _Travel(torch.autograd.Function):
-    """Rows that leave and rows that come."""
+    """Rows sent, and rows received in their place."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, received: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Stand-ins on fake tensors for kernels that fake tensors run otherwise, or not at all.
+"""Stand-ins for kernels that fake tensors run in another way, or not at all.
 
 Shape legend: B batch, N heads, S sequence, A head width, P rows, I input width, O output width, E experts.
 """
@@ -20,9 +20,9 @@ from moe_plugin.experts.kernels.row_blocks import backward_in_blocks, forward_in
 
 @contextmanager
 def fused_kernels() -> Iterator[None]:
-    """Take attention to be one kernel that never holds the scores, and products to be in the dtype asked for.
+    """Make attention one kernel that never holds the scores, and products use the dtype asked for.
 
-    Functions are replaced, not caught by a `TorchFunctionMode`: that is closed while a backward recomputes.
+    Functions are replaced: a `TorchFunctionMode` would be inactive while a backward recomputes.
     """
     before = {place: getattr(*place) for place in _STAND_INS}
     _set(_STAND_INS)
@@ -43,7 +43,7 @@ class _FlashAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q_BNSA: Tensor, k_BNSA: Tensor, v_BNSA: Tensor) -> Tensor:
         batch, heads, length, _ = q_BNSA.shape
-        # Heads next to their widths, as the kernels lay it out, so that joining the heads copies nothing.
+        # Heads next to their widths, as the kernels do, so joining the heads copies nothing.
         y_BNSA = q_BNSA.new_empty(batch, length, heads, v_BNSA.shape[-1]).transpose(1, 2)
         row_sums_BNS = q_BNSA.new_empty((batch, heads, length), dtype=torch.float32)
         ctx.save_for_backward(q_BNSA, k_BNSA, v_BNSA, y_BNSA, row_sums_BNS)
@@ -85,7 +85,7 @@ def _experts_backward(*inputs: Any) -> Sequence[Tensor]:
 
 
 def _even_ends(pair_ids_P: Tensor, offsets_E: Tensor) -> list[int]:
-    """Return fake tensors have no loads: every expert gets the same."""
+    """Return the ends of equal parts: fake tensors have no loads."""
     num_pairs, num_experts = len(pair_ids_P), len(offsets_E)
     return [num_pairs * (expert + 1) // num_experts for expert in range(num_experts)]
 
@@ -95,7 +95,7 @@ def _grouped_mm(rows_PI: Tensor, weights_EIO: Tensor, *_: Any, **__: Any) -> Ten
 
 
 _STAND_INS: dict[tuple[Any, str], Any] = {
-    # Whatever this machine emulates: what is planned does not.
+    # This machine may emulate half precision; the planned one does not.
     (dtypes, "EMULATED_BY_CPU"): frozenset(),
     (fused, "run_forward"): _experts,
     (fused, "run_backward"): _experts_backward,

@@ -1,4 +1,4 @@
-"""How a model lies on ranks: what a rank holds, and what ranks send one another, in one step of one micro-batch."""
+"""How a model is laid out on ranks: what a rank holds, and what ranks send in a step of one micro-batch."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from moe_plugin.apps.plan.buffers import fsdp_buffers, kept_gradients, sharded_gradients
 from moe_plugin.apps.plan.cluster import Cluster, Group
+from moe_plugin.apps.plan.fsdp_units import Unit
 from moe_plugin.apps.plan.memory import RankMemory, at_peak
 from moe_plugin.apps.plan.timeline import Timeline
 from moe_plugin.apps.plan.traffic import Transfer
-from moe_plugin.apps.plan.units import Unit
 
 
 class Layout(Protocol):
-    """A way to lay a model on ranks."""
+    """A way to lay out a model on ranks."""
 
     def memory(self, step: Timeline) -> RankMemory:
         """Return the memory of a rank.
@@ -29,7 +29,7 @@ class Layout(Protocol):
         ...
 
     def traffic(self) -> list[Transfer]:
-        """Return collectives for parameters and gradients."""
+        """Return the collectives for parameters and gradients."""
         ...
 
 
@@ -46,7 +46,7 @@ class DistributedDataParallel:
     cluster: Cluster
 
     def memory(self, step: Timeline) -> RankMemory:
-        """Return buckets take the gradients once more, unless there is only one rank."""
+        """Return the memory; buckets hold the gradients a second time if there are several ranks."""
         gradients = sum(unit.trained_size for unit in self.units)
         buckets = gradients if self.cluster.ranks > 1 else 0
         return at_peak(
@@ -90,15 +90,15 @@ class FullySharded:
         )
 
     def traffic(self) -> list[Transfer]:
-        """Return parameters twice, but for those of the root, and gradients."""
-        return sharded_traffic("", self.units, self.cluster.everyone, stays_gathered=1)
+        """Return the parameters twice, except the root's, and the gradients."""
+        return _sharded_traffic("", self.units, self.cluster.everyone, stays_gathered=1)
 
 
 @dataclass(frozen=True)
 class ExpertParallel:
-    """Experts spread over neighbouring ranks, and all else as with `FullySharded`.
+    """Experts spread over neighbouring ranks, and all else as in `FullySharded`.
 
-    Ranks with the same experts shard these once more among them.
+    Ranks with the same experts shard these among them.
 
     Attributes:
         units: The root first.
@@ -125,12 +125,12 @@ class ExpertParallel:
         )
 
     def traffic(self) -> list[Transfer]:
-        """As with `FullySharded`, apart for experts."""
-        dense = sharded_traffic("", self.units, self.cluster.everyone, stays_gathered=1)
+        """Return the collectives of `FullySharded`, those of experts among their own ranks."""
+        dense = _sharded_traffic("", self.units, self.cluster.everyone, stays_gathered=1)
         replicas = self.cluster.replica_group
         if replicas.size == 1:
             return dense
-        return dense + sharded_traffic("expert ", self.experts, replicas, stays_gathered=0)
+        return dense + _sharded_traffic("expert ", self.experts, replicas, stays_gathered=0)
 
     def _gradients(self, step: Timeline, shards: list[int], expert_shards: list[int]) -> Tensor:
         if self.cluster.replica_group.size > 1:
@@ -148,17 +148,10 @@ class ExpertParallel:
         return fsdp_buffers(step, [*dense, *experts], copies=copies, by_width=by_width)
 
 
-def sharded_traffic(
+def _sharded_traffic(
     prefix: str, units: Sequence[Unit], group: Group, *, stays_gathered: int
 ) -> list[Transfer]:
-    """Return the collectives of FSDP2.
-
-    Args:
-        prefix: Comes before each name.
-        units: The units.
-        group: The ranks that the units are sharded over.
-        stays_gathered: How many of the first units are gathered only once.
-    """
+    """Return the collectives of FSDP2; the first `stays_gathered` units are gathered only once."""
     ranks = group.size
     gathered = [ranks * unit.shard(ranks) for unit in units]
     again = gathered[stays_gathered:]

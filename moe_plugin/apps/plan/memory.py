@@ -6,7 +6,7 @@ Shape legend: M moments.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 
 from torch import Tensor
 
@@ -15,14 +15,14 @@ from moe_plugin.apps.plan.timeline import Timeline
 
 @dataclass(frozen=True)
 class RankMemory:
-    """Bytes at the moment at which a rank holds most.
+    """Bytes at the moment when a rank holds most.
 
     Attributes:
-        parameters: The rank's parameters or its shards of them.
-        gradients: Their gradients, as far as they are there.
+        parameters: The rank's parameters, or its shards of them.
+        gradients: Their gradients, as far as they are made.
         optimizer: Both of Adam's moments, in the parameters' dtype.
         buffers: What the layout holds for its collectives: gathered parameters, whole gradients, buckets.
-        activations: What the backward waits for, and what operations work on, without the logits.
+        activations: What is kept for the backward, and what operations work on, without the logits.
         logits: Logits, their logarithm of softmax and their gradient.
     """
 
@@ -36,22 +36,13 @@ class RankMemory:
     @property
     def total(self) -> int:
         """All of it."""
-        parts = (self.parameters, self.gradients, self.optimizer, self.buffers)
-        return sum(parts) + self.activations + self.logits
+        return sum(astuple(self))
 
 
 def at_peak(
     step: Timeline, *, parameters: int, optimizer: int, gradients_M: Tensor, buffers_M: Tensor
 ) -> RankMemory:
-    """Return the memory at the worst moment of a step.
-
-    Args:
-        step: Activations of the micro-batch.
-        parameters: Bytes.
-        optimizer: Bytes.
-        gradients_M: Bytes.
-        buffers_M: Bytes.
-    """
+    """Return the memory at the worst moment of a step, from bytes of each part; see `RankMemory`."""
     worst = int((step.activations_M + gradients_M + buffers_M).argmax())
     logits = int(step.logits_M[worst])
     return RankMemory(
@@ -65,7 +56,7 @@ def at_peak(
 
 
 def largest_that_fits(total: Callable[[int], int], limit: int) -> int:
-    """Return the largest number whose total is within the limit; 0 if that of 1 is not.
+    """Return the largest number whose total is within the limit; 0 if even 1 is too large.
 
     Args:
         total: Bytes, growing with the number.

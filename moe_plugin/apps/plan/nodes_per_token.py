@@ -1,4 +1,4 @@
-"""How many nodes the experts of a token lie on.
+"""How many nodes the experts of a token are on.
 
 Shape legend: T tokens, E experts, K experts selected per token, N nodes.
 """
@@ -36,10 +36,10 @@ class Selection:
         return Selection(self.num_experts, self.top_k)
 
     def expected_nodes(self, nodes: int) -> float:
-        """Return mean number of nodes that hold at least one expert of a token, if scores are alike and independent.
+        """Return the mean number of nodes that hold an expert of a token, if scores are alike and independent.
 
-        Found by routing 16,384 random tokens (DeepSeek-V3's rule for groups: the sum of their two best scores), always
-        the same ones. A node holds neighbouring experts.
+        Found by routing 16,384 random tokens, always the same (DeepSeek-V3's rule for groups: the sum of their two best
+        scores). A node holds neighbouring experts.
 
         Args:
             nodes: Nodes that the experts are spread over.
@@ -49,8 +49,7 @@ class Selection:
         """
         if self.num_experts % nodes:
             raise ConfigError(
-                f"'expert_parallel' must spread the experts of a layer ({self.num_experts}) evenly over its nodes, "
-                f"got {nodes} nodes."
+                "expert_parallel", f"must spread {self.num_experts} experts evenly over its nodes ({nodes})"
             )
         scores_TE = torch.rand(_TOKENS, self.num_experts, generator=torch.Generator().manual_seed(0))
         if self.num_groups > 1:

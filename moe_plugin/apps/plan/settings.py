@@ -1,8 +1,8 @@
-"""From the configuration to what is planned: checks `conf/plan.yaml` and builds the workload and the cluster."""
+"""From the configuration to what is planned: the checks of `conf/plan.yaml`, the workload and the cluster."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from math import gcd
 from pathlib import Path
 from typing import Any, cast
@@ -16,15 +16,16 @@ from moe_plugin.apps.launch.signature import check_arguments
 from moe_plugin.apps.launch.validate_config import attempt, locate_target, nodes, present
 from moe_plugin.apps.models.size import measure
 from moe_plugin.apps.plan.cluster import Cluster, Hardware
-from moe_plugin.apps.plan.model import Precision, prepare_, routed_experts
-from moe_plugin.apps.plan.plan import LAYOUTS
+from moe_plugin.apps.plan.meta_model import Precision, prepare_, routed_experts
+from moe_plugin.apps.plan.scale_plan import LAYOUTS
 from moe_plugin.apps.plan.workload import Workload
 from moe_plugin.errors import ConfigError
+from moe_plugin.number_checks import check_not_negative
 
 
 @dataclass
 class Settings:
-    """See `conf/plan.yaml`, which says what each key is."""
+    """The keys of `conf/plan.yaml`, which explains them."""
 
     nodes: int
     devices_per_node: int
@@ -41,15 +42,15 @@ class Settings:
         """Check the lists.
 
         Raises:
-            ConfigError: A layout is unknown, or a violation negative.
+            ConfigError: A layout is unknown, a violation is negative, or the folder of `output` is missing.
         """
         unknown = [name for name in self.layouts if name not in LAYOUTS]
         if unknown or not self.layouts:
-            raise ConfigError(f"'layouts' must be some of {', '.join(LAYOUTS)}, got {self.layouts}.")
-        if any(not isinstance(v, int | float) or v < 0 for v in self.max_violations):
-            raise ConfigError(f"'max_violations' must be numbers >= 0, got {self.max_violations}.")
+            raise ConfigError("layouts", f"must be some of {', '.join(LAYOUTS)}", self.layouts)
+        for place, violation in enumerate(self.max_violations):
+            check_not_negative(f"max_violations[{place}]", violation)
         if not Path(self.output).absolute().parent.is_dir():
-            raise ConfigError(f"'output' must lie in a folder that exists, got {self.output!r}.")
+            raise ConfigError("output", "must be in a folder that exists", self.output)
 
 
 def check_settings(config: DictConfig) -> Settings:
@@ -68,6 +69,10 @@ def check_settings(config: DictConfig) -> Settings:
 
 def build_workload(config: DictConfig, settings: Settings) -> Workload:
     """Return what is to be trained.
+
+    Args:
+        config: The composed configuration.
+        settings: Its settings, checked.
 
     Raises:
         ConfigError: The model cannot be built, or a number is out of range.
@@ -90,19 +95,22 @@ def build_workload(config: DictConfig, settings: Settings) -> Workload:
 
 
 def build_cluster(config: DictConfig, settings: Settings, work: Workload) -> Cluster:
-    """Where, with as many ranks per group of experts as can be where the settings leave it open.
+    """Return the cluster; experts are spread over as many ranks as possible if the settings leave it open.
+
+    Args:
+        config: See `build_workload`.
+        settings: See `build_workload`.
+        work: What is to be trained.
 
     Raises:
         ConfigError: A number is out of range, or ranks do not divide.
     """
     own = cast(dict[str, Any], OmegaConf.to_object(config.hardware))
-    own = {key: value for key, value in own.items() if key != "_target_"}
-    hardware = Hardware(**{**own, "devices_per_node": settings.devices_per_node})
-    ranks = Cluster(hardware, settings.nodes).ranks
+    del own["_target_"]
+    own["devices_per_node"] = settings.devices_per_node
+    cluster, size = Cluster(Hardware(**own), settings.nodes), settings.expert_parallel
     if "ep" not in settings.layouts:
-        return Cluster(hardware, settings.nodes)
-    if settings.expert_parallel is not None:
-        return Cluster(hardware, settings.nodes, settings.expert_parallel)
-    return Cluster(
-        hardware, settings.nodes, gcd(ranks, *(e.num_experts for e in routed_experts(work.build())))
-    )
+        return cluster
+    if size is None:
+        size = gcd(cluster.ranks, *(e.num_experts for e in routed_experts(work.build())))
+    return replace(cluster, expert_parallel=size)

@@ -15,7 +15,7 @@ Kind = Literal["forward", "forward_end", "backward", "gradient", "backward_end"]
 
 
 class Mark(NamedTuple):
-    """Something that layouts act upon.
+    """Something that layouts act on.
 
     Attributes:
         moment: Index into the timeline.
@@ -35,7 +35,7 @@ class Timeline:
     """A forward and backward of one micro-batch.
 
     Attributes:
-        activations_M: Bytes alive at each moment beside parameters, buffers and gradients of parameters; int64.
+        activations_M: Bytes alive at each moment, except parameters, buffers and gradients of parameters; int64.
         logits_M: The part of them that was made as wide as the vocabulary: logits, their logarithm of softmax, their
             gradient; int64.
         marks: What happened to the units.
@@ -46,9 +46,13 @@ class Timeline:
     marks: Sequence[Mark]
 
     def at(self, other: Timeline, position: float) -> Timeline:
-        """Return the timeline on the line through this one, at 0, and another of the same moments, at 1.
+        """Return the timeline on the line through this one and another.
 
         Bytes are affine in the number of sequences and in the rows that experts receive.
+
+        Args:
+            other: A timeline of the same moments.
+            position: Place on the line: 0 is this timeline, 1 the other.
         """
         assert [mark[:3] for mark in self.marks] == [mark[:3] for mark in other.marks]
         activations_M = _line(self.activations_M, other.activations_M, position)

@@ -15,7 +15,7 @@ from torch._subclasses.fake_tensor import DynamicOutputShapeException
 from torch.nn import functional
 
 from moe_plugin.apps.plan.fake_kernels import fused_kernels
-from moe_plugin.apps.plan.live import LiveBytes
+from moe_plugin.apps.plan.live_bytes import LiveBytes
 from moe_plugin.apps.plan.timeline import Timeline
 from moe_plugin.errors import ConfigError
 
@@ -27,15 +27,15 @@ def trace(
     *,
     autocast: torch.dtype | None = None,
 ) -> Timeline:
-    """Run a forward and backward of cross-entropy over the next token, and notes what is alive when.
+    """Run a forward and backward of cross-entropy over the next token, and note what is alive when.
 
     Attention is taken to be a fused kernel, which keeps queries, keys, values, outputs and one number per row.
 
     Args:
-        model: A causal language model on the meta device, which is of no use afterwards.
+        model: A causal language model on the meta device; it cannot be used afterwards.
         token_shape_BS: Sequences and their length.
         units: Parts of the model to be marked in the timeline, outer ones first; the model itself if there are none.
-        autocast: Dtype of the autocast that it trains under; None is none.
+        autocast: Dtype of the autocast that it trains under; None for none.
 
     Raises:
         ConfigError: The model cannot run without values, such as experts that loop over those that were hit.
@@ -43,33 +43,38 @@ def trace(
     autocasting = torch.autocast("cpu", autocast) if autocast else nullcontext()
     try:
         with FakeTensorMode(allow_non_fake_inputs=True), fused_kernels(), autocasting:
-            make_fake_(model)
+            _make_fake_(model)
             tokens_BS = torch.zeros(token_shape_BS, dtype=torch.long)
-            with LiveBytes(model, units or [model], vocab_size(model)) as live:
+            with LiveBytes(model, units or [model], _vocab_size(model)) as live:
                 next_token_loss(model, tokens_BS).backward()
     except DynamicOutputShapeException as error:
+        fix = f"Its {error.func} makes shapes from values: choose experts by grouped_mm."
         raise ConfigError(
-            f"'model' must run without values to be planned, got {type(model).__name__}, in which {error.func} makes "
-            "shapes from values. Choose experts by grouped_mm."
+            "model", "must run without values to be planned", type(model).__name__, fix
         ) from error
     return live.timeline()
 
 
-def vocab_size(model: nn.Module) -> int:
-    """Return rows of the largest embedding."""
+def _vocab_size(model: nn.Module) -> int:
+    """Return the rows of the largest embedding."""
     return max(module.num_embeddings for module in model.modules() if isinstance(module, nn.Embedding))
 
 
 def next_token_loss(model: nn.Module, tokens_BS: Tensor) -> Tensor:
-    """Return cross-entropy of a model of ours or of transformers, in fp32; the targets are the tokens themselves."""
+    """Return the cross-entropy in fp32; the targets are the tokens themselves.
+
+    Args:
+        model: A model of this package or of transformers.
+        tokens_BS: Tokens.
+    """
     cacheless = {"use_cache": False} if hasattr(model, "config") else {}
     output = model(tokens_BS, **cacheless)
     logits_BSV = getattr(output, "logits", output)
     return functional.cross_entropy(logits_BSV.flatten(0, 1).float(), tokens_BS.flatten())
 
 
-def make_fake_(model: nn.Module) -> None:
-    """Give all parameters and buffers fake storage on the CPU; what was shared stays shared."""
+def _make_fake_(model: nn.Module) -> None:
+    """Give all parameters and buffers fake storage on the CPU; shared tensors stay shared."""
     made: dict[int, Tensor] = {}
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):

@@ -19,7 +19,7 @@ class Transfer:
         operation: The collective.
         group: The ranks that take part.
         calls: How often.
-        size: Bytes of all calls together: of what an all-gather returns, and of what the others are given.
+        size: Bytes of all calls together: what an all-gather returns, and what the others are given.
     """
 
     name: str
@@ -49,7 +49,7 @@ class Transfer:
         return self.sent - self.inter_node
 
     def seconds(self, hardware: Hardware) -> float:
-        """Return time that the links need at least, both kinds at once."""
+        """Return the least time that the links need, both kinds at once."""
         return max(
             self.intra_node / hardware.intra_node_gb_s / 1e9, self.inter_node / hardware.inter_node_gb_s / 1e9
         )

@@ -7,13 +7,13 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from moe_plugin.apps.plan.model import Precision
+from moe_plugin.apps.plan.meta_model import Precision
 from moe_plugin.number_checks import check_positive_integers
 
 
 @dataclass(frozen=True)
 class Workload:
-    """What is to be trained.
+    """A model and the micro-batches that it is trained on.
 
     Attributes:
         build: Makes the model on the meta device, prepared; called several times.

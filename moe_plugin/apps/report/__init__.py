@@ -1,4 +1,4 @@
-"""What a run, or a sweep of runs, came to: `summary.json`, `sweep_summary.csv` and tables for the terminal."""
+"""The results of a run or a sweep: `summary.json`, `sweep_summary.csv` and tables for the terminal."""
 
 from moe_plugin.apps.report.run_table import balance_table, headline_table, run_report, tensorboard_command
 from moe_plugin.apps.report.summary import RunSummary, read_summary, write_summary

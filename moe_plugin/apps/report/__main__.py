@@ -1,4 +1,4 @@
-"""`moe-report RUN...`: one HTML file for a run, a sweep or a comparison; it needs no network and no server."""
+"""`moe-report RUN...`: one HTML file for a run, a sweep or a comparison, without network or server."""
 
 from __future__ import annotations
 
@@ -9,26 +9,32 @@ from pathlib import Path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the page; 0, or 2 with one line on stderr for a wrong word."""
+    """Write the page; return 0, or 2 after one line on stderr for a wrong word."""
     parser = argparse.ArgumentParser(prog="moe-report", description=__doc__)
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="folder of a run or of a sweep, or label=folder"
     )
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="default: %(default)s")
     options = parser.parse_args(arguments)
-    from moe_plugin.apps.report.atomic import write_atomically
-    from moe_plugin.apps.report.page import read_runs, report_page
     from moe_plugin.errors import ConfigError
 
     try:
-        if not options.out.resolve().parent.is_dir():
-            raise ConfigError(f"'--out' must lie in an existing folder, got '{options.out}'.")
-        write_atomically(options.out, report_page(read_runs(options.runs)))
+        _write(options.runs, options.out)
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     print(options.out)
     return 0
+
+
+def _write(runs: Sequence[str], out: Path) -> None:
+    from moe_plugin.apps.report.atomic_write import write_atomically
+    from moe_plugin.apps.report.page import read_runs, report_page
+    from moe_plugin.errors import ConfigError
+
+    if not out.resolve().parent.is_dir():
+        raise ConfigError("--out", "must be in a folder that exists", str(out))
+    write_atomically(out, report_page(read_runs(runs)))
 
 
 if __name__ == "__main__":

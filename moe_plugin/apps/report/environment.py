@@ -1,4 +1,4 @@
-"""What a run ran on: `environment.json` in its folder, written by the run itself."""
+"""The versions and the machine of a run: `environment.json` in its folder, written by the run."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 import torch
 
 from moe_plugin import __version__
-from moe_plugin.apps.report.atomic import write_atomically
+from moe_plugin.apps.report.atomic_write import write_atomically
 
 ENVIRONMENT_FILE = "environment.json"
 
 
 def describe_environment(world_size: int, device: torch.device) -> dict[str, str]:
-    """Return versions and machine of this process.
+    """Return the versions and the machine of this process.
 
     Args:
         world_size: Processes of the run.
-        device: What this one computes on.
+        device: Device of this one.
     """
     import lightning
 
@@ -36,11 +36,11 @@ def describe_environment(world_size: int, device: torch.device) -> dict[str, str
 
 
 def write_environment(environment: dict[str, str], folder: Path) -> None:
-    """Write `environment.json` into the run's folder, in one move."""
+    """Write what `describe_environment` returns into the run's folder, in one move, as `read_environment` reads it."""
     write_atomically(folder / ENVIRONMENT_FILE, json.dumps(environment, indent=1) + "\n")
 
 
 def read_environment(folder: Path) -> dict[str, str]:
-    """Read what `write_environment` wrote; empty for runs that did not write it."""
+    """Read what `write_environment` wrote; empty without the file."""
     path = folder / ENVIRONMENT_FILE
     return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}

@@ -1,4 +1,4 @@
-"""What experts are for and how many tokens use, as the page shows it.
+"""What experts specialise in and how many each token uses, as the page shows it.
 
 Shape legend: L layers, U numbers of experts used, G kinds of tokens.
 """
@@ -14,21 +14,22 @@ from typing import Any
 
 import numpy as np
 
-from moe_plugin.apps.report.charts import COLORS, Line, line_chart
+from moe_plugin.apps.report.cells import number_cell
+from moe_plugin.apps.report.svg_charts import COLORS, Line, line_chart
 from moe_plugin.plots.colors import amount_scale, ink_on, load_colors
 from moe_plugin.plots.experts_per_token import ratio_places
 from moe_plugin.plots.run_data import EXPERT_USE_FILE
 from moe_plugin.plots.token_strip import LEVELS, Scale, TokenStrip
 
 PROFILES = 512
-"""At most so many experts are described on a page, shared evenly by its runs, so that it stays small."""
+"""The most experts described on a page, shared evenly by its runs, so it stays small."""
 _INKS = ("#1c1c22", "#fff")
 _DARK = ("1d2430", "223449", "284868", "31608f", "4a80b4", "74a6d2", "a5cbe9", "dcedfa")
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A number on a coloured ground."""
+    """A number on a coloured background."""
 
     text: str
     style: str
@@ -39,12 +40,12 @@ class UsedView:
     """How many experts the tokens of a run use.
 
     Attributes:
-        bars: For each layer the shares of its tokens in percent by the number of experts, as width, number and ground.
-        measures: For each layer target, mean, and the rank correlations with the loss.
+        bars: Share of each layer's tokens in percent, the number of experts they use, and the level of the background.
+        measures: Target, mean, and the rank correlations with the loss, for each layer.
         tables: By kind of token, its kinds with a cell for each layer.
-        chart: Mean number over the loss of the tokens, a line for each layer; empty without losses.
-        legend: The numbers in the middle of the grounds of the text.
-        texts: Title, and tokens as ground, text and what hovering tells.
+        chart: Mean number by the loss of the tokens, a line for each layer; empty without losses.
+        legend: The number in the middle of each background level.
+        texts: Title, and each token's level of background, text, and text on hovering.
     """
 
     bars: list[list[tuple[float, int, int]]]
@@ -56,13 +57,13 @@ class UsedView:
 
 
 def read_expert_use(folder: Path) -> dict[str, Any]:
-    """Return what the run wrote down last; empty for runs that wrote nothing."""
+    """Return the run's last record; empty without one."""
     files = sorted(folder.rglob(EXPERT_USE_FILE))
     return json.loads(files[-1].read_text(encoding="utf-8")) if files else {}
 
 
 def used_view(use: Mapping[str, Any]) -> UsedView | None:
-    """Return how many experts tokens use; None where their number never varies."""
+    """Return how many experts tokens use; None if their number never varies."""
     record = use.get("experts_per_token")
     if not record:
         return None
@@ -80,7 +81,7 @@ def used_view(use: Mapping[str, Any]) -> UsedView | None:
 
 
 def profiles(uses: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
-    """Return the layers of each run with their experts, so many that the page stays small."""
+    """Return the layers of each run with their experts, at most `PROFILES` in all."""
     room = PROFILES // max(len(uses), 1)
     shown = []
     for use in uses:
@@ -91,7 +92,7 @@ def profiles(uses: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
 
 
 def ground_rules() -> str:
-    """Return the grounds and inks of the text for the page's style: light, and dark where the page is."""
+    """Return the CSS of the text's backgrounds and inks, for light and dark pages."""
     dark = np.array([[int(color[i : i + 2], 16) for i in (0, 2, 4)] for color in _DARK])
     light_rule, dark_rule = (f":root{{{_variables(colors)}}}" for colors in (amount_scale(LEVELS), dark))
     return f"{light_rule}\n@media (prefers-color-scheme: dark) {{ {dark_rule} }}"
@@ -123,12 +124,9 @@ def _measures(record: Mapping[str, Any]) -> list[list[str]]:
     ]
     layers = len(record["layers"])
     return [
-        [_number(None if column is None else column[layer]) for column in columns] for layer in range(layers)
+        [number_cell(None if column is None else column[layer], ".2f") for column in columns]
+        for layer in range(layers)
     ]
-
-
-def _number(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"  # noqa: RUF001
 
 
 def _rows(table: Mapping[str, Any], means_L: Sequence[float]) -> list[tuple[str, list[Cell]]]:

@@ -1,6 +1,6 @@
-"""One self-contained HTML page for a run or a comparison of runs: nothing is fetched when it is opened.
+"""One self-contained HTML page for a run or a comparison of runs: opening it fetches nothing.
 
-Shape legend: L MoE layers, E experts (of the layer that has most).
+Shape legend: L MoE layers, E experts (of the layer with the most).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 import torch
 
-from moe_plugin.apps.report.charts import COLORS, Line, line_chart, scatter_chart
+from moe_plugin.apps.report.cells import DASH, number_cell
 from moe_plugin.apps.report.environment import read_environment
 from moe_plugin.apps.report.expert_use import ground_rules, profiles, read_expert_use, used_view
-from moe_plugin.apps.report.run_table import _number
-from moe_plugin.apps.report.summary import SUMMARY_FILE
+from moe_plugin.apps.report.summary import CONFIG_FILE, SUMMARY_FILE
+from moe_plugin.apps.report.svg_charts import COLORS, Line, line_chart, scatter_chart
 from moe_plugin.metrics import dead_experts, max_violation
 from moe_plugin.plots.colors import load_colors, load_octaves
 from moe_plugin.plots.run_data import RunData, read_run
@@ -40,7 +40,7 @@ CURVES = {
     "Budget error: experts per token over target, less 1": ("load/budget_error",),
 }
 """Title of each chart, and the tags in it."""
-MEASURES = {
+TITLES = {
     "val_loss": "validation loss",
     "perplexity": "perplexity",
     "max_violation_global": "MaxVio global",
@@ -53,19 +53,20 @@ MEASURES = {
     "mean_experts_per_token": "experts per token",
     "active_flops_per_token": "FLOPs per token",
 }
+"""Heading of each measure of `RunSummary` that is shown."""
 FRAMES = 10
 
 
 @dataclass(frozen=True)
 class ReportedRun:
-    """A run as it lies in its folder.
+    """The files of a run.
 
     Attributes:
         data: What it logged.
         summary: Its `summary.json`; empty without one.
         config: Its configuration, keys joined by dots; empty without one.
-        environment: What it ran on, if it wrote that down.
-        use: What its experts are for, if it wrote that down.
+        environment: Its versions and machine; empty without them.
+        use: What its experts specialise in; empty without it.
     """
 
     data: RunData
@@ -98,7 +99,7 @@ def _jobs(word: str) -> list[str]:
 
 def _read(word: str) -> ReportedRun:
     data, folder = read_run(word), Path(word.partition("=")[2] or word)
-    summary, config = folder / SUMMARY_FILE, folder / "config.yaml"
+    summary, config = folder / SUMMARY_FILE, folder / CONFIG_FILE
     return ReportedRun(
         data,
         json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {},
@@ -139,7 +140,7 @@ def report_page(runs: Sequence[ReportedRun]) -> str:
         scatter=_scatter(runs),
         strips=[_strip(run.data) for run in runs],
         table=_table(runs),
-        measures=list(MEASURES.values()),
+        measures=list(TITLES.values()),
         differences=_differences(runs),
         environments=_rows_of([run.environment for run in runs]),
         used=[used_view(run.use) for run in runs],
@@ -174,23 +175,16 @@ def _scatter(runs: Sequence[ReportedRun]) -> str:
         if (loss := run.summary.get("val_loss")) is not None
         and (violation := run.summary.get("max_violation_global")) is not None
     ]
-    return (
-        scatter_chart(points, "MaxVio over the validation set (0 is perfect balance)")
-        if len(points) > 1
-        else ""
-    )
+    title = "MaxVio over the validation set (0 is perfect balance)"
+    return scatter_chart(points, title) if len(points) > 1 else ""
 
 
 def _table(runs: Sequence[ReportedRun]) -> list[list[str]]:
-    return [[_cell(run.summary.get(key)) for key in MEASURES] for run in runs]
-
-
-def _cell(value: float | int | None) -> str:
-    return _number(value, ",d" if isinstance(value, int) else ",.4g")
+    return [[number_cell(run.summary.get(key)) for key in TITLES] for run in runs]
 
 
 def _differences(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:
-    """Return configuration keys whose values are not the same in all runs; all of them for a single one."""
+    """Return the configuration keys whose values differ between runs; all keys for a single run."""
     own = ("dirpath", "save_dir", "path")
     return {
         key: values
@@ -203,12 +197,12 @@ def _differences(runs: Sequence[ReportedRun]) -> dict[str, list[str]]:
 def _rows_of(tables: Sequence[Mapping[str, str]]) -> dict[str, list[str]]:
     """Return a row for each key, with its value in each of the tables."""
     keys = dict.fromkeys(key for table in tables for key in table)
-    return {key: [table.get(key, "–") for table in tables] for key in keys}  # noqa: RUF001
+    return {key: [table.get(key, DASH) for table in tables] for key in keys}
 
 
 @dataclass(frozen=True)
 class Frame:
-    """One picture of a film strip: what it shows, the picture as a data address, its rows, and its numbers."""
+    """A picture of a film strip: its title, the picture as a data address, its layers and experts, and its numbers."""
 
     title: str
     picture: str
@@ -220,10 +214,8 @@ class Frame:
 def _strip(run: RunData) -> list[Frame]:
     """Return the load at up to ten windows from the first to the last, then on the validation set."""
     loads = run.counts.get("load", [])
-    kept = (
-        sorted({round(place * (len(loads) - 1) / (FRAMES - 1)) for place in range(FRAMES)}) if loads else []
-    )
-    frames = [_frame(f"step {loads[place][0] + 1}", loads[place][1]) for place in kept]
+    places = {round(place * (len(loads) - 1) / (FRAMES - 1)) for place in range(FRAMES if loads else 0)}
+    frames = [_frame(f"step {loads[place][0] + 1}", loads[place][1]) for place in sorted(places)]
     return frames + [_frame("validation", tokens_LE) for _, tokens_LE in run.counts.get("val", [])[-1:]]
 
 
@@ -237,7 +229,5 @@ def _frame(title: str, tokens_LE: np.ndarray) -> Frame:
     file = io.BytesIO()
     Image.fromarray(load_colors(load_octaves(tokens, sizes_L))).save(file, format="PNG", optimize=True)
     picture = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    layers, experts = tokens.shape
-    return Frame(
-        title, picture, layers, experts, f"MaxVio {violation:.2f}" + (f", {dead} dead" if dead else "")
-    )
+    numbers = f"MaxVio {violation:.2f}" + (f", {dead} dead" if dead else "")
+    return Frame(title, picture, len(tokens), tokens.shape[1], numbers)

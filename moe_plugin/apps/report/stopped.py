@@ -1,21 +1,21 @@
-"""Why a run ended before its end: `stopped.txt`, one line."""
+"""Why a run stopped early: `stopped.txt`, one line."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from moe_plugin.apps.report.atomic import write_atomically
+from moe_plugin.apps.report.atomic_write import write_atomically
 
 STOPPED_FILE = "stopped.txt"
 
 
 def write_stopped(folder: Path, line: str) -> None:
-    """Write the reason into the run's folder, in one move."""
+    """Write the reason into the run's folder, in one move, as `read_stopped` reads it."""
     write_atomically(folder / STOPPED_FILE, f"{line}\n")
 
 
 def can_go_on(folder: Path) -> bool:
-    """Return whether the run was stopped with a checkpoint to go on from."""
+    """Return whether the run was stopped with a checkpoint to continue from."""
     return "ckpt_path=" in (read_stopped(folder) or "")
 
 

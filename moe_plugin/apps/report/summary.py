@@ -1,4 +1,4 @@
-"""What a run came to, in numbers: `summary.json`."""
+"""The results of a run in numbers: `summary.json`."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moe_plugin.apps.report.atomic import write_atomically
+from moe_plugin.apps.report.atomic_write import write_atomically
 
 SUMMARY_FILE = "summary.json"
+CONFIG_FILE = "config.yaml"
+"""The resolved configuration, in the same folder."""
 
 
 @dataclass(frozen=True)
 class RunSummary:
-    """The measures of a finished run; None for what was not measured.
+    """The measures of a finished run; None if not measured.
 
     Attributes:
         val_loss: Mean negative log-likelihood per token of the validation set, in nats.
@@ -29,7 +31,7 @@ class RunSummary:
         parameters_active: Parameters that one token uses.
         mean_experts_per_token: Routed experts that a token of the validation set used, mean over tokens and layers.
         target_experts_per_token: How many it should use.
-        active_flops_per_token: Operations of one forward of a token with so many experts as were used.
+        active_flops_per_token: Operations of a token's forward with as many experts as were used.
     """
 
     val_loss: float | None
@@ -48,7 +50,7 @@ class RunSummary:
 
 
 def write_summary(summary: RunSummary, folder: Path) -> Path:
-    """Write `summary.json` into the run's folder, in one move.
+    """Write a summary into the run's folder, in one move, as `read_summary` reads it.
 
     NaN and infinity, which JSON does not have, become null.
 

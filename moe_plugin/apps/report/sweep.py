@@ -1,4 +1,4 @@
-"""What the jobs of a sweep came to, side by side: `sweep_summary.csv` and a ranked table."""
+"""The results of the jobs of a sweep: `sweep_summary.csv` and a ranked table."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from typing import Any
 
 from rich.table import Table
 
-from moe_plugin.apps.report.atomic import write_atomically
+from moe_plugin.apps.report.atomic_write import write_atomically
+from moe_plugin.apps.report.cells import number_cell
 from moe_plugin.apps.report.stopped import STOPPED_FILE, read_stopped
 from moe_plugin.apps.report.summary import SUMMARY_FILE, RunSummary, read_summary
 from moe_plugin.errors import ConfigError
@@ -26,13 +27,13 @@ def gather_sweep(folder: Path) -> list[dict[str, Any]]:
     """Return one row for each job of a multirun folder that has ended, in the order of the jobs.
 
     Args:
-        folder: Holds a folder per job, in each of them `summary.json` or, of a job that failed or was stopped,
-            `stopped.txt`, and Hydra's `.hydra/overrides.yaml`.
+        folder: Holds a folder per job with `summary.json`, or `stopped.txt` if the job failed or was stopped, and
+            Hydra's `.hydra/overrides.yaml`.
 
     Returns:
         Rows with the keys `job`, `status` (`finished`, or the line of `stopped.txt`), each override's key, then the
-        measures of `RunSummary`. All rows have the same keys in the same order; an override that a job does not have
-        is None, and so are the measures of a job that has not finished.
+        measures of `RunSummary`. All rows have the same keys in the same order; overrides that a job does not have
+        and the measures of unfinished jobs are None.
     """
     ended = {path.parent for name in (SUMMARY_FILE, STOPPED_FILE) for path in folder.rglob(name)}
     jobs = [
@@ -54,7 +55,7 @@ def write_sweep_summary(folder: Path) -> Path | None:
     """Write `sweep_summary.csv` with all jobs that have ended so far into the multirun folder, in one move.
 
     Returns:
-        The file; None if no job has ended, and then nothing is written.
+        The file; None if no job has ended.
     """
     rows = gather_sweep(folder)
     if not rows:
@@ -79,7 +80,7 @@ def sweep_table(folder: Path, metric: str = "val_loss") -> Table:
         ConfigError: There is no such measure.
     """
     if metric not in MEASURES:
-        raise ConfigError(f"'metric' must be one of {MEASURES}, got {metric!r}.")
+        raise ConfigError("metric", f"must be one of {', '.join(MEASURES)}", metric)
     rows = sorted(gather_sweep(folder), key=lambda row: _rank(row[metric], metric))
     table = Table(
         title=f"{folder.name}: {len(rows)} jobs by {metric}", title_justify="left", title_style="bold"
@@ -94,7 +95,11 @@ def sweep_table(folder: Path, metric: str = "val_loss") -> Table:
         )
     table.add_column("status")
     for place, row in enumerate(rows):
-        cells = [row["job"], *(str(row[key] or "") for key in swept), *(_cell(row[key]) for key in shown)]
+        cells = [
+            row["job"],
+            *(str(row[key] or "") for key in swept),
+            *(number_cell(row[key]) for key in shown),
+        ]
         finished = row["status"] == FINISHED
         status = row["status"].split()[0].rstrip(":")
         table.add_row(*cells, status, style="red" if not finished else "green" if place == 0 else None)
@@ -107,7 +112,7 @@ def _measures(job: Path) -> dict[str, Any]:
 
 
 def overrides_of(job: Path) -> dict[str, str]:
-    """Return what was given on the command line of a run, or to a job by its sweep; without Hydra's signs."""
+    """Return the overrides of a run or of a job of a sweep, without Hydra's signs."""
     import yaml
 
     path = job / ".hydra" / "overrides.yaml"
@@ -118,7 +123,7 @@ def overrides_of(job: Path) -> dict[str, str]:
 
 
 def _natural(path: Path) -> list[tuple[int, str]]:
-    """Return a key that puts 2 before 10."""
+    """Return a sort key that puts 2 before 10."""
     return [(int(digits or 0), text) for digits, text in re.findall(r"(\d*)(\D*)", str(path))]
 
 
@@ -126,9 +131,3 @@ def _rank(value: float | None, metric: str) -> tuple[bool, float]:
     if value is None:
         return True, 0.0
     return False, -value if metric in HIGHER_IS_BETTER else value
-
-
-def _cell(value: float | int | None) -> str:
-    if value is None:
-        return "–"  # noqa: RUF001
-    return f"{value:,d}" if isinstance(value, int) else f"{value:,.4g}"

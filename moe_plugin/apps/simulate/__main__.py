@@ -2,25 +2,26 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import hydra
 import torch
 from hydra.core.hydra_config import HydraConfig
-from hydra.errors import InstantiationException
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 from rich.console import Console
 
 from moe_plugin.apps.launch.command import one_line_errors
 from moe_plugin.apps.launch.compose import HYDRA_VERSION, conf_dir
-from moe_plugin.apps.launch.explain_config_error import one_line
 from moe_plugin.apps.launch.signature import check_arguments
-from moe_plugin.apps.launch.validate_config import locate_target, nodes, present
+from moe_plugin.apps.launch.validate_config import attempt, locate_target, nodes, present
 from moe_plugin.apps.simulate.picture import trial_picture
 from moe_plugin.apps.simulate.trial import try_rule
 from moe_plugin.apps.simulate.trial_table import trial_table
-from moe_plugin.errors import ConfigError
+
+_PARTS = ("setting", "rules", "sources")
 
 
 def main() -> None:
@@ -32,12 +33,12 @@ def simulate(config: DictConfig) -> float:
     """Try every rule on every source; Hydra calls it.
 
     Returns:
-        What the rules settled at, mean over rules and sources: what a sweep with one rule can minimise.
+        The MaxVio that rules settled at, mean over rules and sources; a sweep with one rule can minimise it.
     """
     with one_line_errors():
-        check(config)
+        _check(config)
         torch.set_num_threads(1)
-        setting, rules, sources = (build(config, key) for key in ("setting", "rules", "sources"))
+        setting, rules, sources = (_build(config, key) for key in _PARTS)
         trials = {
             name: {label: try_rule(rule, source, setting) for label, rule in rules.items()}
             for name, source in sources.items()
@@ -49,26 +50,15 @@ def simulate(config: DictConfig) -> float:
     return sum(settled) / len(settled)
 
 
-def check(config: DictConfig) -> None:
-    """Check every key against what takes it.
-
-    Raises:
-        ConfigError: Names the key, the value and what is allowed.
-    """
+def _check(config: DictConfig) -> None:
     for key, node in nodes(config):
         check_arguments(locate_target(node, key), present(node), key)
+    for key in _PARTS:
+        attempt(partial(_build, key=key), config, config, key)
 
 
-def build(config: DictConfig, key: str):
-    """Build a part of the configuration.
-
-    Raises:
-        ConfigError: A value is not allowed.
-    """
-    try:
-        return instantiate(config[key], _convert_="all")
-    except InstantiationException as error:
-        raise ConfigError(one_line(str(error.__cause__ or error))) from error
+def _build(config: DictConfig, key: str) -> Any:
+    return instantiate(config[key], _convert_="all")
 
 
 if __name__ == "__main__":

@@ -12,12 +12,12 @@ from moe_plugin.plots.picture import FAINT, INK, LINES, RULE, STYLE
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-EXPECTED, BATCH = LINES[1], "#f2a154"
-LOWEST, HIGHEST = 0.01, 150.0
+_EXPECTED, _BATCH = LINES[1], "#f2a154"
+_LOWEST, _HIGHEST = 0.01, 150.0
 
 
 def trial_picture(trials: Trials, setting: Setting, out: Path) -> Path:
-    """Draw MaxVio over steps of every rule on every source, all on the same axes.
+    """Draw MaxVio over steps of every rule on every source, all on the same axes; see `trial_table`.
 
     Returns:
         The file.
@@ -47,14 +47,14 @@ def trial_picture(trials: Trials, setting: Setting, out: Path) -> Path:
 def _draw(ax: Axes, trial: Trial, setting: Setting) -> None:
     steps = range(1, setting.steps + 1)
     ax.set_yscale("log")
-    ax.set_ylim(LOWEST, HIGHEST)
+    ax.set_ylim(_LOWEST, _HIGHEST)
     ax.set_yticks([0.01, 0.1, 1, 10], ["0.01", "0.1", "1", "10"])
     ax.grid(axis="y", color=RULE, linewidth=0.6)
-    ax.plot(steps, trial.batch, color=BATCH, linewidth=0.8, label="of each batch")
+    ax.plot(steps, trial.batch, color=_BATCH, linewidth=0.8, label="of each batch")
     ax.plot(
         steps,
         trial.expected,
-        color=EXPECTED,
+        color=_EXPECTED,
         linewidth=1.6,
         label="expected: a batch without its sampling noise",
     )

@@ -1,8 +1,8 @@
-"""Where made-up router logits come from: what a rule has to follow.
+"""Sources of made-up router logits, which a rule has to follow.
 
-A source holds a population of tokens. Each step it gives their logits and how often each token is drawn, so that a
-batch of a million costs hardly more than one of a thousand. Logits are a taste for each expert, plus one of each domain
-for each expert, plus noise of standard deviation 1.
+A source holds a population of tokens. Each step it gives their logits and how often each token is drawn, so a batch of
+a million costs hardly more than one of a thousand. Logits are a taste for each expert, plus one of each domain for each
+expert, plus noise of standard deviation 1.
 
 Shape legend: N tokens of the population, E experts, G domains.
 """
@@ -18,10 +18,16 @@ from torch import Tensor
 
 
 class Source(Protocol):
-    """Makes the streams of logits that rules are tried on."""
+    """Something that makes the streams of logits that rules are tried on."""
 
     def start(self, population: int, num_experts: int, generator: torch.Generator) -> Stream:
-        """Return a stream from its beginning; the same for the same generator."""
+        """Return a stream from its beginning; the same for the same generator.
+
+        Args:
+            population: N.
+            num_experts: E.
+            generator: Of everything random.
+        """
         ...
 
 
@@ -30,10 +36,11 @@ class Stream:
     """A run of a source.
 
     Attributes:
-        noise_NE: What is a token's own.
-        taste_E: What all tokens share; changed in place as the run goes on.
+        noise_NE: Logits of each token alone.
+        taste_E: Logits that all tokens share; they change from step to step.
         domain_N: The domain of each token.
         generator: Of everything random after the start.
+        weights_G: How frequent each domain is; equal at first.
     """
 
     noise_NE: Tensor
@@ -43,11 +50,11 @@ class Stream:
     weights_G: Tensor = field(init=False)
 
     def __post_init__(self) -> None:
-        """All domains are equally frequent at first."""
+        """Make all domains equally frequent."""
         self.weights_G = torch.ones(int(self.domain_N.max()) + 1)
 
     def logits_NE(self) -> Tensor:  # noqa: N802 (shape suffix)
-        """Return the logits of the whole population now."""
+        """Return the logits of the population in this step."""
         return self.noise_NE + self.taste_E
 
     def draw_N(self, tokens: int) -> Tensor:  # noqa: N802 (shape suffix)
@@ -59,7 +66,12 @@ class Stream:
         return torch.bincount(ids, minlength=len(ends_N))
 
     def advance_(self, step: int, counts_E: Tensor) -> None:
-        """Go on to the next step, knowing what load the experts had."""
+        """Move to the next step.
+
+        Args:
+            step: Steps done.
+            counts_E: Tokens per expert in the last one.
+        """
 
 
 @dataclass(frozen=True)
@@ -67,8 +79,8 @@ class Fixed:
     """A distribution that stays as it is.
 
     Attributes:
-        taste: Standard deviation over experts of what all tokens share.
-        domain_taste: Standard deviation over experts and domains of what the tokens of a domain share.
+        taste: Standard deviation of the logits that all tokens share.
+        domain_taste: Standard deviation of the logits that the tokens of a domain share.
         num_domains: Domains.
     """
 
@@ -91,10 +103,10 @@ class Fixed:
 
 @dataclass(frozen=True)
 class Drifting(Fixed):
-    """Tastes that turn slowly into others and back, as the router is trained.
+    """Tastes that turn slowly into others and back, as in training.
 
     Attributes:
-        period: Steps of a whole turn.
+        period: Steps of a full turn.
     """
 
     period: int = 800
@@ -122,7 +134,7 @@ class _DriftingStream(Stream):
 
 @dataclass(frozen=True)
 class Bursty(Fixed):
-    """Batches of few documents: the mixture of domains jumps, while that of the whole stays even.
+    """Batches of few documents: the mixture of domains jumps from batch to batch.
 
     Attributes:
         burst: Standard deviation of the logarithm of a domain's weight in a batch; 0 for even mixtures.
@@ -149,10 +161,10 @@ class _BurstyStream(Stream):
 
 @dataclass(frozen=True)
 class Collapsing(Fixed):
-    """A router that comes to like the experts it uses, as untended training does, until few are left.
+    """A router that prefers the experts it uses more and more, as in training without balancing.
 
     Attributes:
-        feedback: How much the taste for an expert grows in a step in which it has twice the mean load.
+        feedback: Growth of the taste for an expert in a step in which it has twice the mean load.
     """
 
     feedback: float = 0.02

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
@@ -21,20 +22,20 @@ from moe_plugin.number_checks import check_positive_integers
 from moe_plugin.routing import Score
 
 POPULATION = 1024
-"""Tokens that batches are drawn from, where experts are few."""
+"""Tokens that batches are drawn from, if experts are few."""
 PER_EXPERT = 32
-"""Selections per expert that the population should have, so that loads are not coarse."""
+"""Selections per expert that the population should have, so loads are not coarse."""
 LARGEST = 2**22
-"""Scores of the whole population at most: what is ranked in a few hundredths of a second."""
+"""Most scores of a population; they are ranked in a few hundredths of a second."""
 BALANCED = 0.1
 """MaxVio below which a load counts as balanced."""
 TAIL = 0.3
-"""Share of the steps, the last ones, over which what the rule has settled to is measured."""
+"""Share of the steps, at the end, over which the settled rule is measured."""
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a rule is tried on, apart from the source.
+    """The sizes of a trial, without the source.
 
     Attributes:
         num_experts: E.
@@ -62,7 +63,7 @@ class Setting:
             num_experts=self.num_experts, top_k=self.top_k, tokens=self.tokens, steps=self.steps
         )
         if self.top_k >= self.num_experts:
-            raise ConfigError(f"'top_k' must be < num_experts ({self.num_experts}), got {self.top_k}.")
+            raise ConfigError("top_k", f"must be < num_experts ({self.num_experts})", self.top_k)
 
     def __str__(self) -> str:
         """Return the setting in one line."""
@@ -71,7 +72,7 @@ class Setting:
 
     @property
     def floor(self) -> float:
-        """MaxVio that sampling alone makes of perfectly balanced probabilities: about the largest of E deviations."""
+        """MaxVio of a batch under perfectly balanced probabilities: about the largest of E random deviations."""
         share = self.top_k / self.num_experts
         return math.sqrt(2 * math.log(self.num_experts) * (1 - share) / (share * self.tokens))
 
@@ -84,16 +85,16 @@ class Setting:
 
 @dataclass(frozen=True)
 class Trial:
-    """What became of a rule.
+    """The measures of a rule on a source.
 
     Attributes:
         batch: MaxVio of each batch.
         expected: MaxVio of the whole population under the bias of each step: a batch without its noise.
-        steps_to_balance: Steps until `expected` is below 0.1; None if it never is.
-        tail_batch: `batch` over the last steps, mean.
-        tail_expected: `expected` over the last steps, mean.
+        steps_to_balance: Steps until `expected` is below `BALANCED`; None if it never is.
+        tail_batch: Mean of `batch` over the last steps.
+        tail_expected: Mean of `expected` over the last steps.
         oscillation: How far a bias moves in a step, mean over the last steps, in spreads of the scores.
-        bias_range: Largest less smallest bias at the end, in spreads of the scores.
+        bias_range: Largest minus smallest bias at the end, in spreads of the scores.
     """
 
     batch: list[float]
@@ -107,7 +108,13 @@ class Trial:
 
 @torch.no_grad()
 def try_rule(rule: Rule, source: Source, setting: Setting) -> Trial:
-    """Run a rule on a source."""
+    """Run a rule on a source.
+
+    Args:
+        rule: The rule.
+        source: What it follows.
+        setting: The sizes.
+    """
     generator = torch.Generator().manual_seed(setting.seed)
     stream = source.start(setting.population, setting.num_experts, generator)
     bias_E, memory = torch.zeros(setting.num_experts), {}
@@ -136,15 +143,11 @@ def _measured(
         batch,
         expected,
         next((step for step, violation in enumerate(expected) if violation < BALANCED), None),
-        _mean(batch[last]),
-        _mean(expected[last]),
-        _mean(moves[last]) / spread,
+        fmean(batch[last]),
+        fmean(expected[last]),
+        fmean(moves[last]) / spread,
         float(bias_E.max() - bias_E.min()) / spread,
     )
-
-
-def _mean(values: list[float]) -> float:
-    return sum(values) / len(values)
 
 
 def _counts(ids_NK: Tensor, num_experts: int, drawn_N: Tensor | None = None) -> Tensor:
@@ -158,6 +161,6 @@ def _gaps(rule: Rule, biased_NE: Tensor, top_k: int, drawn_N: Tensor) -> Tensor 
         return None
     gaps_EG = new_gaps(biased_NE.shape[-1])
     if top_k < biased_NE.shape[-1]:
-        with torch.enable_grad():  # otherwise it is taken for no training forward
+        with torch.enable_grad():  # without gradients it would not count as a training forward
             count_gaps_(gaps_EG, gaps_of(biased_NE, top_k), drawn_N)
     return gaps_EG

@@ -8,7 +8,7 @@ from rich.table import Table
 
 from moe_plugin.apps.simulate.trial import BALANCED, Setting, Trial
 
-COLUMNS = (
+_COLUMNS = (
     f"steps to {BALANCED}",
     "MaxVio expected",
     "MaxVio batch",
@@ -21,11 +21,16 @@ Trials = Mapping[str, Mapping[str, Trial]]
 
 
 def trial_table(trials: Trials, setting: Setting) -> Table:
-    """Return one row per rule, one section per source; the smallest MaxVio of a section is bold."""
+    """Return one row per rule, one section per source; the smallest MaxVio of a section is bold.
+
+    Args:
+        trials: By source, then by rule.
+        setting: The sizes of all of them.
+    """
     table = Table(title=f"{setting}; sampling floor of MaxVio {setting.floor:.3f}")
     table.add_column("scores", no_wrap=True)
     table.add_column("rule", no_wrap=True)
-    for heading in COLUMNS:
+    for heading in _COLUMNS:
         table.add_column(heading, justify="right")
     for source, by_rule in trials.items():
         best = min(by_rule, key=lambda rule: by_rule[rule].tail_expected)

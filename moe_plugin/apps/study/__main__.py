@@ -1,4 +1,4 @@
-"""``moe-study``: trains the arms of studies seed by seed, and compares them."""
+"""``moe-study``: trains the arms of studies seed by seed, and writes what each run measured to a CSV."""
 
 from __future__ import annotations
 
@@ -8,27 +8,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_plugin.apps.launch.command import FAILED, one_line_errors
-from moe_plugin.apps.study.plan import Arm, Study, read_study
+from moe_plugin.apps.study.arms import Arm, Study, read_study
+from moe_plugin.apps.study.child_run import LOG_FILE, is_finished, run_in_child
 from moe_plugin.apps.study.results import collect, run_folder, write_csv
-from moe_plugin.apps.study.run import LOG_FILE, is_finished, run_in_child
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line.
 
-    Args:
-        arguments: Words after the program's name; by default the program's own.
-
     Raises:
         SystemExit: With code 1 after all runs, if one of them failed.
     """
-    options = parser().parse_args(arguments)
+    options = _parser().parse_args(arguments)
     with one_line_errors():
         studies = [read_study(name) for name in options.studies]
     failed = []
     for study in studies:
         for arm, seed in study.runs():
-            if not run(study, arm, seed, options.folder, options.change):
+            if not _run(study, arm, seed, options.folder, options.change):
                 failed.append(run_folder(options.folder, study.name, arm.name, seed))
             write_csv([result for each in studies for result in collect(each, options.folder)], options.csv)
     if failed:
@@ -36,8 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(FAILED)
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the command line's words."""
+def _parser() -> argparse.ArgumentParser:
     words = argparse.ArgumentParser(prog="moe-study", description=__doc__)
     words.add_argument("studies", nargs="+", help="options of conf/study, or YAML files like them")
     words.add_argument("--folder", type=Path, default=Path("runs/study"), help="default: %(default)s")
@@ -48,8 +44,8 @@ def parser() -> argparse.ArgumentParser:
     return words
 
 
-def run(study: Study, arm: Arm, seed: int, root: Path, changes: Sequence[str]) -> bool:
-    """Train one arm with one seed, unless that run is there already; says whether it came to its end."""
+def _run(study: Study, arm: Arm, seed: int, root: Path, changes: Sequence[str]) -> bool:
+    """Train an arm with a seed, unless that run is finished already; return whether it is finished."""
     folder = run_folder(root, study.name, arm.name, seed)
     if is_finished(folder):
         return True

@@ -1,4 +1,4 @@
-"""Was the number of experts held: ``python -m moe_plugin.apps.study.budget STUDY_FOLDER``.
+"""Did the number of experts stay at its target: ``python -m moe_plugin.apps.study.budget STUDY_FOLDER``.
 
 For each arm of a study whose text changes its domain in the middle (``moe-study budget``): the mean number of experts
 per token over the steps of three parts of training, by what the run logged, and the largest error of a logged window
@@ -9,64 +9,55 @@ from __future__ import annotations
 
 import argparse
 import csv
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
 from moe_plugin.apps.launch.command import one_line_errors
-from moe_plugin.apps.report.summary import SUMMARY_FILE
-from moe_plugin.apps.study.trained import runs_of
+from moe_plugin.apps.report.summary import SUMMARY_FILE, read_summary
+from moe_plugin.apps.study.markdown import head, row
+from moe_plugin.apps.study.trained_run import runs_of
 
-COLUMNS = (
-    "arm",
-    "target",
-    "second sixth",
-    "right after the change",
-    "last third",
-    "error, %",
-    "worst window, %",
+_COLUMNS = (
+    *("arm", "target", "second sixth", "right after the change", "last third"),
+    *("error, %", "worst window, %"),
 )
-LOGGED = "load/experts_per_token"
+_LOGGED = "load/experts_per_token"
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a Markdown table, means over the seeds of each arm.
-
-    Args:
-        arguments: Words after the program's name; by default the program's own.
-    """
+    """Print a Markdown table, means over the seeds of each arm."""
     parser = argparse.ArgumentParser(prog="python -m moe_plugin.apps.study.budget", description=__doc__)
     parser.add_argument("study", type=Path, help="folder of a study, such as runs/study/budget")
     options = parser.parse_args(arguments)
-    print("| " + " | ".join(COLUMNS) + " |\n" + "|---" * len(COLUMNS) + "|")
+    print(head(*_COLUMNS))
     for arm in sorted(path for path in options.study.iterdir() if path.is_dir()):
         with one_line_errors():
             folders = runs_of(arm).values()
-        target = json.loads((next(iter(folders)) / SUMMARY_FILE).read_text())["target_experts_per_token"]
-        runs = [logged(folder) for folder in folders]
-        parts = [fmean(values) for values in zip(*map(by_part, runs), strict=True)]
-        errors = [100 * (parts[-1] / target - 1), max(worst(windows, target) for windows in runs)]
+        target = read_summary(next(iter(folders)) / SUMMARY_FILE).target_experts_per_token
+        assert target is not None
+        runs = [_logged(folder) for folder in folders]
+        parts = [fmean(values) for values in zip(*map(_by_part, runs), strict=True)]
+        errors = [100 * (parts[-1] / target - 1), max(_worst(windows, target) for windows in runs)]
         cells = [f"{value:.3f}" for value in parts] + [f"{value:+.2f}" for value in errors]
-        print(f"| {arm.name} | {target:g} | " + " | ".join(cells) + " |")
+        print(row(arm.name, f"{target:g}", *cells))
 
 
-def by_part(windows: Sequence[float]) -> list[float]:
-    """Experts per token over the sixth before a third, the sixth after a half, and the last third of training."""
+def _by_part(windows: Sequence[float]) -> list[float]:
+    """Return experts per token over the second sixth, the sixth after a half, and the last third of training."""
     sixth = len(windows) / 6
     bounds = ((1, 2), (3, 4), (4, 6))
     return [fmean(windows[round(begin * sixth) : round(end * sixth)]) for begin, end in bounds]
 
 
-def worst(windows: Sequence[float], target: float) -> float:
+def _worst(windows: Sequence[float], target: float) -> float:
     """Return the largest error of a window in the last third, in percent."""
     return max(100 * abs(value / target - 1) for value in windows[round(len(windows) * 2 / 3) :])
 
 
-def logged(folder: Path) -> list[float]:
-    """Return experts per token of each window of training."""
+def _logged(folder: Path) -> list[float]:
     with (folder / "csv" / "metrics.csv").open(newline="") as file:
-        return [float(row[LOGGED]) for row in csv.DictReader(file) if row.get(LOGGED)]
+        return [float(line[_LOGGED]) for line in csv.DictReader(file) if line.get(_LOGGED)]
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """Do harder tokens get more experts: ``python -m moe_plugin.apps.study.difficulty DYNAMIC_ARM FIXED_ARM``.
 
 For each seed that both arms have, the number of experts that each held-out token uses in the first run, by layer, is
-compared with the loss of the same token in the second, whose tokens all use equally many: Spearman's rank correlation,
-over all tokens, and within each position in the sequence, so that neither early tokens being hard nor late ones does
-anything to it (the mean over positions).
+compared with the loss of the same token in the second run, whose tokens all use equally many. The measure is Spearman's
+rank correlation over all tokens, and within each position of the sequence (the mean over positions): the second does
+not depend on how hard early and late tokens are.
 
 Shape legend: T tokens, S positions in a sequence, K experts selected per token at most.
 """
@@ -18,17 +18,13 @@ import torch
 from torch import Tensor
 
 from moe_plugin.apps.launch.command import one_line_errors
-from moe_plugin.apps.study.mean_std import spread
-from moe_plugin.apps.study.trained import load_run, look, runs_of
+from moe_plugin.apps.study.markdown import head, row, spread
+from moe_plugin.apps.study.trained_run import load_run, look, runs_of
 from moe_plugin.metrics.experts_used import rank_correlation
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a Markdown table, mean and standard deviation over the seeds.
-
-    Args:
-        arguments: Words after the program's name; by default the program's own.
-    """
+    """Print a Markdown table, mean and standard deviation over the seeds."""
     parser = argparse.ArgumentParser(prog="python -m moe_plugin.apps.study.difficulty", description=__doc__)
     parser.add_argument("dynamic", type=Path, help="folder of an arm, such as runs/study/dynamic/top_p")
     parser.add_argument("fixed", type=Path, help="the same, with a fixed number of experts")
@@ -37,17 +33,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     with one_line_errors():
         dynamic, fixed = runs_of(options.dynamic), runs_of(options.fixed)
     seeds = sorted(dynamic.keys() & fixed.keys())
-    by_seed = [correlations(dynamic[seed], fixed[seed], options.tokens) for seed in seeds]
-    print(
-        f"| {options.dynamic.name}, {len(seeds)} seeds | mean k | all tokens | within positions |\n|---|---|---|---|"
-    )
+    by_seed = [_correlations(dynamic[seed], fixed[seed], options.tokens) for seed in seeds]
+    print(head(f"{options.dynamic.name}, {len(seeds)} seeds", "mean k", "all tokens", "within positions"))
     for layer in by_seed[0]:
         columns = zip(*(measured[layer] for measured in by_seed), strict=True)
-        print(f"| {layer} | " + " | ".join(spread(values, 3) for values in columns) + " |")
+        print(row(layer, *map(spread, columns)))
 
 
-def correlations(dynamic: Path, fixed: Path, tokens: int) -> dict[str, tuple[float, float, float]]:
-    """By router: mean k, and its rank correlation with the loss over all tokens and within positions."""
+def _correlations(dynamic: Path, fixed: Path, tokens: int) -> dict[str, tuple[float, float, float]]:
+    """Return by router mean k, and the rank correlation of k with the loss over all tokens and within positions."""
     run = load_run(dynamic)
     batches = run.held_out(tokens)
     losses_T = look(load_run(fixed), batches)[1]
@@ -61,13 +55,19 @@ def correlations(dynamic: Path, fixed: Path, tokens: int) -> dict[str, tuple[flo
 
 
 def within_positions(a_T: Tensor, b_T: Tensor, length: int) -> float:
-    """Return Spearman's correlation at each position, mean over the positions where both vary."""
+    """Return Spearman's rank correlation at each position, mean over the positions where both vary.
+
+    Args:
+        a_T: A number for each token, sequence after sequence.
+        b_T: Another number for each token.
+        length: Tokens of a sequence.
+    """
     a_S, b_S = a_T.view(-1, length).unbind(1), b_T.view(-1, length).unbind(1)
     return torch.tensor([spearman(a, b) for a, b in zip(a_S, b_S, strict=True)]).nanmean().item()
 
 
 def spearman(a_T: Tensor, b_T: Tensor) -> float:
-    """Return Spearman's rank correlation; equal values share their mean rank; NaN where one does not vary."""
+    """Return Spearman's rank correlation, ties with their mean rank, NaN if one is constant; see `within_positions`."""
     a_values, a_places_T = a_T.unique(return_inverse=True)
     b_values, b_places_T = b_T.unique(return_inverse=True)
     cells_T = a_places_T * len(b_values) + b_places_T

@@ -14,17 +14,13 @@ from moe_plugin.plots.picture import FAINT, INK, RULE, STYLE
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOR = "#1b6ca8"
-ROW, MARGIN = 0.24, 0.8
+_COLOR = "#1b6ca8"
+_ROW, _MARGIN = 0.24, 0.8
 """Inches of an arm, and around the arms of a study."""
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Draw the studies of a CSV one below the other.
-
-    Args:
-        arguments: Words after the program's name; by default the program's own.
-    """
+    """Draw the studies of a CSV one below the other."""
     parser = argparse.ArgumentParser(prog="python -m moe_plugin.apps.study.picture", description=__doc__)
     parser.add_argument("csv", type=Path)
     parser.add_argument(
@@ -37,7 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def draw(studies: dict[str, list[Result]], out: Path) -> Path:
-    """Return a row of two panels per study, a line per arm: small dots are runs, large ones the mean over seeds.
+    """Draw studies, as `read_csv` returns them, into a file.
+
+    A study has a row of two panels, an arm a line: small dots are runs, large ones the mean over seeds.
 
     Returns:
         The file.
@@ -45,7 +43,7 @@ def draw(studies: dict[str, list[Result]], out: Path) -> Path:
     import matplotlib.style
     from matplotlib.figure import Figure
 
-    heights = [MARGIN + ROW * len(by_arm(results)) for results in studies.values()]
+    heights = [_MARGIN + _ROW * len(by_arm(results)) for results in studies.values()]
     with matplotlib.style.context(STYLE):
         figure = Figure((9.5, sum(heights)), layout="constrained", facecolor="white")
         panels = figure.subplots(len(studies), 2, squeeze=False, sharey="row", height_ratios=heights)
@@ -56,7 +54,7 @@ def draw(studies: dict[str, list[Result]], out: Path) -> Path:
 
 
 def _draw(panels: Sequence[Axes], name: str, results: Sequence[Result]) -> None:
-    """The arms in the order of their balance, the best on top."""
+    """Draw the arms in the order of their balance, the best on top."""
     arms = by_arm(results)
     order = sorted(arms, key=lambda arm: -fmean(run.max_violation_global for run in arms[arm].values()))
     for place, arm in enumerate(order):
@@ -78,12 +76,12 @@ def _draw(panels: Sequence[Axes], name: str, results: Sequence[Result]) -> None:
 
 
 def _draw_line(ax: Axes, place: int, values: Sequence[float]) -> None:
-    ax.scatter(values, [place] * len(values), s=12, color=COLOR, alpha=0.5, linewidths=0)
-    ax.scatter(fmean(values), place, s=60, color=COLOR)
+    ax.scatter(values, [place] * len(values), s=12, color=_COLOR, alpha=0.5, linewidths=0)
+    ax.scatter(fmean(values), place, s=60, color=_COLOR)
 
 
 def _relative(run: Result, results: Sequence[Result]) -> float:
-    """In percent over the mean of all arms with as many seeds as any, so that seeds can be compared."""
+    """Return perplexity in percent over the mean of all arms with the most seeds, so seeds can be compared."""
     arms = by_arm(results).values()
     most = max(map(len, arms))
     return 100 * (run.perplexity / fmean(arm[run.seed].perplexity for arm in arms if len(arm) == most) - 1)

@@ -1,4 +1,4 @@
-"""What the runs of a study came to: one row per run, in one small CSV."""
+"""What the runs of a study measured: one row per run, in one small CSV."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from moe_plugin.apps.report.summary import SUMMARY_FILE, read_summary
-from moe_plugin.apps.study.plan import Study
-from moe_plugin.apps.study.run import COMMIT_FILE, is_finished
+from moe_plugin.apps.study.arms import Study
+from moe_plugin.apps.study.child_run import COMMIT_FILE, is_finished
 
 SEED_PREFIX = "seed_"
-TYPES = {"str": str, "int": int, "float": lambda text: float(text or "nan")}  # empty: not measured
+_TYPES = {"str": str, "int": int, "float": lambda text: float(text or "nan")}  # empty: not measured
 
 
 @dataclass(frozen=True)
 class Result:
-    """One run; see `RunSummary` for the measures.
+    """A run; see `RunSummary` for the measures.
 
     Attributes:
         study: The study it belongs to.
         arm: The arm.
         seed: Its seed.
-        commit: Of the code that trained.
+        commit: The commit of the code that trained it.
     """
 
     study: str
@@ -42,27 +42,26 @@ class Result:
 
 
 def run_folder(root: Path, study: str, arm: str, seed: int) -> Path:
-    """Return where a run lies."""
+    """Return the folder of a run below the folder of all studies; see `Result` for the other arguments."""
     return root / study / arm / f"{SEED_PREFIX}{seed}"
 
 
 def seed_of(folder: Path) -> int:
-    """Return the seed of the run that lies there."""
+    """Return the seed of the run in a folder."""
     return int(folder.name.removeprefix(SEED_PREFIX))
 
 
 def collect(study: Study, root: Path) -> list[Result]:
-    """Return the finished runs of a study, by arm and then by seed."""
+    """Return the finished runs of a study, by arm and then by seed; see `run_folder` for `root`."""
     return [
-        read_result(study.name, arm.name, seed, root)
+        _read_result(study.name, arm.name, seed, root)
         for arm in study.arms
         for seed in range(arm.seeds)
         if is_finished(run_folder(root, study.name, arm.name, seed))
     ]
 
 
-def read_result(study: str, arm: str, seed: int, root: Path) -> Result:
-    """Read what a run left."""
+def _read_result(study: str, arm: str, seed: int, root: Path) -> Result:
     folder = run_folder(root, study, arm, seed)
     measured = asdict(read_summary(folder / SUMMARY_FILE)) | {"study": study, "arm": arm, "seed": seed}
     measured["commit"] = (folder / COMMIT_FILE).read_text().strip()
@@ -70,7 +69,7 @@ def read_result(study: str, arm: str, seed: int, root: Path) -> Result:
 
 
 def write_csv(results: Iterable[Result], path: Path) -> None:
-    """Write one row per run, numbers to six digits."""
+    """Write one row per run, as `read_csv` reads it, numbers to six digits."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("w", newline="") as file:
         writer = csv.writer(file, lineterminator="\n")
@@ -85,7 +84,7 @@ def read_csv(path: Path) -> dict[str, list[Result]]:
     with path.open(newline="") as file:
         for row in csv.DictReader(file):
             result = Result(
-                **{field.name: TYPES[str(field.type)](row[field.name]) for field in fields(Result)}
+                **{field.name: _TYPES[str(field.type)](row[field.name]) for field in fields(Result)}
             )
             studies.setdefault(result.study, []).append(result)
     return studies

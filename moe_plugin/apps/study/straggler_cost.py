@@ -1,7 +1,7 @@
-"""What imbalance costs with expert parallelism: ``python -m moe_plugin.apps.study.straggler_cost ARM_FOLDER...``.
+"""The cost of imbalance with expert parallelism: ``python -m moe_plugin.apps.study.straggler_cost ARM_FOLDER...``.
 
-All ranks wait for the one with most tokens: a step takes `1 + f * MaxVio_rank` times as long as a balanced one, f the
-share of the experts in a balanced step and MaxVio_rank the violation of the load per rank, each rank holding
+All ranks wait for the one with the most tokens: a step takes `1 + f * MaxVio_rank` times as long as a balanced one. f
+is the share of the experts in a balanced step, MaxVio_rank the violation of the load per rank; a rank holds
 neighbouring experts. Measured from the selections of each run's last checkpoint on held-out batches.
 
 Shape legend: N batches, L MoE layers, E experts.
@@ -16,17 +16,13 @@ from pathlib import Path
 import torch
 
 from moe_plugin.apps.launch.command import one_line_errors
-from moe_plugin.apps.study.mean_std import spread
-from moe_plugin.apps.study.trained import Trained, counts_of, in_batches, load_run, look, runs_of
+from moe_plugin.apps.study.markdown import head, row, spread
+from moe_plugin.apps.study.trained_run import Trained, counts_of, in_batches, load_run, look, runs_of
 from moe_plugin.metrics.rank_groups import RANKS, rank_violation
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print a Markdown table: MaxVio per rank and the step time, over the seeds of each arm.
-
-    Args:
-        arguments: Words after the program's name; by default the program's own.
-    """
+    """Print a Markdown table: MaxVio per rank and the step time, over the seeds of each arm."""
     parser = argparse.ArgumentParser(
         prog="python -m moe_plugin.apps.study.straggler_cost", description=__doc__
     )
@@ -41,18 +37,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     with one_line_errors():
         runs = {arm.name: list(runs_of(arm).values()) for arm in options.arms}
-    cells = " | ".join(f"MaxVio, {ranks} ranks | step time" for ranks in RANKS)
-    print(f"| arm | seeds | {cells} |\n|---|---|" + "---|" * (2 * len(RANKS)))
+    columns = [title for ranks in RANKS for title in (f"MaxVio, {ranks} ranks", "step time")]
+    print(head("arm", "seeds", *columns))
     for arm, folders in runs.items():
-        measured = [by_ranks(load_run(folder), options.tokens, options.batch_tokens) for folder in folders]
-        print(
-            f"| {arm} | {len(folders)} | " + " | ".join(row(measured, options.expert_share)) + " |",
-            flush=True,
-        )
+        measured = [_by_ranks(load_run(folder), options.tokens, options.batch_tokens) for folder in folders]
+        print(row(arm, str(len(folders)), *_cells(measured, options.expert_share)), flush=True)
 
 
-def row(measured: Sequence[Sequence[float]], expert_share: float) -> list[str]:
-    """Return the cells of an arm; empty where there are fewer experts than ranks."""
+def _cells(measured: Sequence[Sequence[float]], expert_share: float) -> list[str]:
+    """Return the cells of an arm; empty if there are fewer experts than ranks."""
     cells = []
     for values in zip(*measured, strict=True):
         known = values[0] == values[0]
@@ -61,8 +54,8 @@ def row(measured: Sequence[Sequence[float]], expert_share: float) -> list[str]:
     return cells
 
 
-def by_ranks(run: Trained, tokens: int, batch_tokens: int) -> list[float]:
-    """MaxVio per rank for each of `RANKS`, mean over batches and layers; NaN where experts do not divide over them."""
+def _by_ranks(run: Trained, tokens: int, batch_tokens: int) -> list[float]:
+    """Return MaxVio per rank for each of `RANKS`, mean over batches and layers; NaN if experts do not divide."""
     ids, sites = look(run, run.held_out(tokens))[0], run.balanced
     by_layer = [
         torch.stack([counts_of(part, site) for part in in_batches(ids[name], batch_tokens)])

@@ -1,4 +1,4 @@
-"""What a study came to, as Markdown: ``python -m moe_plugin.apps.study.study_table docs/study.csv``."""
+"""The results of a study as Markdown: ``python -m moe_plugin.apps.study.study_table docs/study.csv``."""
 
 from __future__ import annotations
 
@@ -7,22 +7,18 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from moe_plugin.apps.study.mean_std import spread
-from moe_plugin.apps.study.plan import read_study
+from moe_plugin.apps.study.arms import read_study
+from moe_plugin.apps.study.markdown import head, row, spread
 from moe_plugin.apps.study.results import Result, by_arm, read_csv
 
-HEADER = (
+_HEADER = (
     *("arm", "seeds", "perplexity", "perplexity, % over the reference", "lower in", "MaxVio global"),
     *("MaxVio batch", "dead", "experts per token", "MFLOPs per token"),
 )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Print the table of each study in a CSV of ``moe-study``.
-
-    Args:
-        arguments: Words after the program's name; by default the program's own.
-    """
+    """Print the table of each study in a CSV of ``moe-study``."""
     parser = argparse.ArgumentParser(prog="python -m moe_plugin.apps.study.study_table", description=__doc__)
     parser.add_argument("csv", type=Path)
     parser.add_argument("--reference", help="arm to compare with; by default the study's own")
@@ -37,21 +33,20 @@ def markdown(results: Sequence[Result], reference: str) -> str:
     """Return a row for each arm: mean ± standard deviation over seeds, and the paired difference of perplexity.
 
     Args:
-        results: Of one study.
-        reference: The arm whose run with the same seed each run is compared with; without its runs nothing is.
+        results: The runs of one study.
+        reference: The arm that each run is compared with, by seed; if it has no runs, the comparison is left out.
     """
     arms = by_arm(results)
-    rows = ["| " + " | ".join(HEADER) + " |", "|---" * len(HEADER) + "|"]
-    rows += ["| " + " | ".join(_row(arm, runs, arms.get(reference, {}))) + " |" for arm, runs in arms.items()]
-    return "\n".join(rows)
+    rows = [row(*_cells(arm, runs, arms.get(reference, {}))) for arm, runs in arms.items()]
+    return "\n".join([head(*_HEADER), *rows])
 
 
 def differences(runs: Mapping[int, Result], others: Mapping[int, Result]) -> list[float]:
-    """Perplexity over that of the other arm's run with the same seed, in percent; one per seed that both have."""
+    """Return perplexity over the other arm's, in percent, one for each seed that both have; see `by_arm`."""
     return [100 * (runs[seed].perplexity / others[seed].perplexity - 1) for seed in runs if seed in others]
 
 
-def _row(arm: str, runs: Mapping[int, Result], reference: Mapping[int, Result]) -> Iterator[str]:
+def _cells(arm: str, runs: Mapping[int, Result], reference: Mapping[int, Result]) -> Iterator[str]:
     values, paired = list(runs.values()), differences(runs, reference)
     yield from (arm, str(len(runs)), spread([run.perplexity for run in values]))
     is_compared = bool(paired) and runs != reference

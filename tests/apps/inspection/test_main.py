@@ -8,7 +8,7 @@ from omegaconf import OmegaConf
 
 from moe_plugin.apps.inspection import inspect_model
 from moe_plugin.apps.inspection.__main__ import main
-from moe_plugin.apps.inspection.sources import inspect_source, saved_biases
+from moe_plugin.apps.inspection.inspect_source import inspect_source, saved_biases
 from moe_plugin.apps.launch.build import build_model
 from moe_plugin.apps.launch.compose import compose_jobs
 from tests.hosts import Host, OwningRouter

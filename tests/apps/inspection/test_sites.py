@@ -14,8 +14,8 @@ from tests.hosts import GroupedRouter, Host, OwningRouter, SoftmaxRouter
 class TestInspectModel:
     def test_two_layers_of_each_kind_of_router(self):
         expected = {
-            SoftmaxRouter: ("softmax", 1, "a bias of ours, at topk", None),
-            GroupedRouter: ("softmax", 2, "a bias of ours, at topk", None),
+            SoftmaxRouter: ("softmax", 1, "our bias, at topk", None),
+            GroupedRouter: ("softmax", 2, "our bias, at topk", None),
             OwningRouter: (
                 "sigmoid",
                 1,

@@ -25,19 +25,33 @@ class TestCluster:
     @pytest.mark.parametrize(
         ("nodes", "devices", "expert_parallel", "message"),
         [
-            (0, 8, 1, "'nodes' must be a positive integer, got 0."),
-            (1, 0, 1, "'devices_per_node' must be a positive integer, got 0."),
+            (0, 8, 1, "'nodes' must be an integer >= 1, got 0."),
+            (1, 0, 1, "'devices_per_node' must be an integer >= 1, got 0."),
             (2, 8, 3, r"'expert_parallel' must divide the ranks \(2 x 8 = 16\), got 3."),
-            (2, 6, 4, r"'expert_parallel' must divide the devices of a node \(6\)"),
+            (
+                2,
+                6,
+                4,
+                r"'expert_parallel' must divide the devices of a node \(6\) or be a multiple of them, got 4.",
+            ),
+            (2, 8, 0, "'expert_parallel' must be an integer >= 1, got 0."),
         ],
     )
     def test_numbers_that_do_not_fit_are_refused(self, nodes, devices, expert_parallel, message):
         with pytest.raises(ConfigError, match=message):
             cluster_of(nodes, devices, expert_parallel)
 
-    def test_reserve_beyond_the_memory_is_refused(self):
-        with pytest.raises(ConfigError, match="'reserved_gib' must be between 0 and memory_gib"):
-            Hardware("x", 1, 8.0, 8.0, 1.0, 1.0, 1.0)
+    @pytest.mark.parametrize(
+        ("memory", "reserved", "message"),
+        [
+            (8.0, 8.0, r"'reserved_gib' must be < memory_gib \(8.0\), got 8.0."),
+            (8.0, -1.0, "'reserved_gib' must be a number >= 0, got -1.0."),
+            (float("nan"), 0.0, "'memory_gib' must be a number > 0, got nan."),
+        ],
+    )
+    def test_memory_that_leaves_nothing_is_refused(self, memory, reserved, message):
+        with pytest.raises(ConfigError, match=message):
+            Hardware("x", 1, memory, reserved, 1.0, 1.0, 1.0)
 
 
 class TestUsableBytes:

@@ -56,22 +56,25 @@ class TestMain:
     @pytest.mark.parametrize(
         ("words", "message"),
         [
-            (["nodes=0"], "'nodes' must be a positive integer, got 0."),
+            (["nodes=0"], "'nodes' must be an integer >= 1, got 0."),
             (["nodes=two"], "'nodes' must be a whole number, got 'two'."),
-            (["devices_per_node=0"], "'devices_per_node' must be a positive integer, got 0."),
-            (["node=2"], "'node' (got 2) is not a key of the configuration. Did you mean 'nodes'?"),
-            (["hardware=tpu"], "'hardware' must be one of cpu, h100, h200, h800; got 'tpu'."),
+            (["devices_per_node=0"], "'devices_per_node' must be an integer >= 1, got 0."),
+            (["node=2"], "'node' is not a key of the configuration, got 2. Did you mean 'nodes'?"),
+            (["hardware=tpu"], "'hardware' must be one of cpu, h100, h200, h800, got 'tpu'."),
             (["layouts=[zero]"], "'layouts' must be some of ddp, fsdp, ep, got ['zero']."),
             (["precision=fp8"], "'precision' must be '32-true' or 'bf16-true' or 'bf16-mixed', got 'fp8'."),
-            (["micro_batch=0"], "'micro_batch' must be a positive integer, got 0."),
-            (["max_violations=[-1]"], "'max_violations' must be numbers >= 0, got [-1]."),
-            (["output=nowhere/plan.json"], "'output' must lie in a folder that exists"),
+            (["micro_batch=0"], "'micro_batch' must be an integer >= 1, got 0."),
+            (["max_violations=[-1]"], "'max_violations[0]' must be a number >= 0, got -1."),
+            (
+                ["output=nowhere/plan.json"],
+                "'output' must be in a folder that exists, got 'nowhere/plan.json'.",
+            ),
             (
                 ["nodes=16", "expert_parallel=32"],
                 "'expert_parallel' must divide the experts of a layer (16), got 32.",
             ),
             (["nodes=2", "expert_parallel=3"], "'expert_parallel' must divide the ranks (2 x 2 = 4), got 3."),
-            (["model.num_dense=1"], "'model' must be a mixture of experts"),
+            (["model.num_dense=1"], "'model' must be a mixture of experts, got 'LanguageModel'."),
         ],
     )
     def test_wrong_word_is_told_in_one_line(self, plan, capsys, words, message):

@@ -38,7 +38,5 @@ class TestExpectedNodes:
         assert Selection(256, 8, 8, 4).expected_nodes(8) <= 4 < Selection(256, 8).expected_nodes(8)
 
     def test_uneven_nodes_are_refused(self):
-        with pytest.raises(
-            ConfigError, match=r"experts of a layer \(24\) evenly over its nodes, got 5 nodes"
-        ):
+        with pytest.raises(ConfigError, match=r"must spread 24 experts evenly over its nodes \(5\)"):
             Selection(24, 2).expected_nodes(5)

@@ -15,11 +15,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from moe_plugin.apps.plan.cluster import Group
 from moe_plugin.apps.plan.exchange import row_exchange
 from moe_plugin.apps.plan.fake_expert_shards import spread_experts_
+from moe_plugin.apps.plan.fsdp_units import modules_of_units, units_of
 from moe_plugin.apps.plan.layouts import DistributedDataParallel, ExpertParallel, FullySharded
-from moe_plugin.apps.plan.model import bias_count_bytes
+from moe_plugin.apps.plan.meta_model import bias_count_bytes
 from moe_plugin.apps.plan.trace import next_token_loss
 from moe_plugin.apps.plan.traffic import Transfer
-from moe_plugin.apps.plan.units import modules_of_units, units_of
 from moe_plugin.apps.plan.workload import Workload
 from moe_plugin.attach.balance import balance_
 from moe_plugin.attach.discovery.routed_experts import find_routed_experts

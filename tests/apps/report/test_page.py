@@ -9,10 +9,10 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from moe_plugin.apps.report.__main__ import main
-from moe_plugin.apps.report.charts import Line, line_chart, ticks
 from moe_plugin.apps.report.environment import describe_environment, read_environment, write_environment
 from moe_plugin.apps.report.expert_use import PROFILES, profiles
 from moe_plugin.apps.report.page import read_runs, report_page
+from moe_plugin.apps.report.svg_charts import Line, line_chart, ticks
 from moe_plugin.plots.run_data import EXPERT_USE_FILE
 from tests.apps.report.test_summary import SUMMARY
 

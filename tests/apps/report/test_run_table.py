@@ -61,16 +61,16 @@ class TestTensorboardCommand:
 
 
 class TestRunReport:
-    def test_monitor_that_saw_a_run_is_shown_with_the_command(self, tmp_path):
+    def test_monitor_that_saw_a_run_is_shown(self):
         monitor = LoadMonitor()
         monitor.training.first_record = LoadRecord(1, BEFORE, {}, {})
         monitor.validation.load = layer_loads(AFTER)
-        text = shown(run_report(SUMMARY, monitor, tmp_path))
+        text = shown(run_report(SUMMARY, monitor))
         assert "first step → validation" in text
+        assert "3.00 → 0.00" in text
         assert "perplexity" in text
-        assert "tensorboard --logdir" in text
 
     def test_monitor_that_saw_nothing_leaves_the_headline(self):
-        text = shown(run_report(SUMMARY, LoadMonitor(), None))
+        text = shown(run_report(SUMMARY, LoadMonitor()))
+        assert text == shown(headline_table(SUMMARY))
         assert "perplexity" in text
-        assert "tensorboard" not in text

@@ -84,7 +84,7 @@ class TestSweepTable:
         assert not {"name", "model.dim"} & set(headings)
 
     def test_unknown_metric_is_refused(self, sweep):
-        with pytest.raises(ConfigError, match=r"'metric' must be one of .* got 'loss'"):
+        with pytest.raises(ConfigError, match=r"'metric' must be one of val_loss, .*, got 'loss'"):
             sweep_table(sweep, "loss")
 
 

@@ -28,6 +28,18 @@ def started(source, num_experts=8):
     return source.start(256, num_experts, torch.Generator().manual_seed(1))
 
 
+def first_violations(sizes):
+    """MaxVio of the population and of a batch at the first step, whose bias is 0."""
+    stream = Fixed().start(sizes.population, sizes.num_experts, torch.Generator().manual_seed(sizes.seed))
+    logits, drawn = stream.logits_NE().tolist(), stream.draw_N(sizes.tokens).tolist()
+    loads = [0] * sizes.num_experts, [0] * sizes.num_experts
+    for scores, times in zip(logits, drawn, strict=True):  # a sigmoid does not change the order
+        for expert in sorted(range(sizes.num_experts), key=scores.__getitem__)[-sizes.top_k :]:
+            loads[0][expert] += 1
+            loads[1][expert] += times
+    return tuple(max(load) / (sum(load) / sizes.num_experts) - 1 for load in loads)
+
+
 class TestSources:
     @sources
     @pytest.mark.parametrize("tokens", [1, 100, 10**6])
@@ -95,13 +107,16 @@ class TestTrial:
         assert sum(violations) / 50 == pytest.approx(floor, rel=0.25)
 
     @pytest.mark.parametrize("changes", [{"tokens": 256}, {"num_experts": 512, "top_k": 16}, {"top_k": 1}])
-    def test_extreme_sizes_run(self, changes):
-        assert len(try_rule(Quantile(), Fixed(), setting(**changes, steps=3)).batch) == 3
+    def test_first_step_of_extreme_sizes_is_that_by_loops(self, changes):
+        sizes = setting(**changes, steps=3)
+        trial = try_rule(Quantile(), Fixed(), sizes)
+        assert len(trial.batch) == len(trial.expected) == 3
+        assert (trial.expected[0], trial.batch[0]) == pytest.approx(first_violations(sizes))
 
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"tokens": 0}, "'tokens' must be a positive"),
+            ({"tokens": 0}, "'tokens' must be an integer >= 1, got 0."),
             ({"top_k": 8}, r"'top_k' must be < num_experts \(8\), got 8"),
         ],
     )
@@ -137,9 +152,10 @@ class TestCommand:
     @pytest.mark.parametrize(
         ("word", "message"),
         [
-            ("setting.top_k=9", "'top_k' must be < num_experts (8), got 9."),
+            ("setting.top_k=9", "'setting.top_k' must be < num_experts (8), got 9."),
             ("setting.steps=x", "'setting.steps' must be a whole number, got 'x'."),
-            ("rules.sign.rate=-1", "'rate' must be a number >= 0 or 'auto', got -1."),
+            ("rules.sign.rate=-1", "'rules.sign.rate' must be a number >= 0 or 'auto', got -1."),
+            ("rules.quantile.rate=-1", "'rules.quantile.rate' must be"),
         ],
     )
     def test_wrong_value_is_told_in_one_line(self, word, message, capsys):

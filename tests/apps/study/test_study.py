@@ -5,18 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 
 from moe_plugin.apps.data import CorpusDataModule
+from moe_plugin.apps.report import write_summary
 from moe_plugin.apps.study import budget, difficulty, imbalance, straggler_cost
 from moe_plugin.apps.study.difficulty import spearman, within_positions
 from moe_plugin.apps.study.results import read_csv
-from moe_plugin.apps.study.trained import load_run, look, runs_of
+from moe_plugin.apps.study.trained_run import load_run, look, runs_of
 from moe_plugin.errors import ConfigError
 from tests.apps.launch.small_job import WORDS, write_texts
+from tests.apps.report.test_summary import SUMMARY
 
 ROOT = Path(__file__).parents[3]
 STUDY = """experiment: smoke
@@ -104,8 +107,14 @@ class TestLook:
         )
 
     def test_folder_without_runs_is_refused(self, tmp_path):
-        with pytest.raises(ConfigError, match="must hold finished runs"):
+        with pytest.raises(
+            ConfigError, match=rf"'arm' must hold finished runs \(seed_0, ...\), got '{tmp_path}'"
+        ):
             runs_of(tmp_path)
+
+    def test_run_without_a_checkpoint_is_refused(self, tmp_path):
+        with pytest.raises(ConfigError, match=f"'run' must have a last checkpoint, got '{tmp_path}'"):
+            load_run(tmp_path)
 
 
 class TestCommands:
@@ -168,7 +177,7 @@ class TestBudget:
     def test_parts_are_means_of_logged_windows(self, tmp_path, capsys):
         run = tmp_path / "arm" / "seed_0"
         (run / "csv").mkdir(parents=True)
-        (run / "summary.json").write_text('{"target_experts_per_token": 2.0}')
+        write_summary(replace(SUMMARY, target_experts_per_token=2.0), run)
         values = [9.0, 1.0, 9.0, 3.0, 2.0, 2.2]
         rows = "".join(f"{step},{value}\n{step},\n" for step, value in enumerate(values))
         (run / "csv" / "metrics.csv").write_text("step,load/experts_per_token\n" + rows)

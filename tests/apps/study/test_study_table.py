@@ -3,8 +3,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+from matplotlib.figure import Figure
+from matplotlib.image import imread
 
-from moe_plugin.apps.study.mean_std import spread
+from moe_plugin.apps.study.markdown import spread
 from moe_plugin.apps.study.picture import draw
 from moe_plugin.apps.study.results import Result, by_arm, read_csv, write_csv
 from moe_plugin.apps.study.study_table import differences, markdown
@@ -49,5 +51,19 @@ class TestSpread:
 
 
 class TestDraw:
-    def test_picture_has_a_panel_for_each_study(self, tmp_path):
-        assert draw({"one": RUNS[:4], "two": RUNS[:4]}, tmp_path / "p.png").stat().st_size > 10_000
+    def test_dots_are_the_runs_and_their_means(self, tmp_path, monkeypatch):
+        drawn, save = [], Figure.savefig
+        monkeypatch.setattr(
+            Figure, "savefig", lambda self, *a, **k: (drawn.append(self), save(self, *a, **k))
+        )
+        path = draw({"one": RUNS[:4], "two": RUNS[2:4]}, tmp_path / "p.png")
+        # 150 pixels an inch: 9.5 wide; 0.8 and 0.24 per arm high, with two arms and one.
+        assert imread(path).shape[:2] == (round(150 * (0.8 + 2 * 0.24 + 0.8 + 0.24)), round(150 * 9.5))
+        left, right, *other = drawn[0].axes
+        assert [left.get_title(loc="left"), other[0].get_title(loc="left")] == ["one", "two"]
+        assert [label.get_text() for label in left.get_yticklabels()] == ["a (2)", "b (2)"]
+        of_a, mean_a, of_b, mean_b = (dots.get_offsets()[:, 0].tolist() for dots in right.collections)
+        # Perplexities 8 and 10 of a, 8.8 and 9 of b: the seeds' means are 8.4 and 9.5.
+        assert of_a == pytest.approx([100 * (8 / 8.4 - 1), 100 * (10 / 9.5 - 1)])
+        assert of_b == pytest.approx([100 * (8.8 / 8.4 - 1), 100 * (9 / 9.5 - 1)])
+        assert [*mean_a, *mean_b] == pytest.approx([sum(of_a) / 2, sum(of_b) / 2])

@@ -1,4 +1,4 @@
-"""Files that are either the old one or the new one, never half of one."""
+"""Files that are either old or new, never half written."""
 
 from __future__ import annotations
 
@@ -8,7 +8,12 @@ from pathlib import Path
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Put `text` at `path` in one move, also with several writers at once; the last one stays."""
+    """Write a file in one move, even with several writers at once; the last one wins.
+
+    Args:
+        path: The file.
+        text: Its content.
+    """
     with tempfile.NamedTemporaryFile(
         "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8", newline=""
     ) as file:

@@ -24,7 +24,7 @@ _OPEN_GROUPS_NAMES = ("top_k_groups", "topk_group", "topk_groups")
 
 
 def prepare_(model: nn.Module, precision: Precision, *, activation_checkpointing: bool) -> nn.Module:
-    """Cast a model on the meta device as Lightning's precision would, and checkpoints its layers.
+    """Cast a model on the meta device as Lightning's precision would, and checkpoint its layers.
 
     Args:
         model: Changed in place.
@@ -35,7 +35,7 @@ def prepare_(model: nn.Module, precision: Precision, *, activation_checkpointing
         ConfigError: The precision is none of those.
     """
     if precision not in get_args(Precision):
-        raise ConfigError(f"'precision' must be one of {', '.join(get_args(Precision))}, got {precision!r}.")
+        raise ConfigError("precision", f"must be one of {', '.join(get_args(Precision))}", precision)
     if precision == "bf16-true":
         model.to(torch.bfloat16)
     if activation_checkpointing:
@@ -57,14 +57,12 @@ def routed_experts(model: nn.Module) -> list[RoutedExperts]:
     """
     routed = find_routed_experts(model)
     if not routed:
-        raise ConfigError(
-            f"'model' must be a mixture of experts, got {type(model).__name__} without experts."
-        )
+        raise ConfigError("model", "must be a mixture of experts", type(model).__name__)
     return routed
 
 
 def selection_of(model: nn.Module) -> Selection:
-    """How the routers choose, from the first expert layer and the groups that any module or configuration names."""
+    """Return how routers choose: by the first expert layer, and the groups that a module or configuration names."""
     routed = routed_experts(model)[0]
     groups = _first_number(model, GROUP_COUNT_NAMES)
     opened = _first_number(model, _OPEN_GROUPS_NAMES)
@@ -72,18 +70,23 @@ def selection_of(model: nn.Module) -> Selection:
 
 
 def expert_share(model: nn.Module, forward_flops: int) -> float:
-    """Return the part of a forward's operations that are products with weights of routed experts."""
+    """Return the share of products with weights of routed experts in a forward.
+
+    Args:
+        model: On the meta device.
+        forward_flops: All operations of a token's forward.
+    """
     routed = find_routed_experts(model)
     return sum(matmul_flops(e.module, []) * e.top_k // e.num_experts for e in routed) / forward_flops
 
 
 def bias_count_bytes(routed: Iterable[RoutedExperts]) -> int:
-    """Return bytes of the one all-reduce of `BalancedModel.update`: the tallies of all layers, int64."""
+    """Return the bytes of the one all-reduce of `BalancedModel.update`: the counts of all layers, int64."""
     return 8 * sum(experts.num_experts + EXTRA_SLOTS for experts in routed)
 
 
 def width_of(model: nn.Module) -> int:
-    """Return width of hidden states: that of the largest embedding."""
+    """Return the width of hidden states: that of the largest embedding."""
     embeddings = [module for module in model.modules() if isinstance(module, nn.Embedding)]
     return max(embeddings, key=lambda embedding: embedding.num_embeddings).embedding_dim
 

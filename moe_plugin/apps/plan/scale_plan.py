@@ -10,7 +10,7 @@ from moe_plugin.apps.plan.cluster import Cluster
 from moe_plugin.apps.plan.exchange import RowExchange, row_exchange
 from moe_plugin.apps.plan.layouts import DistributedDataParallel, ExpertParallel, FullySharded, Layout
 from moe_plugin.apps.plan.memory import RankMemory, largest_that_fits
-from moe_plugin.apps.plan.model import autocast_of, bias_count_bytes, expert_share, routed_experts
+from moe_plugin.apps.plan.meta_model import autocast_of, bias_count_bytes, expert_share, routed_experts
 from moe_plugin.apps.plan.steps import Steps, spread_steps, whole_steps
 from moe_plugin.apps.plan.traffic import Transfer
 from moe_plugin.apps.plan.workload import Workload
@@ -20,14 +20,14 @@ LAYOUTS = ("ddp", "fsdp", "ep")
 
 @dataclass(frozen=True)
 class LayoutPlan:
-    """A layout in numbers.
+    """What a step takes on one layout.
 
     Attributes:
-        memory: Of a rank, at the worst moment of a step with the micro-batch asked for.
-        fits: Whether it is within the device's memory.
+        memory: Memory of a rank, at the worst moment of a step with the micro-batch asked for.
+        fits: Whether that is within the device's memory.
         largest_micro_batch: Sequences per rank that fit; 0 if none does.
         traffic: All collectives of a step.
-        communication_seconds: What the links need for them at least, if nothing overlaps.
+        communication_seconds: Least time that the links need for them, if nothing overlaps.
     """
 
     memory: RankMemory
@@ -39,7 +39,7 @@ class LayoutPlan:
 
 @dataclass(frozen=True)
 class Imbalance:
-    """What an uneven load costs with experts spread over ranks.
+    """Cost of an uneven load with experts spread over ranks.
 
     Attributes:
         max_violation: MaxVio per rank: (rows of the busiest rank - mean) / mean.
@@ -54,16 +54,16 @@ class Imbalance:
 
 @dataclass(frozen=True)
 class ScalePlan:
-    """All of it.
+    """The plan of a model on a cluster.
 
     Attributes:
         parameters: Parameters of the model.
-        active_parameters: Those that take part for one token.
-        compute_seconds: Operations of a step, recomputation included, at the device's peak.
+        active_parameters: Those that one token uses.
+        compute_seconds: Time of a step's operations, recomputation included, at the device's peak.
         expert_share: Operations of routed experts among all of a forward: f in `Imbalance`.
         layouts: By name.
         exchange: Rows between ranks under `ep`; None without it.
-        imbalance: Under `ep`.
+        imbalance: Costs under `ep`.
     """
 
     parameters: int
@@ -78,7 +78,7 @@ class ScalePlan:
 def make_plan(
     work: Workload, cluster: Cluster, layouts: Sequence[str], max_violations: Sequence[float]
 ) -> ScalePlan:
-    """Plan a workload on a cluster. Nothing is allocated; a trace takes some milliseconds per layer.
+    """Plan a workload on a cluster without allocating it; a trace takes some milliseconds per layer.
 
     Args:
         work: What is to be trained.

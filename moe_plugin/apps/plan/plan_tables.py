@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import asdict, fields
 from typing import Any
 
@@ -11,7 +12,7 @@ from rich.table import Table
 from moe_plugin.apps.plan.cluster import Cluster
 from moe_plugin.apps.plan.exchange import RowExchange
 from moe_plugin.apps.plan.memory import RankMemory
-from moe_plugin.apps.plan.plan import ScalePlan
+from moe_plugin.apps.plan.scale_plan import ScalePlan
 from moe_plugin.apps.plan.traffic import Transfer
 from moe_plugin.apps.plan.workload import Workload
 
@@ -31,7 +32,7 @@ def plan_tables(plan: ScalePlan, cluster: Cluster, work: Workload) -> Group:
 
 
 def as_json(plan: ScalePlan, cluster: Cluster, work: Workload) -> dict[str, Any]:
-    """Return the plan, what it is for, and what follows from its fields, as plain values."""
+    """Return the plan, what it is for, and what follows from its fields, as plain values; see `plan_tables`."""
     written = asdict(plan)
     for name, layout in plan.layouts.items():
         written["layouts"][name]["memory"]["total"] = layout.memory.total
@@ -51,10 +52,8 @@ def _memory_table(plan: ScalePlan, cluster: Cluster, work: Workload) -> Table:
     title = f"A step of {work.micro_batch} x {work.sequence_length} tokens per rank, {work.precision}" + (
         ", layers checkpointed" if work.activation_checkpointing else ""
     )
-    table = Table(title=title, caption=_caption(plan, cluster), caption_justify="left", title_justify="left")
-    table.add_column("Memory of a rank, GiB")
-    for name in plan.layouts:
-        table.add_column(name, justify="right")
+    table = _table(title, ["Memory of a rank, GiB"], plan.layouts)
+    table.caption, table.caption_justify = _caption(plan, cluster), "left"
     memories = [layout.memory for layout in plan.layouts.values()]
     for field in fields(RankMemory):
         table.add_row(field.name, *(_gib(getattr(memory, field.name)) for memory in memories))
@@ -76,12 +75,8 @@ def _caption(plan: ScalePlan, cluster: Cluster) -> str:
 
 
 def _traffic_table(plan: ScalePlan, cluster: Cluster) -> Table:
-    table = Table(title="What a rank sends in a step", title_justify="left")
-    table.add_column("layout")
-    table.add_column("for")
-    table.add_column("collective")
-    for name in ("ranks", "calls", "GiB within node", "GiB to other nodes", "seconds, at least"):
-        table.add_column(name, justify="right")
+    numbers = ("ranks", "calls", "GiB within node", "GiB to other nodes", "seconds, at least")
+    table = _table("What a rank sends in a step", ("layout", "for", "collective"), numbers)
     for name, layout in plan.layouts.items():
         for transfer in layout.traffic:
             table.add_row(
@@ -100,11 +95,8 @@ def _traffic_table(plan: ScalePlan, cluster: Cluster) -> Table:
 
 
 def _exchange_table(exchange: RowExchange, cluster: Cluster) -> Table:
-    nodes = cluster.expert_group.nodes
-    table = Table(title=f"Expert rows from a rank to other nodes (experts on {nodes})", title_justify="left")
-    table.add_column("way")
-    table.add_column("GiB", justify="right")
-    table.add_column("nodes per token", justify="right")
+    title = f"Expert rows from a rank to other nodes (experts on {cluster.expert_group.nodes})"
+    table = _table(title, ["way"], ["GiB", "nodes per token"])
     free, limited = exchange.nodes_per_token_without_limit, exchange.nodes_per_token
     table.add_row("a row per expert (this library)", _gib(exchange.inter_node), f"{limited:.2f}")
     table.add_row("a row per node, no node limit", _gib(exchange.inter_node_once), f"{free:.2f}")
@@ -116,13 +108,19 @@ def _exchange_table(exchange: RowExchange, cluster: Cluster) -> Table:
 
 def _imbalance_table(plan: ScalePlan) -> Table:
     title = f"Uneven load under ep (experts are {plan.expert_share:.0%} of a forward's operations)"
-    table = Table(title=title, title_justify="left")
-    table.add_column("MaxVio per rank")
-    table.add_column("throughput", justify="right")
-    table.add_column("largest micro-batch", justify="right")
+    table = _table(title, ["MaxVio per rank"], ["throughput", "largest micro-batch"])
     for row in plan.imbalance:
         largest = str(row.largest_micro_batch or "none")
         table.add_row(f"{row.max_violation:g}", f"{row.throughput:.3f}", largest)
+    return table
+
+
+def _table(title: str, texts: Iterable[str], numbers: Iterable[str]) -> Table:
+    table = Table(title=title, title_justify="left")
+    for name in texts:
+        table.add_column(name)
+    for name in numbers:
+        table.add_column(name, justify="right")
     return table
 
 

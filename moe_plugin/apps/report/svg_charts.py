@@ -1,18 +1,19 @@
-"""Small charts as SVG text, coloured by the page's own variables, so that they follow its light or dark theme."""
+"""Small charts as SVG text, coloured by the page's variables, so they follow its light or dark theme."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from html import escape
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 520, 240, 52, 34, 10
 COLORS = 6
 POINTS = 400
-"""A line has at most so many points: more cannot be seen."""
+"""The most points of a line: more cannot be seen."""
 
 LABELLED = 12
-"""More points than these have their names on hovering only."""
+"""If there are more points, their names show on hovering only."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +27,12 @@ class Line:
 
 
 def line_chart(lines: Sequence[Line], x_title: str) -> str:
-    """Return lines over a common x-axis; the logarithm of y if the largest is over twenty times the smallest."""
+    """Return lines over a common x-axis; y is logarithmic if the largest is over twenty times the smallest.
+
+    Args:
+        lines: The lines; NaN and infinity are left out.
+        x_title: Title of the x-axis.
+    """
     drawn = [_thinned(line) for line in lines if line.ys]
     if not drawn:
         return ""
@@ -42,7 +48,7 @@ def _path(frame: _Frame, line: Line) -> str:
 
 
 def scatter_chart(points: Sequence[Line], x_title: str) -> str:
-    """Named points."""
+    """Return named points; see `line_chart`."""
     drawn = [point for point in points if point.ys]
     if not drawn:
         return ""
@@ -55,7 +61,7 @@ def scatter_chart(points: Sequence[Line], x_title: str) -> str:
         )
         anchor, shift = ("end", -8) if x > WIDTH * 0.7 else ("start", 8)
         label = f'<text class="label" x="{x + shift:.1f}" y="{y + 4:.1f}" text-anchor="{anchor}">'
-        dots.append(f"{label}{_escape(point.name)}</text>" if len(drawn) <= LABELLED else "")
+        dots.append(f"{label}{escape(point.name)}</text>" if len(drawn) <= LABELLED else "")
     return _svg(frame, x_title, dots)
 
 
@@ -103,13 +109,18 @@ def _svg(frame: _Frame, x_title: str, marks: Sequence[str]) -> str:
             f'<text class="tick" x="{x:.1f}" y="{HEIGHT - 18}" text-anchor="middle">{value:g}</text>'
         )
     title = (
-        f'<text class="tick" x="{WIDTH / 2}" y="{HEIGHT - 3}" text-anchor="middle">{_escape(x_title)}</text>'
+        f'<text class="tick" x="{WIDTH / 2}" y="{HEIGHT - 3}" text-anchor="middle">{escape(x_title)}</text>'
     )
     return "".join([*parts, title, *marks, "</svg>"])
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Return three to eight round numbers within a range."""
+    """Return three to eight round numbers within a range.
+
+    Args:
+        low: Its start.
+        high: Its end.
+    """
     step = 10.0 ** math.floor(math.log10((high - low) / 4))
     step *= next((factor for factor in (5, 2) if (high - low) / (factor * step) >= 3), 1)
     first, last = math.ceil(low / step), math.floor(high / step)
@@ -117,7 +128,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def _hover(line: Line) -> str:
-    return f"<title>{_escape(line.name)}</title>"
+    return f"<title>{escape(line.name)}</title>"
 
 
 def _thinned(line: Line) -> Line:
@@ -127,7 +138,3 @@ def _thinned(line: Line) -> Line:
     if pairs and kept[-1] != pairs[-1]:
         kept.append(pairs[-1])
     return Line(line.name, [x for x, _ in kept], [y for _, y in kept], line.color)
-
-
-def _escape(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;").replace('"', "&quot;")

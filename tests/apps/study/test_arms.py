@@ -5,7 +5,7 @@ import pytest
 from moe_plugin.apps.launch.command import quote_option
 from moe_plugin.apps.launch.compose import compose_jobs
 from moe_plugin.apps.launch.validate_config import check
-from moe_plugin.apps.study.plan import read_study, study_folder
+from moe_plugin.apps.study.arms import read_study, study_folder
 from moe_plugin.errors import ConfigError
 
 NAMES = sorted(path.stem for path in study_folder().glob("*.yaml"))
@@ -23,7 +23,10 @@ class TestReadStudy:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("experiment: study\nseeds: 1\n", "must have the keys arms, experiment, reference, seeds"),
+            (
+                "experiment: study\nseeds: 1\n",
+                "'study' must have the keys arms, experiment, reference, seeds, and .arms",
+            ),
             (
                 "experiment: x\nseeds: 1\nreference: b\narms: {a: []}",
                 "'reference' must name arms .a., got 'b'",
@@ -41,7 +44,7 @@ class TestReadStudy:
             read_study(str(path))
 
     def test_unknown_study_is_told_which_there_are(self):
-        with pytest.raises(ConfigError, match="balancing"):
+        with pytest.raises(ConfigError, match=r"'study' must be one of .*balancing.*, got 'no_such'"):
             read_study("no_such")
 
 

@@ -1,4 +1,4 @@
-"""From a word on the command line to a model without storage, and the biases that were saved for it."""
+"""From a word on the command line to a model without storage, and its saved biases."""
 
 from __future__ import annotations
 
@@ -19,59 +19,51 @@ def inspect_source(word: str) -> Inspection:
     """Inspect what a word names.
 
     Args:
-        word: A checkpoint of a run of ours; `package.module:function` that returns a model; or a folder, a
+        word: A checkpoint of a run; `package.module:function` that returns a model; or a folder, a
             `config.json`, a model type or a name on the hub of transformers.
 
     Raises:
         ConfigError: If it names nothing that can be inspected.
     """
     if Path(word).suffix == ".ckpt":
-        return of_checkpoint(Path(word))
+        return _of_checkpoint(Path(word))
     if ":" in word:
-        return inspect_model(from_function(word))
-    return of_transformers(word)
+        return inspect_model(_from_function(word))
+    return _of_transformers(word)
 
 
-def of_checkpoint(path: Path) -> Inspection:
-    """Inspect the model of a run's checkpoint, with the biases saved in it.
-
-    Raises:
-        ConfigError: If it is no checkpoint of a run with its `config.yaml`.
-    """
+def _of_checkpoint(path: Path) -> Inspection:
+    """Inspect the model of a run's checkpoint, with the biases saved in it."""
     from omegaconf import DictConfig, OmegaConf
 
     from moe_plugin.apps.launch.build import build_model_on_meta
 
     source = path.resolve().parent.parent / "config.yaml"
     if not path.is_file() or not source.is_file():
-        raise ConfigError(
-            f"'WHAT' must be a checkpoint file in a run's folder, two levels below its config.yaml, got {str(path)!r}. "
-            "For a model of your own give 'package.module:function', or call inspect_model() on it."
-        )
+        rule = "must be a checkpoint file in a run's folder, two levels below its config.yaml"
+        fix = "For your own model give 'package.module:function', or call inspect_model() on it."
+        raise ConfigError("WHAT", rule, str(path), fix)
     config = OmegaConf.load(source)
     assert isinstance(config, DictConfig)
     inspection = inspect_model(build_model_on_meta(config))
-    return inspection.with_biases(saved_biases(read_checkpoint(path), inspection))
+    return inspection.with_biases(saved_biases(_read_checkpoint(path), inspection))
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return what Lightning saved, its tensors still on disk.
-
-    It may run code of whoever wrote the file, as any Lightning checkpoint may.
-
-    Raises:
-        ConfigError: If it is no such file.
-    """
+def _read_checkpoint(path: Path) -> dict[str, Any]:
+    """Return what Lightning saved, its tensors still on disk; like any such checkpoint it may run code."""
     try:
         return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
     except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ConfigError(
-            f"'WHAT' must be a Lightning checkpoint, got {str(path)!r}: {str(error).splitlines()[0]}"
-        ) from error
+        raise ConfigError("WHAT", "must be a Lightning checkpoint", str(path), _reason(error)) from error
 
 
 def saved_biases(checkpoint: Mapping[str, Any], inspection: Inspection) -> dict[str, Tensor]:
-    """Return the bias of each router: from the balancing callback's state, or from the model's own weights."""
+    """Return the bias of each router, from the balancing callback's state or the model's own weights.
+
+    Args:
+        checkpoint: What Lightning saved.
+        inspection: The routers.
+    """
     weights = checkpoint.get("state_dict", {})
     biases = {site.name: weights[site.bias_key] for site in inspection.sites if site.bias_key in weights}
     for state in checkpoint.get("callbacks", {}).values():
@@ -80,47 +72,36 @@ def saved_biases(checkpoint: Mapping[str, Any], inspection: Inspection) -> dict[
     return biases
 
 
-def from_function(word: str) -> nn.Module:
-    """Call `package.module:function` on the meta device.
-
-    Raises:
-        ConfigError: If there is no such function, or it returns no module.
-    """
+def _from_function(word: str) -> nn.Module:
     module, _, name = word.partition(":")
     try:
         build = getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
-            f"'WHAT' must name a function that can be imported, got {word!r}: {error}"
+            "WHAT", "must name a function that can be imported", word, _reason(error)
         ) from error
     with torch.device("meta"):
         model = build()
     if not isinstance(model, nn.Module):
-        raise ConfigError(
-            f"'WHAT' must name a function that returns a module, got {type(model).__name__} from {word!r}."
-        )
+        fix = f"It returned {type(model).__name__}."
+        raise ConfigError("WHAT", "must name a function that returns a module", word, fix)
     return model
 
 
-def of_transformers(word: str) -> Inspection:
-    """Inspect a model of transformers from its configuration, with the biases of a folder's safetensors files.
-
-    Raises:
-        ConfigError: If transformers is missing or does not know the name, or has no model for the configuration.
-    """
+def _of_transformers(word: str) -> Inspection:
+    """Inspect a model of transformers from its configuration, with the biases of a folder's safetensors files."""
     try:
         from transformers import AutoModel, AutoModelForCausalLM
     except ImportError as error:
-        raise ConfigError(f"'WHAT' {word!r} needs transformers: pip install 'moe_plugin[hf]'.") from error
+        fix = "Install transformers: pip install 'moe_plugin[hf]'."
+        raise ConfigError("WHAT", "must be a checkpoint or package.module:function", word, fix) from error
     config = _config(word)
     kind = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
     try:
         with torch.device("meta"):
             model = kind.from_config(config)
     except ValueError as error:
-        raise ConfigError(
-            f"'WHAT' must have a model class in transformers, got {word!r}: {str(error).splitlines()[0]}"
-        ) from error
+        raise ConfigError("WHAT", "must have a model class in transformers", word, _reason(error)) from error
     inspection = inspect_model(model)
     folder = Path(word)
     return inspection.with_biases(_stored_biases(folder, inspection)) if folder.is_dir() else inspection
@@ -134,10 +115,13 @@ def _config(word: str) -> Any:
     try:
         return AutoConfig.from_pretrained(word)
     except (OSError, ValueError) as error:
-        raise ConfigError(
-            f"'WHAT' must be a .ckpt file, package.module:function, or a folder, config.json, model type or name of "
-            f"transformers, got {word!r}: {str(error).splitlines()[0]}"
-        ) from error
+        known = "a .ckpt file, package.module:function, or a folder, config.json, model type or name of transformers"
+        raise ConfigError("WHAT", f"must be {known}", word, _reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of an error as a sentence."""
+    return f"{(str(error) or type(error).__name__).splitlines()[0].rstrip('.')}."
 
 
 def _stored_biases(folder: Path, inspection: Inspection) -> dict[str, Tensor]:

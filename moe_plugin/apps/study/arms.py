@@ -11,16 +11,16 @@ from omegaconf import OmegaConf
 from moe_plugin.apps.launch.compose import conf_dir
 from moe_plugin.errors import ConfigError
 
-KEYS = {"experiment", "seeds", "reference", "arms"}
-OPTIONAL_KEYS = {"fewer_seeds"}
+_KEYS = {"experiment", "seeds", "reference", "arms"}
+_OPTIONAL_KEYS = {"fewer_seeds"}
 
 
 @dataclass(frozen=True)
 class Arm:
-    """One thing that is compared.
+    """One of the things that a study compares.
 
     Attributes:
-        name: How tables call it; also its folder.
+        name: Its name in tables; also its folder.
         overrides: What it changes in the study's experiment.
         seeds: It runs with seeds 0 to this - 1.
     """
@@ -47,7 +47,7 @@ class Study:
     arms: tuple[Arm, ...]
 
     def runs(self) -> Iterator[tuple[Arm, int]]:
-        """Yield all arms with the first seed, then all with the next: every moment gives a matched comparison."""
+        """Yield all arms with the first seed, then all with the next, so runs can be compared at any time."""
         for seed in range(max(arm.seeds for arm in self.arms)):
             yield from ((arm, seed) for arm in self.arms if seed < arm.seeds)
 
@@ -69,18 +69,23 @@ def read_study(name: str) -> Study:
     path = Path(name) if name.endswith(".yaml") else study_folder() / f"{name}.yaml"
     if not path.exists():
         known = ", ".join(sorted(file.stem for file in study_folder().glob("*.yaml")))
-        raise ConfigError(f"'study' must be one of {known}, or a YAML file; got {name!r}.")
+        raise ConfigError("study", f"must be one of {known}, or a YAML file", name)
     read = OmegaConf.to_container(OmegaConf.load(path))
-    if not isinstance(read, dict) or set(read) - OPTIONAL_KEYS != KEYS or not isinstance(read["arms"], dict):
+    if (
+        not isinstance(read, dict)
+        or set(read) - _OPTIONAL_KEYS != _KEYS
+        or not isinstance(read["arms"], dict)
+    ):
         raise ConfigError(
-            f"A study must have the keys {', '.join(sorted(KEYS))}, and 'arms' by name; see {path}."
+            "study",
+            f"must have the keys {', '.join(sorted(_KEYS))}, and 'arms' by name",
+            list(read or ()),
+            f"See {path}.",
         )
     fewer = read.get("fewer_seeds", {})
     for key, names in (("reference", {read["reference"]}), ("fewer_seeds", set(fewer))):
         if unknown := sorted(names - set(read["arms"])):
-            raise ConfigError(
-                f"'{key}' must name arms ({', '.join(read['arms'])}), got {unknown[0]!r} in {path}."
-            )
+            raise ConfigError(key, f"must name arms ({', '.join(read['arms'])})", unknown[0], f"See {path}.")
     arms = tuple(
         Arm(name, tuple(overrides), fewer.get(name, read["seeds"]))
         for name, overrides in read["arms"].items()

@@ -26,7 +26,12 @@ class Weight(NamedTuple):
     is_trained: bool
 
     def shard(self, ranks: int, *, by_width: bool) -> int:
-        """Bytes of the largest shard: FSDP2 splits a dimension into equal parts, of which the last may be missing."""
+        """Return the bytes of the largest shard: FSDP2 splits a dimension into equal parts; the last may be empty.
+
+        Args:
+            ranks: Ranks that it is split over.
+            by_width: Whether to split the second dimension if its size allows.
+        """
         width = by_width and self.shape[1] % ranks == 0
         rows = self.shape[1 if width else 0]
         return self.size // rows * -(-rows // ranks)
@@ -37,7 +42,7 @@ class Unit:
     """A part of a model that `fully_shard` is called on.
 
     Attributes:
-        weights: Its parameters, without those of units inside of it.
+        weights: Its parameters, without those of units inside it.
         by_width: Whether the second dimension is split if it can be, as that of experts is.
     """
 
@@ -55,17 +60,17 @@ class Unit:
         return sum(weight.size for weight in self.weights if weight.is_trained)
 
     def shard(self, ranks: int) -> int:
-        """Return bytes of the largest shard."""
+        """Return the bytes of the largest shard."""
         return sum(weight.shard(ranks, by_width=self.by_width) for weight in self.weights)
 
     def trained_shard(self, ranks: int) -> int:
-        """Return bytes of the largest shard of the parameters that have gradients."""
+        """Return the bytes of the largest shard of the parameters that have gradients."""
         trained = (weight for weight in self.weights if weight.is_trained)
         return sum(weight.shard(ranks, by_width=self.by_width) for weight in trained)
 
 
 def modules_of_units(model: nn.Module, experts: Sequence[nn.Module] = ()) -> list[nn.Module]:
-    """Return the model and its layers, of which `shard_` makes units, and experts that are units of their own.
+    """Return the modules that are units: the model and its layers, as in `shard_`, and experts.
 
     Args:
         model: Any model.
@@ -75,7 +80,12 @@ def modules_of_units(model: nn.Module, experts: Sequence[nn.Module] = ()) -> lis
 
 
 def units_of(modules: Sequence[nn.Module], experts: Sequence[nn.Module] = ()) -> list[Unit]:
-    """The units of `modules_of_units`: a parameter belongs to the last that holds it, selection biases to none."""
+    """Return the units of `modules_of_units`: a parameter belongs to the last that holds it, selection biases to none.
+
+    Args:
+        modules: What `modules_of_units` returns.
+        experts: See `modules_of_units`.
+    """
     biases = {p for name, p in modules[0].named_parameters() if name.rpartition(".")[2] in BIAS_NAMES}
     owner = {p: number for number, module in enumerate(modules) for p in module.parameters()}
     return [

@@ -1,4 +1,4 @@
-"""One run of a study in a process of its own, forked so that it need not import everything anew."""
+"""One run of a study in its own process, a fork that need not import everything again."""
 
 from __future__ import annotations
 
@@ -15,27 +15,27 @@ LOG_FILE, COMMIT_FILE = "log.txt", "commit.txt"
 
 
 def is_finished(folder: Path) -> bool:
-    """Return whether a run has come to its end."""
+    """Return whether a run is finished."""
     return (folder / SUMMARY_FILE).exists()
 
 
 def run_in_child(words: Sequence[str], folder: Path) -> bool:
-    """Trains, with what it prints in the folder's ``log.txt``.
+    """Train in a child process, which prints to the folder's ``log.txt``.
 
-    The child is a copy of this process before any training, so that runs don't depend on those before them. What it
-    imports is there already. An interrupted run goes on from its last checkpoint.
+    The child is a copy of this process before any training, so runs do not depend on earlier ones. An interrupted run
+    continues from its last checkpoint.
 
     Args:
         words: The command line of ``moe-train`` without the run's folder.
-        folder: The run's.
+        folder: The run's folder.
 
     Returns:
-        Whether it came to its end.
+        Whether the run is finished.
     """
     import moe_plugin.apps.launch.train_job  # noqa: F401 (for the child, which finds torch and Lightning imported)
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / COMMIT_FILE).write_text(commit() + "\n")
+    (folder / COMMIT_FILE).write_text(_commit() + "\n")
     child = multiprocessing.get_context("fork").Process(
         target=_train, args=([*words, f"hydra.run.dir={folder}"], folder)
     )
@@ -44,8 +44,8 @@ def run_in_child(words: Sequence[str], folder: Path) -> bool:
     return child.exitcode == 0 and is_finished(folder)
 
 
-def commit() -> str:
-    """The commit of the code that runs, with a + where files differ from it; empty where there is no repository."""
+def _commit() -> str:
+    """Return the commit of the code that runs, with a + if files differ from it; empty without a repository."""
     words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
     try:
         return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()

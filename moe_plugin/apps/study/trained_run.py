@@ -1,4 +1,4 @@
-"""A run's model as it was at its end, and what its routers select on given batches.
+"""A run's model at the end of training, and what its routers select on given batches.
 
 Shape legend: T tokens, K experts selected per token at most, B batch, S sequence, L MoE layers, E experts.
 """
@@ -18,9 +18,10 @@ from torch import Tensor
 
 from moe_plugin.apps.data import CorpusDataModule
 from moe_plugin.apps.launch.build import build_data, build_model
+from moe_plugin.apps.launch.last_checkpoint import LAST, find_checkpoint
 from moe_plugin.apps.models.language_model import TokenModel
+from moe_plugin.apps.study.child_run import is_finished
 from moe_plugin.apps.study.results import SEED_PREFIX, seed_of
-from moe_plugin.apps.study.run import is_finished
 from moe_plugin.attach.balance import balance_
 from moe_plugin.attach.balanced_model import BalancedModel
 from moe_plugin.attach.selection import Selection
@@ -28,7 +29,6 @@ from moe_plugin.attach.site import Site
 from moe_plugin.errors import ConfigError
 
 Batch = dict[str, Tensor]
-CHECKPOINT = Path("checkpoints", "last.ckpt")
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,8 @@ class Trained:
 
     Attributes:
         model: In training mode.
-        balanced: Its routers, with the biases and the rule of the run; without a rule if the run had none.
-        data: Ready to be read.
+        balanced: Its routers, with the biases of the run, and its rule if it had one.
+        data: Its data module, set up.
         sequences_seen: Training sequences of the run.
     """
 
@@ -48,13 +48,18 @@ class Trained:
     sequences_seen: int
 
     def next_batches(self, skip: int, number: int) -> list[Batch]:
-        """Return batches as training would have gone on with, after leaving some out."""
+        """Return the batches that training would have continued with.
+
+        Args:
+            skip: Batches to leave out first.
+            number: Batches to return.
+        """
         loader = self.data.train_dataloader()
         loader.batch_sampler.seek(0, self.sequences_seen + skip * self.data.batch_size)
         return list(islice(loader, number))
 
     def held_out(self, tokens: int) -> list[Batch]:
-        """Return validation batches of so many tokens."""
+        """Return validation batches that hold this many tokens."""
         return list(
             islice(self.data.val_dataloader(), tokens // self.data.context_length // self.data.val_batch_size)
         )
@@ -66,11 +71,12 @@ def load_run(folder: Path) -> Trained:
     Raises:
         ConfigError: There is none.
     """
-    if not (folder / CHECKPOINT).exists():
-        raise ConfigError(f"A run must have {CHECKPOINT}; {folder} has none.")
+    checkpoint = find_checkpoint(LAST, folder)
+    if checkpoint is None:
+        raise ConfigError("run", "must have a last checkpoint", str(folder))
     config = OmegaConf.load(folder / "config.yaml")
     assert isinstance(config, DictConfig)
-    saved = torch.load(folder / CHECKPOINT, map_location="cpu", weights_only=False)
+    saved = torch.load(checkpoint, map_location="cpu", weights_only=False)
     model, data = build_model(config), build_data(config)
     assert isinstance(model, TokenModel)
     assert isinstance(data, CorpusDataModule)
@@ -91,12 +97,12 @@ def runs_of(arm: Path) -> dict[int, Path]:
     """
     runs = {seed_of(folder): folder for folder in arm.glob(f"{SEED_PREFIX}*") if is_finished(folder)}
     if not runs:
-        raise ConfigError(f"An arm's folder must hold finished runs ({SEED_PREFIX}0, ...); {arm} holds none.")
+        raise ConfigError("arm", f"must hold finished runs ({SEED_PREFIX}0, ...)", str(arm))
     return dict(sorted(runs.items()))
 
 
 class _Seen:
-    """Keeps what one site selects."""
+    """What one site selects."""
 
     def __init__(self) -> None:
         self.ids: list[Tensor] = []
@@ -110,6 +116,10 @@ class _Seen:
 @torch.no_grad()
 def look(trained: Trained, batches: Iterable[Batch]) -> tuple[dict[str, Tensor], Tensor]:
     """Run the model over batches in evaluation mode.
+
+    Args:
+        trained: The run.
+        batches: Batches of its data.
 
     Returns:
         By router the selected experts of each token, int64 (T, K), -1 where a token does not use one; and the
@@ -135,11 +145,11 @@ def _observed(sites: BalancedModel, seen: dict[str, _Seen]) -> Iterator[None]:
 
 
 def counts_of(ids_TK: Tensor, site: Site) -> Tensor:
-    """Return tokens per routed expert; int64 (E,)."""
+    """Return tokens per routed expert from the selections of a router, see `look`; int64 (E,)."""
     used = ids_TK[(ids_TK >= 0) & (ids_TK < site.num_routed)]
     return torch.bincount(used, minlength=site.num_routed)
 
 
 def in_batches(ids_TK: Tensor, tokens: int) -> Iterator[Tensor]:
-    """Yield the selections of so many tokens each, the last incomplete batch left out."""
+    """Yield selections, see `look`, of this many tokens each; an incomplete last part is left out."""
     yield from (part for part in ids_TK.split(tokens) if len(part) == tokens)

@@ -22,19 +22,19 @@ class _Storage(NamedTuple):
 
 
 class _Event(NamedTuple):
-    kind: Kind | None  # None: a storage is made (sign 1) or let go of (sign -1).
+    kind: Kind | None  # None: a storage is made (sign 1) or freed (sign -1).
     number: int  # Of the storage, or of the unit.
     sign: int = 0
 
 
 class LiveBytes(TorchDispatchMode):
-    """Watches storages from the operation that makes them until nobody holds them."""
+    """A watch on storages, from the operation that makes them until they are freed."""
 
     def __init__(self, model: nn.Module, units: Sequence[nn.Module], vocab_size: int) -> None:
-        """Hooks into the model.
+        """Register hooks in the model.
 
         Args:
-            model: Its parameters and buffers are not counted, and gradients are let go of once they are complete.
+            model: Its parameters and buffers are not counted, and gradients are freed once they are complete.
             units: Parts of it to be marked; a parameter belongs to the last of them that holds it.
             vocab_size: Width of logits.
         """
@@ -50,7 +50,7 @@ class LiveBytes(TorchDispatchMode):
             self._watch_unit(number, unit)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        """Run an operation and looks at what it made."""
+        """Run an operation and look at what it made."""
         result = func(*args, **(kwargs or {}))
         for leaf in result if isinstance(result, tuple | list) else (result,):
             if isinstance(leaf, Tensor) and leaf.untyped_storage()._cdata not in self._known:
