@@ -12,7 +12,7 @@ from torch import nn
 from moe_plugin.attach.balance import balance_, find_balanced
 from moe_plugin.balancing.rules import Sign
 from tests.attach.discovery import wild_biases, wild_block, wild_calls, wild_inputs, wild_places, wild_styles
-from tests.attach.discovery.wild_block import Block, D, reference, reference_ids
+from tests.attach.discovery.wild_block import Block, D, after_sign, reference, reference_ids
 
 B, S = 3, 10
 ROWS = {"tokens": B * S, "sequences": B, "halves": 2 * B * S}
@@ -89,13 +89,9 @@ class TestWildStyles:
         balanced = balance_(model, Sign(rate=0.1))
         step(model, inputs())
         before = values_of(model)
-        biases = {name: site.bias.clone() for name, site in balanced.items()}
-        counts = {name: site.counts.double() for name, site in balanced.items()}
+        expected = {name: after_sign(site.bias, site.counts, 0.1) for name, site in balanced.items()}
         balanced.update()
-        for name, site in balanced.items():
-            signs_E = (counts[name].mean() - counts[name]).sign()
-            expected_E = biases[name] + 0.1 * (signs_E - signs_E.mean()).float()
-            torch.testing.assert_close(site.bias, expected_E)
+        torch.testing.assert_close({name: site.bias for name, site in balanced.items()}, expected)
         moved = [name for name, value in values_of(model).items() if not torch.equal(value, before[name])]
         assert [name.split(".")[-1] for name in moved] == ([block.bias_name] * 2 if block.bias_name else [])
 

@@ -83,6 +83,12 @@ def reference(block, x, bias_E):
     return block.output(x, gates_RE)
 
 
+def after_sign(bias_E, counts_E, rate):
+    """Return the bias after a step of the rule `Sign`, centred."""
+    signs_E = (counts_E.double().mean() - counts_E).sign()
+    return bias_E + rate * (signs_E - signs_E.mean()).float()
+
+
 class Wild(Block):
     """The plainest block; subclasses differ in one thing."""
 
