@@ -1,6 +1,6 @@
-"""Measures speed: `python -m benchmarks [CASE ...] [OPTION=VALUE ...]` prints tables and writes JSON.
+"""Measure speed: `python -m benchmarks [CASE ...] [OPTION=VALUE ...]` prints tables and writes JSON.
 
-Without a case it runs all of them. Each runs in a process of its own, once with the C library's memory allocator as it
+Without a case it runs all of them. Each runs in its own process, once with the C library's memory allocator as it
 is and once tuned to keep what was freed. Options, such as rounds=200, reach every named case that has them.
 """
 
@@ -26,12 +26,12 @@ from benchmarks.row import Row
 from benchmarks.table import as_table
 
 SILENT = {"KINETO_LOG_LEVEL": "6"}
-"""Keeps torch's profiler, which measures memory, from telling of every start and stop."""
+"""Keeps torch's profiler, which measures memory, from printing every start and stop."""
 CONSOLE = Console() if sys.stdout.isatty() else Console(width=150)
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the number of cases that failed."""
+    """Run the command line; returns the number of cases that failed."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks",
         description=__doc__,
@@ -66,7 +66,7 @@ def _wrong_words(names: Sequence[str], options: Mapping[str, str]) -> str | None
 
 
 def _measure(name: str, malloc: str, threads: int, options: Mapping[str, str]) -> dict[str, Any]:
-    """Runs a case in a process of its own and prints its table."""
+    """Run a case in its own process and print its table."""
     environment = os.environ | SILENT | MALLOC[malloc] | {"OMP_NUM_THREADS": str(threads)}
     words = [f"{key}={value}" for key, value in options.items()]
     before = load()

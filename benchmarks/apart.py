@@ -1,4 +1,4 @@
-"""Sides of a comparison, each in a process of its own.
+"""Sides of a comparison, each in its own process.
 
 Sides of one process share what its libraries keep. oneDNN keeps 1,024 kernels, one for each number of rows a product
 has had: a side that meets many of them would slow down the others.
@@ -26,7 +26,7 @@ class Apart:
     """Processor time that its calls took so far."""
 
     def __init__(self, build: Callable[[], Side], threads: int) -> None:
-        """Starts the process, and does not wait for the side to be built."""
+        """Start the process; does not wait until the side is built."""
         context = multiprocessing.get_context("spawn")
         self._connection, other_end = context.Pipe()
         self._process = context.Process(target=_serve, args=(build, other_end, threads), daemon=True)
@@ -34,20 +34,20 @@ class Apart:
         other_end.close()
 
     def __call__(self, given: Any) -> Any:
-        """What the side returns for this."""
+        """Return what the side returns for this."""
         return self.do(call, given)
 
     def do(self, action: Callable[[Any, Any], Any], given: Any) -> Any:
-        """What an action returns, which gets the side and what is given; see `answer`."""
+        """Return the result of an action on the side and what is given; see `answer`."""
         self.tell(action, given)
         return self.answer()
 
     def tell(self, action: Callable[[Any, Any], Any], given: Any) -> None:
-        """Lets an action begin; its `answer` must be fetched before the next."""
+        """Start an action; its `answer` must be fetched before the next."""
         self._connection.send((action, given))
 
     def answer(self) -> Any:
-        """What the action returns.
+        """Return the result of the action.
 
         Raises:
             EOFError: The process has ended; it has printed why.
@@ -57,7 +57,7 @@ class Apart:
         return result
 
     def close(self) -> None:
-        """Ends the process."""
+        """End the process."""
         self._connection.close()
         self._process.join()
 
@@ -69,7 +69,7 @@ Key = TypeVar("Key")
 def apart(
     builders: Mapping[Key, Callable[[], Side]], threads: int | None = None
 ) -> Iterator[dict[Key, Apart]]:
-    """The sides that these build, by the same names; their processes end with the block.
+    """Yield the sides that these build, by the same names; their processes end with the block.
 
     Args:
         builders: Called in the new processes.
@@ -84,7 +84,7 @@ def apart(
 
 
 def call(side: Side, given: Any) -> Any:
-    """The action that only calls the side."""
+    """Call the side: the plainest action."""
     return side(given)
 
 

@@ -22,38 +22,38 @@ from benchmarks.row import Row
 
 
 def case_names() -> list[str]:
-    """All cases."""
+    """Return the names of all cases."""
     return [module.name for module in pkgutil.iter_modules(cases.__path__)]
 
 
 def summary_of(name: str) -> str:
-    """What a case measures, in a line, and its options with their defaults."""
+    """Return in a line what a case measures, and its options with their defaults."""
     module = import_module(f"{cases.__name__}.{name}")
     options = ", ".join(f"{key}={value}" for key, value in options_of(name).items())
     return f"{(module.__doc__ or '').splitlines()[0]}" + (f"  [{options}]" if options else "")
 
 
 def options_of(name: str) -> dict[str, Any]:
-    """The options of a case, with their defaults."""
+    """Return the options of a case, with their defaults."""
     parameters = inspect.signature(_function(name)).parameters.values()
     return {parameter.name: parameter.default for parameter in parameters}
 
 
 def read_options(name: str, words: Mapping[str, str]) -> dict[str, Any]:
-    """Those of the given options that a case has, in the types of their defaults."""
+    """Return the given options that a case has, in the types of their defaults."""
     defaults = options_of(name)
     return {key: type(defaults[key])(value) for key, value in words.items() if key in defaults}
 
 
 def run_here(name: str, words: Mapping[str, str]) -> Iterator[Row]:
-    """The rows of a case."""
+    """Return the rows of a case."""
     random.seed(0)
     torch.manual_seed(0)
     return iter(_function(name)(**read_options(name, words)))
 
 
 def main(words: Sequence[str]) -> None:
-    """Writes a JSON line per row as soon as it is measured."""
+    """Write a JSON line per row as soon as it is measured."""
     name, target, threads, *options = words
     warnings.simplefilter("ignore")
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)

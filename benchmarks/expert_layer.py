@@ -42,7 +42,7 @@ class Layer:
     """One shape with its weights in every layout, and hidden states."""
 
     def __init__(self, shape: Shape, tokens: int, dtype: torch.dtype = torch.float32) -> None:
-        """Draws them, all in this dtype."""
+        """Draw weights and hidden states, all in this dtype."""
         self.shape, self.dtype = shape, dtype
         self.experts = GroupedExperts(shape.experts, D, shape.hidden).to(dtype)
         self.x_TD = torch.randn(tokens, D, dtype=dtype, requires_grad=True)
@@ -53,14 +53,14 @@ class Layer:
         self.x_PD = torch.randn(tokens * shape.top_k, D, dtype=dtype, requires_grad=True)
 
     def routing(self, pull_E: Tensor | float = 0.0) -> Routing:
-        """Random routing, drawn towards experts with a pull."""
+        """Return random routing, drawn towards experts with a pull."""
         scores_TE = torch.rand(len(self.x_TD), self.shape.experts)
         ids_TK = (scores_TE + pull_E).topk(self.shape.top_k).indices
         weights_TK = scores_TE.gather(1, ids_TK).to(self.dtype).requires_grad_()
         return Routing(weights_TK, ids_TK, scores_TE)
 
     def sides(self, *, loops: bool) -> dict[str, Callable[[Routing], Tensor]]:
-        """What is timed, by name."""
+        """Return what is timed, by name."""
         sides = {"ours": self.ours, "dense": self.dense_limit, "equal groups": self.equal_groups}
         for implementation in ("grouped_mm", *(("eager",) if loops else ())):
             sides[implementation] = self.transformers(implementation)
@@ -69,13 +69,13 @@ class Layer:
         return sides
 
     def ours(self, routing: Routing) -> Tensor:
-        """Our experts."""
+        """Run our experts."""
         return self._step(
             self.experts(self.x_TD, routing), [self.x_TD, routing.weights_TK, *self.experts.parameters()]
         )
 
     def dense_limit(self, _: Routing) -> Tensor:
-        """One SwiGLU over as many rows."""
+        """Run one SwiGLU over as many rows."""
         gate_PH, up_PH = (self.x_PD @ self.dense[0]).chunk(2, -1)
         y_PD = (functional.silu(gate_PH) * up_PH) @ self.dense[1]
         y_PD.backward(self.gradient_TD.repeat_interleave(self.shape.top_k, 0))
@@ -83,7 +83,7 @@ class Layer:
         return y_PD.detach()
 
     def equal_groups(self, _: Routing) -> Tensor:
-        """One batched product over experts with equally many rows, already sorted."""
+        """Run one batched product over experts with equally many rows, already sorted."""
         x_END = self.x_PD.view(self.shape.experts, -1, D)
         gate_ENH, up_ENH = torch.bmm(x_END, self.experts.gate_up).chunk(2, -1)
         y_END = torch.bmm(functional.silu(gate_ENH) * up_ENH, self.experts.down)
@@ -92,7 +92,7 @@ class Layer:
         return y_END.detach()
 
     def loop(self, routing: Routing) -> Tensor:
-        """Expert by expert, on the tokens that chose it."""
+        """Run expert by expert, on the tokens that chose it."""
         y_TD = torch.zeros_like(self.x_TD, dtype=torch.float32)
         projections = zip(self.experts.gate_up.unbind(0), self.experts.down.unbind(0), strict=True)
         for expert, (gate_up, down) in enumerate(projections):
@@ -104,7 +104,7 @@ class Layer:
         return self._step(y_TD.to(self.dtype), [self.x_TD, routing.weights_TK, *self.experts.parameters()])
 
     def transformers(self, implementation: str) -> Callable[[Routing], Tensor]:
-        """Qwen3-MoE's experts on the same weights."""
+        """Return Qwen3-MoE's experts on the same weights."""
         shape = self.shape
         config = Qwen3MoeConfig(
             hidden_size=D, num_experts=shape.experts, moe_intermediate_size=shape.hidden, hidden_act="silu"
@@ -132,7 +132,7 @@ class Layer:
             tensor.grad = None
 
     def give_the_same(self, results: Mapping[str, Tensor]) -> bool:
-        """Whether all that compute the routed sum agree to rounding."""
+        """Return whether all that compute the routed sum agree to rounding."""
         ours = results["ours"].float()
         others = [y for name, y in results.items() if name not in LIMITS]
         return all((y - ours).norm() < TOLERANCE[self.dtype] * ours.norm() for y in others)

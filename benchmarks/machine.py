@@ -12,14 +12,14 @@ import torch
 
 MALLOC = {
     "default": {},
-    # Freed memory is kept, so that a step does not ask the kernel for its pages again.
+    # Freed memory is kept, so a step does not ask the kernel for its pages again.
     "tuned": {"GLIBC_TUNABLES": "glibc.malloc.mmap_max=0:glibc.malloc.trim_threshold=17179869184"},
 }
 """Environment variables of each setting of the C library's allocator."""
 
 
 def describe() -> dict[str, Any]:
-    """The machine and the versions of what is measured."""
+    """Return the machine and the versions of what is measured."""
     return {
         "cpu": _cpu(),
         "cores": os.cpu_count(),
@@ -33,7 +33,7 @@ def describe() -> dict[str, Any]:
 
 
 def load() -> float:
-    """Processes that wanted to run, over the last minute."""
+    """Return the number of processes that wanted to run, over the last minute."""
     return os.getloadavg()[0]
 
 

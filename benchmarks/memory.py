@@ -11,18 +11,18 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def resident(field: str) -> int:
-    """Bytes of this process, as Linux counts them: `VmRSS` now, `VmHWM` at most so far."""
+    """Return the bytes of this process, as Linux counts them: `VmRSS` now, `VmHWM` at most so far."""
     status = Path("/proc/self/status").read_text()
     return next(1024 * int(line.split()[1]) for line in status.splitlines() if line.startswith(field))
 
 
 def peak_mib(action: Callable[[], object]) -> float:
-    """The most that tensors held at once during an action beyond what they held before it, in MiB."""
+    """Return the most that tensors held during an action beyond what they held before it, in MiB."""
     return max(held_bytes(action)) / 2**20
 
 
 def held_bytes(action: Callable[[], object]) -> list[int]:
-    """What tensors hold beyond what they held before an action: at its start, and after each of its allocations."""
+    """Return what tensors hold beyond what they held before an action: at its start, and after each allocation."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
         action()
     results: Any = recorded.profiler.kineto_results  # pyright: ignore[reportOptionalMemberAccess]

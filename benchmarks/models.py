@@ -15,17 +15,17 @@ VOCABULARY, LENGTH = 256, 256
 
 
 def tiny_model() -> LanguageModel:
-    """The model of conf/model/tiny.yaml with conf/experts/16.yaml."""
+    """Return the model of conf/model/tiny.yaml with conf/experts/16.yaml."""
     return _model(dim=128, num_layers=4, num_heads=4)
 
 
 def small_model(**changes: Any) -> LanguageModel:
-    """The model of conf/model/small.yaml with conf/experts/16.yaml."""
+    """Return the model of conf/model/small.yaml with conf/experts/16.yaml."""
     return _model(**{"dim": 384, "num_layers": 8, "num_heads": 6, "num_dense": 1} | changes)
 
 
 def random_tokens(sequences: int) -> torch.Tensor:
-    """Token ids of so many sequences, with their last targets."""
+    """Return token ids of so many sequences, with their last targets."""
     return torch.randint(0, VOCABULARY, (sequences, LENGTH + 1))
 
 

@@ -17,9 +17,9 @@ from moe_plugin.apps.models.transformer import TransformerLayer
 def as_qwen3(
     ours: LanguageModel, experts_implementation: str, attention: str = "sdpa"
 ) -> Qwen3MoeForCausalLM:
-    """The same function as `ours`, a model with softmax scores and normalised gate weights.
+    """Return the same function as `ours`, a model with softmax scores and normalised gate weights.
 
-    Qwen3's norms of queries and keys, which ours has not, are left out: they would only cost the peer time.
+    Qwen3's norms of queries and keys, which ours does not have, are left out: they would only cost the peer time.
 
     Args:
         ours: Where the weights come from.
@@ -45,7 +45,7 @@ def as_qwen3(
 def qwen3_block(
     dim: int, experts: int, top_k: int, hidden: int, experts_implementation: str
 ) -> Qwen3MoeSparseMoeBlock:
-    """Qwen3-MoE's block alone, with random weights that keep the scale of its input."""
+    """Return Qwen3-MoE's block alone, with random weights that keep the scale of its input."""
     config = Qwen3MoeConfig(
         hidden_size=dim,
         num_experts=experts,
@@ -61,7 +61,7 @@ def qwen3_block(
 
 
 def check_same_size(ours: LanguageModel, peer: nn.Module) -> None:
-    """Holds parameters and operations against each other; both counts are exact."""
+    """Compare parameters and operations; both counts are exact."""
     one, other = measure(ours), measure(peer, context_length=ours.context_length)
     for number in ("total_parameters", "active_parameters", "forward_flops_per_token"):
         assert getattr(one, number) == getattr(other, number), (number, one, other)

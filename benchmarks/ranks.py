@@ -15,7 +15,7 @@ import torch.multiprocessing as mp
 
 
 def on_ranks(ranks: int, measure: Callable[[Any], Any], settings: object, start_method: str = "spawn") -> Any:
-    """What `measure(settings)` returns on the first rank; all take the same random turns."""
+    """Return what `measure(settings)` returns on the first rank; all take the same random turns."""
     with tempfile.TemporaryDirectory() as folder:
         mp.start_processes(  # pyright: ignore[reportPrivateImportUsage]
             work, (ranks, folder, measure, settings), nprocs=ranks, start_method=start_method
@@ -24,7 +24,7 @@ def on_ranks(ranks: int, measure: Callable[[Any], Any], settings: object, start_
 
 
 def work(rank: int, ranks: int, folder: str, measure: Callable[[Any], Any], settings: object) -> None:
-    """A rank; the first one leaves what was measured in the folder."""
+    """Run a rank; the first one leaves what was measured in the folder."""
     torch.set_num_threads(1)
     random.seed(0)
     store = dist.FileStore(os.path.join(folder, "store"), ranks)  # pyright: ignore[reportPrivateImportUsage]

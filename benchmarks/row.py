@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Row:
-    """One measured number beside its peer.
+    """One measured number and its peer.
 
     Attributes:
         name: What is measured, and at which size.
@@ -16,7 +16,7 @@ class Row:
         unit: Of the value; "x" is times the peer.
         low: First quartile over the rounds.
         high: Third quartile.
-        goal: What the value should be at most; None where nothing is asked.
+        goal: What the value should be at most; None if there is no goal.
         milliseconds: Median time of one call, to place the ratio; it depends on the machine.
         memory_mib: Peak memory of one call, in MiB.
         note: Anything else, in words.

@@ -10,7 +10,7 @@ from benchmarks.row import Row
 
 
 def as_table(title: str, rows: Iterable[Row]) -> Table:
-    """The rows of a case; a goal that is missed is red."""
+    """Return the rows of a case as a table; a goal that is missed is red."""
     table = Table(title=title, title_justify="left", title_style="bold")
     for column in ("what", "value", "quartiles", "goal", "ms", "MiB", "against"):
         table.add_column(column, justify="left" if column in ("what", "against") else "right")

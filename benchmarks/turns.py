@@ -21,21 +21,21 @@ class Turns:
     seconds: Mapping[str, list[float]]
 
     def milliseconds(self, side: str) -> float:
-        """Median time of a call."""
+        """Return the median time of a call."""
         return 1e3 * statistics.median(self.seconds[side])
 
     def extra_microseconds(self, side: str, peer: str) -> float:
-        """Median over rounds of what a side takes more than its peer."""
+        """Return the median over rounds of what a side takes more than its peer."""
         return 1e6 * statistics.median(self._pairs(lambda one, other: one - other, side, peer))
 
     def ratio(self, side: str, peer: str) -> tuple[float, float, float]:
-        """Quartiles over rounds of a side's time over its peer's: first, median, third; of one round all the same."""
+        """Return the quartiles over rounds of a side's time over its peer's; one round gives three times the same."""
         ratios = self._pairs(lambda a, b: a / b, side, peer)
         low, median, high = statistics.quantiles(ratios, n=4) if len(ratios) > 1 else ratios * 3
         return low, median, high
 
     def row(self, name: str, side: str, peer: str, **more: Any) -> Row:
-        """The ratio as a row; `more` are other fields of `Row`."""
+        """Return the ratio as a row; `more` are other fields of `Row`."""
         low, median, high = self.ratio(side, peer)
         milliseconds = self.milliseconds(side)
         return Row(name, median, peer, low=low, high=high, milliseconds=milliseconds, **more)
@@ -56,10 +56,10 @@ def take_turns(
     rehearsals: int = 0,
     clock: Callable[[], float] | None = None,
 ) -> Turns:
-    """Times each side once per round.
+    """Time each side once per round.
 
     Process time leaves out what other processes do with the core, but adds up the threads of this one, waiting ones
-    too: with several threads only wall time, on an idle machine, says something.
+    too: with several threads only wall time on an idle machine means something.
 
     Args:
         sides: What to time, by name; each is called with what `fresh` returned in its round.
@@ -68,7 +68,7 @@ def take_turns(
         before: Called before each side, untimed.
         agree: Whether the results of a round, by side, are equal enough for their times to be compared.
         warm_up: Rounds before, which do not count.
-        rehearsals: Untimed calls of a side before each timed one, each with an input of its own that all sides get: for
+        rehearsals: Untimed calls of a side before each timed one, each with its own input, the same for all sides: for
             products for which oneDNN makes kernels. It keeps 1,024 of all sides together, and without rehearsals
             a side would be timed as the others have left them.
         clock: Seconds; None is process time with one thread, and wall time with several.

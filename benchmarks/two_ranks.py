@@ -1,7 +1,7 @@
 """The expert layer with its all-to-all over two gloo processes, one of which gets more rows than the other.
 
 The first rank is the full one. Its processor time is what the step would take with a core for each rank; wall time is
-told beside it, and on a machine with other work says little. f is the share of its experts in the balanced step. Shape
+reported too, and means little on a machine with other work. f is the share of its experts in the balanced step. Shape
 legend: T tokens of a rank, D model width, K experts selected per token, P = T * K pairs.
 """
 
@@ -39,7 +39,7 @@ class Size(NamedTuple):
 
 
 def layer_rows(rounds: int, tokens: int, hidden: int) -> Iterator[Row]:
-    """The step at each violation over the balanced one."""
+    """Yield the step at each violation over the balanced one."""
     worked, waited = map(Turns, on_ranks(RANKS, measure, Size(rounds, tokens, hidden)))
     share = worked.ratio("experts", PEER)[1]
     for side, violation in VIOLATIONS.items():
@@ -51,7 +51,7 @@ def layer_rows(rounds: int, tokens: int, hidden: int) -> Iterator[Row]:
 
 
 def measure(size: Size) -> tuple[dict[str, list[float]], dict[str, list[float]]]:
-    """Processor and wall seconds of this rank's steps by violation, and of its experts alone as "experts"."""
+    """Return processor and wall seconds of this rank's steps by violation, and of its experts as "experts"."""
     torch.manual_seed(dist.get_rank())
     layer, own = GroupedExperts(EXPERTS, D, size.hidden), GroupedExperts(OWN, D, size.hidden)
     parallelize_experts_(layer, init_device_mesh("cpu", (RANKS,)))
@@ -66,7 +66,7 @@ def measure(size: Size) -> tuple[dict[str, list[float]], dict[str, list[float]]]
 
 
 def by_the_clock(side: Callable[[], None], seconds: list[float]) -> Callable[[object], None]:
-    """The side as `take_turns` calls it, which adds its wall seconds to a list."""
+    """Return the side as `take_turns` calls it, made to add its wall seconds to a list."""
 
     def run(_: object) -> None:
         begin = time.perf_counter()
@@ -77,12 +77,12 @@ def by_the_clock(side: Callable[[], None], seconds: list[float]) -> Callable[[ob
 
 
 def routed_step(experts: GroupedExperts, route: Callable[[int], Tensor], tokens: int) -> None:
-    """A step of so many tokens, routing included."""
+    """Take a step of so many tokens, routing included."""
     step(experts, route(tokens))
 
 
 def step(experts: GroupedExperts, ids_TK: Tensor) -> None:
-    """Forward and backward on fresh hidden states, all gate weights one."""
+    """Run forward and backward on fresh hidden states, all gate weights one."""
     x_TD = torch.randn(len(ids_TK), D, requires_grad=True)
     ones_TK = torch.ones(ids_TK.shape)
     experts.zero_grad()
@@ -91,7 +91,7 @@ def step(experts: GroupedExperts, ids_TK: Tensor) -> None:
 
 
 def skewed(violation: float, tokens: int) -> Tensor:
-    """Expert ids (T, K) of which the first rank gets ``1 + violation`` times its share, each equally often."""
+    """Return expert ids (T, K): the first rank gets ``1 + violation`` times its share, each equally often."""
     ids_P = torch.randint(0, OWN, (tokens * TOP_K,))
     others_P = torch.randperm(len(ids_P))[round(len(ids_P) * (1 + violation) / RANKS) :]
     ids_P[others_P] += OWN
@@ -99,5 +99,5 @@ def skewed(violation: float, tokens: int) -> Tensor:
 
 
 def only_own(pairs: int) -> Tensor:
-    """Ids (P, 1) of a rank's own experts."""
+    """Return ids (P, 1) of a rank's own experts."""
     return torch.randint(0, OWN, (pairs, 1))

@@ -79,7 +79,7 @@ class LastLoads(TrainerCallback):
 
 
 def main(balanced: bool = True, steps: int = 200, seed: int = 0) -> dict[str, float]:
-    """Train; returns the loss of the training, and MaxVio of the last 20 steps together."""
+    """Train, and return the loss of the training, and MaxVio of the last 20 steps together."""
     set_seed(seed)
     # The one line; the control is only watched.
     balancing = LossFreeTrainerCallback() if balanced else LossFreeTrainerCallback(rule=None)

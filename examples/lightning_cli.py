@@ -76,12 +76,12 @@ class Walks(lightning.LightningDataModule):
 
 
 def run(arguments: Sequence[str] | None = None) -> LightningCLI:
-    """The command line; ``arguments`` are the program's own by default."""
+    """Run the command line; ``arguments`` are the program's own by default."""
     return LightningCLI(Project, Walks, args=arguments, save_config_callback=None)
 
 
 def main(balanced: bool = True, steps: int = 150, seed: int = 0) -> dict[str, float]:
-    """Train; returns the last loss, and MaxVio of the last 20 steps together."""
+    """Train, and return the last loss, and MaxVio of the last 20 steps together."""
     quiet = ["logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"]
     arguments = [
         "fit",

@@ -71,7 +71,7 @@ class Project(lightning.LightningModule):
 
 
 def main(balanced: bool = True, steps: int = 150, seed: int = 0) -> dict[str, float]:
-    """Train; returns the last loss, and MaxVio of the last 20 steps together."""
+    """Train, and return the last loss, and MaxVio of the last 20 steps together."""
     lightning.seed_everything(seed, verbose=False)
     monitor = LoadMonitor(every_n_steps=20)  # alone it only watches
     callbacks: list[lightning.Callback] = [monitor]

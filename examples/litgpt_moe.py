@@ -22,7 +22,7 @@ VOCABULARY = 64
 
 
 def walks(size: int, seed: int, length: int = 33) -> torch.Tensor:
-    """Sequences in which half of the tokens follow from the one before; int64 (B, S + 1)."""
+    """Draw sequences in which half of the tokens follow from the one before; int64 (B, S + 1)."""
     random = torch.Generator().manual_seed(seed)
     weights = 1 / torch.arange(1.0, VOCABULARY + 1)
     tokens_BS = torch.multinomial(weights, size * length, replacement=True, generator=random).view(
@@ -68,7 +68,7 @@ class Project(lightning.LightningModule):
 
 
 def main(balanced: bool = True, steps: int = 150, seed: int = 0) -> dict[str, float]:
-    """Train; returns the last loss, and MaxVio of the last 20 steps together."""
+    """Train, and return the last loss, and MaxVio of the last 20 steps together."""
     lightning.seed_everything(seed, verbose=False)
     monitor = LoadMonitor(every_n_steps=20)  # alone it only watches
     callbacks: list[lightning.Callback] = [monitor]

@@ -1,4 +1,4 @@
-"""A project of the old namespace, ``pytorch_lightning``, around a hand-written MoE; the same one line balances it.
+"""A project of the old namespace, ``pytorch_lightning``, with a hand-written MoE, balanced by the same line.
 
 Run it: python examples/old_namespace.py
 
@@ -22,7 +22,7 @@ VOCABULARY = 64
 
 
 def walks(size: int, seed: int, length: int = 33) -> torch.Tensor:
-    """Sequences in which half of the tokens follow from the one before; int64 (B, S + 1)."""
+    """Draw sequences in which half of the tokens follow from the one before; int64 (B, S + 1)."""
     random = torch.Generator().manual_seed(seed)
     weights = 1 / torch.arange(1.0, VOCABULARY + 1)
     tokens_BS = torch.multinomial(weights, size * length, replacement=True, generator=random).view(
@@ -80,11 +80,11 @@ class Project(pl.LightningModule):
 
 
 def main(balanced: bool = True, steps: int = 150, seed: int = 0) -> dict[str, float]:
-    """Train; returns the last loss, and MaxVio of the last 20 steps together."""
+    """Train, and return the last loss, and MaxVio of the last 20 steps together."""
     pl.seed_everything(seed, verbose=False)
     monitor = LoadMonitor(every_n_steps=20)  # alone it only watches
-    # Our callbacks are of the new namespace; a trainer of the old one calls their hooks all the same. In a list: it
-    # takes a bare callback for none.
+    # Our callbacks are of the new namespace; a trainer of the old one calls their hooks too. Pass a list: it does not
+    # recognise a bare callback.
     callbacks: list[Any] = [monitor]
     if balanced:
         callbacks.append(LossFreeBalancing())  # the one line

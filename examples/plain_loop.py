@@ -59,7 +59,7 @@ class Model(nn.Module):
 
 
 def batch(size: int = 16, length: int = 33) -> torch.Tensor:
-    """Walks in which half of the tokens follow from the one before, and some come from an uneven distribution."""
+    """Draw sequences in which half of the tokens follow from the one before; the others are uneven."""
     drawn_BS = torch.multinomial(1 / torch.arange(1.0, VOCABULARY + 1), size * length, replacement=True).view(
         size, length
     )
@@ -71,11 +71,11 @@ def batch(size: int = 16, length: int = 33) -> torch.Tensor:
 
 
 def main(balanced: bool = True, steps: int = 150, seed: int = 0) -> dict[str, float]:
-    """Train; returns the loss and MaxVio of the last 20 steps."""
+    """Train, and return the loss and MaxVio of the last 20 steps."""
     torch.manual_seed(seed)
     model = Model()
     optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
-    # Without balancing, rule=None only watches: that is what the comparison needs.
+    # rule=None only watches, for the comparison.
     experts = balance_(model) if balanced else balance_(model, rule=None)
     losses, violations = deque(maxlen=20), deque(maxlen=20)
     for _ in range(steps):

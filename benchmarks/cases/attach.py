@@ -1,4 +1,4 @@
-"""What an attached site costs beside its host's router, in eager mode and compiled.
+"""What an attached site adds to the cost of its host's router, in eager mode and compiled.
 
 With ``rate: auto`` one step in `SPREAD_EVERY` also measures the spread of the scores: its cost is spread over the
 steps. "ops" is the cost in units of the smallest torch operation, timed in the same run: unlike microseconds it hardly
@@ -34,7 +34,7 @@ class SoftmaxRouter(nn.Module):
         self.weight = nn.Parameter(torch.randn(E, D) / D**0.5)
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Gate weights and expert ids (T, K)."""
+        """Return gate weights and expert ids (T, K)."""
         scores_TE = nn.functional.linear(x_TD, self.weight).float().softmax(-1)
         weights_TK, ids_TK = torch.topk(scores_TE, self.top_k, dim=-1)
         return weights_TK / weights_TK.sum(-1, keepdim=True), ids_TK
@@ -51,14 +51,14 @@ class OwningRouter(SoftmaxRouter):
         self.register_buffer("e_score_correction_bias", torch.zeros(E))
 
     def forward(self, x_TD: Tensor) -> tuple[Tensor, Tensor]:
-        """Gate weights and expert ids (T, K)."""
+        """Return gate weights and expert ids (T, K)."""
         scores_TE = nn.functional.linear(x_TD, self.weight).float().sigmoid()
         ids_TK = torch.topk(scores_TE + self.e_score_correction_bias, self.top_k, dim=-1)[1]
         return scores_TE.gather(-1, ids_TK), ids_TK
 
 
 class Block(nn.Module):
-    """A router with experts beside it, which are not run."""
+    """A router with experts next to it, which are not run."""
 
     def __init__(self, router: nn.Module) -> None:
         """Hold this router."""
@@ -68,7 +68,7 @@ class Block(nn.Module):
 
 
 def rows(small_rounds: int = 2000, large_rounds: int = 60) -> Iterator[Row]:
-    """The cost at 64 tokens (`small_rounds`), where calls dominate, and the ratio at 4,096 (`large_rounds`)."""
+    """Yield the cost at 64 tokens (`small_rounds`), where calls dominate, and the ratio at 4,096 (`large_rounds`)."""
     one_op = take_turns({"op": lambda _: SMALL + 1, "nothing": lambda _: None}, small_rounds)
     op_us = one_op.extra_microseconds("op", "nothing")
     for router in (SoftmaxRouter, OwningRouter):
@@ -85,7 +85,7 @@ def rows(small_rounds: int = 2000, large_rounds: int = 60) -> Iterator[Row]:
 def measured(
     router: Callable[[], nn.Module], tokens: int, rate: float | str, mode: str, rounds: int
 ) -> tuple[float, float]:
-    """Microseconds of the router alone, and what the attached one takes more."""
+    """Return the microseconds of the router alone, and those that attaching adds."""
     plain = router()
     block = Block(copy.deepcopy(plain))
     site = next(iter(balance_(block, Sign(rate=rate)).values()))
@@ -111,5 +111,5 @@ def measured(
 
 
 def counted(site: Site, tokens: int) -> bool:
-    """Whether the site saw the call."""
+    """Return whether the site saw the call."""
     return int(site.counts.sum()) == tokens * K

@@ -14,13 +14,13 @@ from moe_plugin.apps.models import LanguageModel
 
 
 def rows(rounds: int = 60, batch: int = 16) -> Iterator[Row]:
-    """The step of the tiny model, with `batch` sequences of 256 tokens."""
+    """Yield the step of the tiny model, with `batch` sequences of 256 tokens."""
     # Other fused kernels may round otherwise.
     yield whole(rounds, batch, "balanced step of tiny, compiled", compiled_model, tolerance=1e-3)
 
 
 def compiled_model() -> LanguageModel:
-    """The tiny model with compiled layers."""
+    """Return the tiny model with compiled layers."""
     model = tiny_model()
     for layer in model.network.layers:
         layer.compile()

@@ -1,4 +1,4 @@
-"""A whole training step of the small model beside transformers' Qwen3-MoE, both compiled.
+"""A whole training step of the small model compared with transformers' Qwen3-MoE, both compiled.
 
 As in `train_step`, with `torch.compile` around each side's forward. transformers computes experts by `grouped_mm`,
 since `eager` loops over them in Python, and attention by `sdpa` or `eager`, whichever is faster.
@@ -16,7 +16,7 @@ from benchmarks.row import Row
 
 
 def rows(rounds: int = 8, batch: int = 4) -> Iterator[Row]:
-    """Our step over the peer's in each precision; `batch` is sequences of 256 tokens."""
+    """Yield our step over the peer's in each precision; `batch` is sequences of 256 tokens."""
     for precision in PRECISIONS:
         sides = {"ours": partial(our_step, precision, torch.compile)} | {
             f"grouped_mm, {attention}": partial(peer_step, "grouped_mm", attention, precision, torch.compile)

@@ -1,4 +1,4 @@
-"""Whether counted FLOPs are saved: the time of routers with different numbers of experts per token beside fixed top-2.
+"""Whether counted FLOPs are saved: the time of routers with different numbers of experts per token over fixed top-2.
 
 Each step is forward, backward and the update of bias and level, all on the same expert weights and fresh random tokens
 each round. The routers are those of conf/router, driven to their mean number before. "FLOPs" is that of `measure`, for
@@ -42,7 +42,7 @@ class Size(NamedTuple):
     tokens: int
 
     def random_tokens(self) -> Tensor:
-        """Hidden states (1, T, D)."""
+        """Return hidden states (1, T, D)."""
         return torch.randn(1, self.tokens, self.dim)
 
 
@@ -52,7 +52,7 @@ class Side:
     def __init__(
         self, layer: nn.Module, router: nn.Module, size: Size, experts: Literal["fused"] | None = None
     ) -> None:
-        """Drives bias and level to where they stay."""
+        """Drive bias and level to where they stay."""
         self.layer = layer
         self.size = measure(layer)
         self.balanced = balance_(layer, experts=experts)
@@ -64,7 +64,7 @@ class Side:
             self.balanced.update()
 
     def __call__(self, x_1TD: Tensor) -> None:
-        """A training step without optimizer."""
+        """Take a training step without optimizer."""
         self.layer.zero_grad()
         y_1TD = self.layer(x_1TD.detach().requires_grad_())
         y_1TD.backward(x_1TD)
@@ -73,16 +73,16 @@ class Side:
         self.used.append((counts_E.sum() / tokens).item())
 
     def mean_k(self, rounds: int) -> float:
-        """Experts per token in the last rounds."""
+        """Return the experts per token in the last rounds."""
         return statistics.fmean(self.used[-rounds:])
 
     def flops(self, rounds: int) -> float:
-        """Counted operations per token of a forward in the last rounds."""
+        """Return the counted operations per token of a forward in the last rounds."""
         return self.size.active_flops(self.mean_k(rounds))
 
 
 def rows(rounds: int = 12, tokens: int = 4096, dim: int = 256, hidden: int = 512) -> Iterator[Row]:
-    """Our layer with each router at each mean number, then hosts with top-p."""
+    """Yield our layer with each router at each mean number, then hosts with top-p."""
     size = Size(dim, hidden, tokens)
     yield from compare(our_sides(size), rounds, size)
     for implementation in ("eager", "grouped_mm", "fused"):
@@ -90,7 +90,7 @@ def rows(rounds: int = 12, tokens: int = 4096, dim: int = 256, hidden: int = 512
 
 
 def compare(sides: Mapping[str, Side], rounds: int, size: Size, prefix: str = "") -> Iterator[Row]:
-    """Each side over fixed top-2."""
+    """Yield each side over fixed top-2."""
     turns = take_turns(sides, rounds, fresh=size.random_tokens)
     peer_flops = sides[PEER].flops(rounds)
     for name, side in sides.items():
@@ -100,7 +100,7 @@ def compare(sides: Mapping[str, Side], rounds: int, size: Size, prefix: str = ""
 
 
 def our_sides(size: Size) -> dict[str, Side]:
-    """Our layer with fixed numbers and with those that vary, on the weights of one layer."""
+    """Return our layer with fixed numbers and with varying ones, on the weights of one layer."""
     shape = ExpertShape(EXPERTS, 2, size.hidden)
     sides, experts = {}, None
     for name, router in {**fixed_routers(), **dynamic_routers()}.items():
@@ -112,7 +112,7 @@ def our_sides(size: Size) -> dict[str, Side]:
 
 
 def host_sides(size: Size, implementation: str) -> dict[str, Side]:
-    """A layer of transformers with fixed numbers and with top-p, on the weights of one layer."""
+    """Return a layer of transformers with fixed numbers and with top-p, on the weights of one layer."""
     sides, experts = {}, None
     top_p = {name: router for name, router in dynamic_routers().items() if name.startswith("top_p")}
     for name, router in {**fixed_routers(8), **top_p}.items():
@@ -127,17 +127,17 @@ def host_sides(size: Size, implementation: str) -> dict[str, Side]:
 
 
 def fixed_routers(*more: int) -> dict[str, partial[Any]]:
-    """Routers with as many experts for every token."""
+    """Return routers with the same number of experts for every token."""
     return {f"sigmoid_top_k, {k}": from_conf("sigmoid_top_k", top_k=k) for k in (1, 2, 4, *more)}
 
 
 def dynamic_routers() -> dict[str, partial[Any]]:
-    """Routers whose tokens use different numbers of experts, at each mean number."""
+    """Return routers whose tokens use different numbers of experts, at each mean number."""
     routers = {}
     for mean in MEANS:
         routers[f"top_p, {mean:g}"] = from_conf("top_p", target_k=mean)
         routers[f"threshold, {mean:g}"] = from_conf("threshold", target_k=mean)
-        # Of four picks a token cannot use four in the mean while some cost nothing.
+        # With four picks a token cannot use four on average while some picks are free.
         routers[f"zero_experts, {mean:g}"] = from_conf(
             "zero_experts", target_k=mean, max_k=8 if mean >= 4 else 4
         )
@@ -145,5 +145,5 @@ def dynamic_routers() -> dict[str, partial[Any]]:
 
 
 def from_conf(name: str, **settings: float) -> partial[Any]:
-    """A router of conf/router without its sizes."""
+    """Return a router of conf/router without its sizes."""
     return partial(instantiate(OmegaConf.load(conf_dir() / "router" / f"{name}.yaml")), **settings)

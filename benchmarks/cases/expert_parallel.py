@@ -2,8 +2,8 @@
 
 Both train the `small` model on the same batches from the same weights, and take turns: one computes while the other
 waits. Equal losses are checked. Memory is the most that a process had resident, less what it had after its imports.
-"work" compares processor time, all processes together: with single_threads=1 it tells on a busy machine what expert
-parallelism costs beside the waiting.
+"work" compares processor time, all processes together: with single_threads=1 it shows on a busy machine what expert
+parallelism costs in addition to the waiting.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from moe_plugin.sharding import materialize_, shard_
 
 
 def rows(rounds: int = 12, batch: int = 16, single_threads: int = 2) -> Iterator[Row]:
-    """Wall time, processor time and memory over those of the single process; `batch` is over all processes."""
+    """Yield wall time, processor time and memory over the single process's; `batch` is over all processes."""
     with (
         tempfile.TemporaryDirectory() as folder,
         apart(ranks(1, folder), threads=single_threads) as single,
@@ -58,7 +58,7 @@ def rows(rounds: int = 12, batch: int = 16, single_threads: int = 2) -> Iterator
 
 
 def training_step(expert_parallel_size: int) -> Callable[[torch.Tensor], float]:
-    """A whole optimizer step on this process's share of a batch."""
+    """Return an optimizer step on this process's share of a batch."""
     with torch.device("meta"):
         model = small_model()
     torch.manual_seed(0)
@@ -83,7 +83,7 @@ class Rank:
     """One of the processes that share a model: its loss for each batch that all of them get."""
 
     def __init__(self, rank: int, size: int, folder: str) -> None:
-        """Joins the others, and builds its share of the model."""
+        """Join the others, and build this rank's share of the model."""
         self.rank, self.size = rank, size
         if size > 1:
             store = dist.FileStore(os.path.join(folder, "store"), size)  # pyright: ignore[reportPrivateImportUsage]
@@ -92,31 +92,31 @@ class Rank:
         self.step = training_step(size)
 
     def __call__(self, tokens: torch.Tensor) -> float:
-        """A step on its share of a batch."""
+        """Take a step on this rank's share of a batch."""
         return self.step(tokens.chunk(self.size)[self.rank])
 
 
 def leave(rank: Rank, _: None) -> int:
-    """The most memory that a process had resident, less what it had before its model; its last action."""
+    """Return a process's peak resident memory less what it had before its model; must be the last action."""
     if rank.size > 1:
         dist.destroy_process_group()
     return resident("VmHWM") - rank.before
 
 
 def ranks(size: int, folder: str) -> dict[int, Callable[[], Rank]]:
-    """What builds each of them."""
+    """Return what builds each rank."""
     return {rank: partial(Rank, rank, size, folder) for rank in range(size)}
 
 
 def ask(processes: Sequence[Apart], action: Callable[[Any, Any], Any], given: object) -> list[Any]:
-    """The answers of processes that work at the same time."""
+    """Return the answers of processes that work at the same time."""
     for process in processes:
         process.tell(action, given)
     return [process.answer() for process in processes]
 
 
 def asking(processes: Sequence[Apart], work: list[float]) -> Callable[[torch.Tensor], float]:
-    """A step of one side: its loss; adds its processor seconds to `work`."""
+    """Return the step of one side, which returns its loss and adds its processor seconds to `work`."""
 
     def step(tokens: torch.Tensor) -> float:
         before = sum(process.seconds for process in processes)
@@ -128,5 +128,5 @@ def asking(processes: Sequence[Apart], work: list[float]) -> Callable[[torch.Ten
 
 
 def losses_are_equal(losses: Mapping[str, float]) -> bool:
-    """Up to the rounding of sums in another order."""
+    """Return whether losses are equal up to the rounding of sums in another order."""
     return abs(losses["single"] - losses["expert_parallel"]) < 1e-3

@@ -1,9 +1,9 @@
-"""Qwen3-MoE of transformers with `balance_(experts="fused")` beside the same with its own experts.
+"""Qwen3-MoE of transformers with `balance_(experts="fused")` compared with the same with its own experts.
 
 First its MoE block, forward and backward with all gradients, then a whole training step of the small model as Qwen3.
-Same weights, equal outputs or losses checked in every round; both sides are watched by `balance_(rule=None)`, so that
-the experts are all that differs. Peers of the block are `grouped_mm` and, where it ends in reasonable time, `eager`;
-that of the step is the faster one.
+Same weights, equal outputs or losses checked in every round; both sides are watched by `balance_(rule=None)`, so only
+the experts differ. Peers of the block are `grouped_mm` and, if it ends in reasonable time, `eager`;
+the peer of the step is the faster one.
 
 Shape legend: T tokens, D model width.
 """
@@ -36,7 +36,7 @@ from moe_plugin import balance_
 
 
 def rows(rounds: int = 9, tokens: int = 4096, batch: int = 4) -> Iterator[Row]:
-    """Every shape of the block, then the step; `batch` is sequences of 256 tokens."""
+    """Yield every shape of the block, then the step; `batch` is sequences of 256 tokens."""
     for name, shape in SHAPES.items():
         peers = IMPLEMENTATIONS if name in LOOPED else ("grouped_mm",)
         yield from block(f"{name}: {shape.experts} experts, top {shape.top_k}", shape, peers, rounds, tokens)
@@ -45,7 +45,7 @@ def rows(rounds: int = 9, tokens: int = 4096, batch: int = 4) -> Iterator[Row]:
 
 
 def block(title: str, shape: Shape, peers: Sequence[str], rounds: int, tokens: int) -> Iterator[Row]:
-    """The block with fused experts over each of the host's own."""
+    """Yield the block with fused experts over each of the host's implementations."""
     hosts = {name: host_block(shape, name) for name in peers}
     fused = copy.deepcopy(hosts["grouped_mm"])
     sides = {name: running(host) for name, host in with_own(fused, hosts).items()}
@@ -58,21 +58,21 @@ def block(title: str, shape: Shape, peers: Sequence[str], rounds: int, tokens: i
 
 
 def whole_step(precision: str, rounds: int, batch: int) -> Row:
-    """A training step of a whole model."""
+    """Return the row of a model's training step."""
     sides = {"fused": partial(host_step, IMPLEMENTATIONS[0], "fused", precision)}
     sides |= {name: partial(host_step, name, None, precision) for name in IMPLEMENTATIONS}
     return over_best_peer("step of small as Qwen3", sides, precision, rounds, batch)
 
 
 def host_step(implementation: str, experts: Literal["fused"] | None, precision: str) -> Step:
-    """That of one side."""
+    """Return the training step of one side."""
     model = as_qwen3(softmax_model(), implementation)
     balance_(model, rule=None, experts=experts)
     return training_step(model, partial(logits_of, model), precision)
 
 
 def with_own(fused: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, nn.Module]:
-    """All sides, watched alike."""
+    """Return all sides, watched alike."""
     balance_(fused, rule=None, experts="fused")
     for host in hosts.values():
         balance_(host, rule=None)
@@ -80,13 +80,13 @@ def with_own(fused: nn.Module, hosts: Mapping[str, nn.Module]) -> dict[str, nn.M
 
 
 def host_block(shape: Shape, implementation: str) -> nn.Module:
-    """The block of one shape, with the same weights for every implementation."""
+    """Return the block of one shape, with the same weights for every implementation."""
     torch.manual_seed(0)
     return qwen3_block(D, shape.experts, shape.top_k, shape.hidden, implementation)
 
 
 def running(host: nn.Module) -> Callable[[Tensor], Tensor]:
-    """Forward and backward with all gradients, which are then forgotten."""
+    """Return a forward and backward with all gradients, which are then dropped."""
 
     def run(x_1TD: Tensor) -> Tensor:
         x_1TD = x_1TD.clone().requires_grad_()
@@ -99,5 +99,5 @@ def running(host: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 def give_the_same(results: Mapping[str, Tensor]) -> bool:
-    """Whether all sides agree to fp32 rounding."""
+    """Return whether all sides agree to fp32 rounding."""
     return all(torch.allclose(results["fused"], y, atol=2e-4, rtol=1e-3) for y in results.values())

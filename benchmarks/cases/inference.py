@@ -1,4 +1,4 @@
-"""Throughput of inference from 1 to 1,024 concurrent sequences of the tiny model: time per token beside one sequence.
+"""Throughput of inference from 1 to 1,024 concurrent sequences of the tiny model: time per token over that of one.
 
 Whole sequences are read at once, without gradients; there is no decoding token by token, and no cache.
 """
@@ -17,7 +17,7 @@ SEQUENCES = (1, 4, 16, 64, 256, 1024)
 
 
 def rows(rounds: int = 7, length: int = 32) -> Iterator[Row]:
-    """Time per token at each number of sequences of `length` tokens."""
+    """Yield the time per token at each number of sequences of `length` tokens."""
     model = tiny_model().eval()
 
     def reading(sequences: int) -> Callable[[object], None]:

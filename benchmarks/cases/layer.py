@@ -1,4 +1,4 @@
-"""The routed experts beside transformers' implementations, a loop over experts, and the dense limit.
+"""The routed experts compared with transformers' implementations, a loop over experts, and the dense limit.
 
 Forward and backward with all gradients on the same weights, fresh routing each round, equal outputs checked first.
 The dense limit is T * K rows through one SwiGLU of the same width; "equal groups" is one batched product over experts
@@ -40,7 +40,7 @@ GOALS = {
 
 
 def rows(rounds: int = 9, tokens: int = 4096, device: str = "cpu") -> Iterator[Row]:
-    """Every shape against its peers, growth in tokens and experts, and skew; in bf16 too if the CPU has it."""
+    """Yield every shape over its peers, growth in tokens and experts, and skew; in bf16 too if the CPU has it."""
     if device != "cpu":
         yield from (triton_over_torch(name, tokens, rounds, device) for name in SHAPES)
         return
@@ -54,7 +54,7 @@ def rows(rounds: int = 9, tokens: int = 4096, device: str = "cpu") -> Iterator[R
 
 
 def beside_peers(name: str, tokens: int, dtype: torch.dtype, rounds: int) -> Iterator[Row]:
-    """Ours over each peer."""
+    """Yield ours over each peer."""
     shape = SHAPES[name]
     layer = Layer(shape, tokens, dtype)
     sides = layer.sides(loops=name in LOOPED)
@@ -99,7 +99,7 @@ def triton_over_torch(name: str, tokens: int, rounds: int, device: str) -> Row:
 
 
 def growth_in_tokens(dtype: torch.dtype, rounds: int) -> Row:
-    """Time per token from 2k to 32k tokens."""
+    """Return the time per token at 32k tokens over that at 2k."""
     few, many = (Layer(SHAPES["B"], tokens, dtype) for tokens in (2048, 32768))
     turns = against(few.ours, many.ours, max(3, rounds // 3), REHEARSALS[dtype], few.routing, many.routing)
     low, median, high = (value / 16 for value in turns.ratio("one", "other"))
@@ -108,14 +108,14 @@ def growth_in_tokens(dtype: torch.dtype, rounds: int) -> Row:
 
 
 def growth_in_experts(dtype: torch.dtype, rounds: int, goal: float) -> Row:
-    """From 8 to 256 experts at the same FLOPs."""
+    """Return 256 experts over 8 at the same FLOPs."""
     few, many = (Layer(Shape(experts, 8, 64), 4096, dtype) for experts in (8, 256))
     turns = against(few.ours, many.ours, rounds, REHEARSALS[dtype], few.routing, many.routing)
     return turns.row(f"256 experts over 8, top 8, hidden 64, {short(dtype)}", "one", "other", goal=goal)
 
 
 def skew(dtype: torch.dtype, rounds: int, tokens: int) -> Row:
-    """A largest load of 7.6 times the mean over a balanced one."""
+    """Return a largest load of 7.6 times the mean over a balanced one."""
     layer = Layer(SHAPES["B"], tokens, dtype)
     pull_E = torch.zeros(64).index_fill_(0, torch.arange(8), 0.75)
     pulled = partial(layer.routing, pull_E)
@@ -133,11 +133,11 @@ def against(
     for_first: Callable[[], Routing],
     for_second: Callable[[], Routing],
 ) -> Turns:
-    """The second over the first, as "one" over "other", each with routings of its own."""
+    """Time the second over the first, as "one" over "other", each with its own routings."""
     sides = {"other": lambda routings: first(routings[0]), "one": lambda routings: second(routings[1])}
     return take_turns(sides, rounds, fresh=lambda: (for_first(), for_second()), rehearsals=rehearsals)
 
 
 def short(dtype: torch.dtype) -> str:
-    """Its usual name."""
+    """Return the usual name of a dtype."""
     return {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]

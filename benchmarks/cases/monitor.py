@@ -29,7 +29,7 @@ LAYERS, EXPERTS, WINDOWS = 60, 256, 200
 
 
 def rows(steps: int = 300, batch: int = 16, size: int = 1) -> Iterator[Row]:
-    """The share of `steps` of `batch` sequences; `size=0` leaves the events of the large model out."""
+    """Yield the share of `steps` of `batch` sequences; `size=0` leaves the events of the large model out."""
     seconds, monitor_seconds = share_of_time(steps, batch)
     yield Row(
         f"monitoring, {steps} steps of tiny",
@@ -57,19 +57,19 @@ class Deep(lightning.LightningModule):
         )
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
-        """A loss that moves the routers."""
+        """Return a loss that moves the routers."""
         x = batch[0]
         for layer in self.layers:
             x = x + layer(x)
         return x.square().mean()
 
     def configure_optimizers(self) -> torch.optim.Optimizer:
-        """A rate at which loads keep changing."""
+        """Return SGD at a rate at which loads keep changing."""
         return torch.optim.SGD(self.parameters(), lr=0.1)
 
 
 def fit(model: lightning.LightningModule, data: Any, folder: str, monitor: LoadMonitor, steps: int) -> float:
-    """Process seconds of a training."""
+    """Return the process seconds of a training."""
     trainer = lightning.Trainer(
         max_steps=steps,
         logger=TensorBoardLogger(folder, name="", version=""),
@@ -85,7 +85,7 @@ def fit(model: lightning.LightningModule, data: Any, folder: str, monitor: LoadM
 
 
 def timed(function: Callable, total: list[float]) -> Callable:
-    """The function, which adds its process seconds to a total."""
+    """Return the function, made to add its process seconds to a total."""
 
     def call(*args: Any, **kwargs: Any) -> Any:
         start = time.process_time()
@@ -98,7 +98,7 @@ def timed(function: Callable, total: list[float]) -> Callable:
 
 
 def share_of_time(steps: int, batch: int) -> tuple[float, float]:
-    """Process seconds of a training of the tiny model, and of the monitor in it."""
+    """Return the process seconds of a training of the tiny model, and of the monitor in it."""
     total = [0.0]
     monitor = LoadMonitor()
     for name in ("on_train_start", "on_train_batch_start", "on_train_batch_end", "on_train_end"):
@@ -110,7 +110,7 @@ def share_of_time(steps: int, batch: int) -> tuple[float, float]:
 
 
 def megabytes() -> float:
-    """Size of the events of a long run of a large model."""
+    """Return the size of the events of a long run of a large model."""
     torch.manual_seed(0)
     data = DataLoader(torch.utils.data.TensorDataset(torch.randn(WINDOWS * 64, 8) + 1), batch_size=64)
     with tempfile.TemporaryDirectory() as folder:

@@ -1,7 +1,7 @@
-"""What balancing adds to a training step: to that of the tiny model as a whole, and alone beside that of the small one.
+"""What balancing adds to a training step: to the tiny model's as a whole, and alone compared with the small one's.
 
 Whole: two trainings of the same model on the same batches take turns, one with the callback's default rule, its biases
-set back to zero after each update so that both route alike, and one without. Equal losses are checked. Such a ratio
+set back to zero after each update so both route alike, and one without. Equal losses are checked. Such a ratio
 shows no less than a percent. Alone: all routers of the small model are called with and without balancing, the update
 included; what that takes more is compared with a step of the model, and shows a hundredth of a percent.
 """
@@ -22,13 +22,13 @@ from moe_plugin.routing import Router
 
 
 def rows(rounds: int = 60, batch: int = 16) -> Iterator[Row]:
-    """Both, with `batch` sequences of 256 tokens."""
+    """Yield both, with `batch` sequences of 256 tokens."""
     yield whole(rounds, batch, "balanced step of tiny", tiny_model, tolerance=0.0)
     yield alone(rounds, batch)
 
 
 def whole(rounds: int, batch: int, name: str, make: Callable[[], LanguageModel], *, tolerance: float) -> Row:
-    """A whole step with balancing over one without."""
+    """Return a whole step with balancing over one without."""
     sides = {"balanced": training_step(make(), True), "plain": training_step(make(), False)}
     turns = take_turns(
         sides,
@@ -40,7 +40,7 @@ def whole(rounds: int, batch: int, name: str, make: Callable[[], LanguageModel],
 
 
 def alone(rounds: int, batch: int) -> Row:
-    """Routing and update with balancing, less routing without, over a whole step of the small model."""
+    """Return routing and update with balancing, less routing without, over a step of the small model."""
     sides = {"balanced": routing(small_model(), True), "plain": routing(small_model(), False)}
     turns = take_turns(sides, rounds, fresh=lambda: torch.randn(batch * LENGTH, 384))
     extra_ms = 1e-3 * turns.extra_microseconds("balanced", "plain")
@@ -61,7 +61,7 @@ def alone(rounds: int, batch: int) -> Row:
 
 
 def routing(model: LanguageModel, balanced: bool) -> Callable[[torch.Tensor], None]:
-    """All routers of a model on the same hidden states, and the update of all biases."""
+    """Return a call of all routers of a model on the same hidden states, with the update of all biases."""
     balancer = balance_(model) if balanced else None
     routers = [module for module in model.modules() if isinstance(module, Router)]
 
@@ -75,7 +75,7 @@ def routing(model: LanguageModel, balanced: bool) -> Callable[[torch.Tensor], No
 
 
 def training_step(model: LanguageModel, balanced: bool) -> Callable[[torch.Tensor], float]:
-    """A whole optimizer step, with or without balancing."""
+    """Return an optimizer step, with or without balancing."""
     balancer = balance_(model) if balanced else None
     optimizer = model.optimizer.optimizer(model.parameters(), fused=True)
 
@@ -95,7 +95,7 @@ def training_step(model: LanguageModel, balanced: bool) -> Callable[[torch.Tenso
 
 
 def update_(balancer: BalancedModel) -> None:
-    """Moves all biases, and back to zero, so that routing stays that of a model without balancing."""
+    """Move all biases, and back to zero, so routing stays as in a model without balancing."""
     balancer.update()
     for site in balancer.values():
         site.bias.zero_()

@@ -42,13 +42,13 @@ class Collectives(TorchDispatchMode):
     count = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
-        """Runs an operation, and counts it if it is a collective."""
+        """Run an operation, and count it if it is a collective."""
         self.count += func.namespace == "c10d"
         return func(*args, **(kwargs or {}))
 
 
 def rows(rounds: int = 5, layers: int = 60, experts: int = 256, tokens: int = 2048) -> Iterator[Row]:
-    """The update over the step, and one all-reduce per layer over the update."""
+    """Yield the update over the step, and one all-reduce per layer over the update."""
     sizes = Sizes(rounds, layers, experts, tokens)
     seconds, collectives = on_ranks(RANKS, measure, sizes, start_method="fork")
     turns = Turns(seconds)
@@ -58,7 +58,7 @@ def rows(rounds: int = 5, layers: int = 60, experts: int = 256, tokens: int = 20
 
 
 def measure(sizes: Sizes) -> tuple[dict[str, list[float]], int]:
-    """Wall seconds of each side, and the collectives of an update."""
+    """Return the wall seconds of each side, and the collectives of an update."""
     model = build(sizes)
     balanced, replica = balance_(model), DistributedDataParallel(model)
     counts = [torch.zeros(sizes.experts, dtype=torch.int64) for _ in range(sizes.layers)]
@@ -87,6 +87,6 @@ def measure(sizes: Sizes) -> tuple[dict[str, list[float]], int]:
 
 
 def build(sizes: Sizes) -> LanguageModel:
-    """Many narrow layers of many experts."""
+    """Return a model of many narrow layers of many experts."""
     experts = ExpertShape(num_experts=sizes.experts, top_k=8, hidden_dim=16)
     return small_model(dim=64, num_layers=sizes.layers, num_heads=2, num_dense=0, experts=experts)

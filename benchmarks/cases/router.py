@@ -1,4 +1,4 @@
-"""The router beside transformers' DeepSeek-V3 router, and its share of an expert layer.
+"""The router compared with transformers' DeepSeek-V3 router, and its share of an expert layer.
 
 Forward and backward with the gradients of hidden states and weights, in fp32, as routers compute; fresh hidden states
 in each round. Equal experts and gate weights are checked. Shape legend: T tokens, D model width, E experts, K experts
@@ -38,7 +38,7 @@ SIZES = (Sizes(8, 2, 512, 1, 1), Sizes(64, 8, 128, 1, 1), Sizes(256, 8, 64, 1, 1
 
 
 def rows(rounds: int = 40, tokens: int = 4096) -> Iterator[Row]:
-    """The router over its peer, and over the layer around it."""
+    """Yield the router over its peer, and over the layer around it."""
     for sizes in SIZES:
         block, peer = layer(sizes), transformers_router(sizes)
         peer.weight.data.copy_(block.router.weight)  # pyright: ignore[reportArgumentType, reportCallIssue]
@@ -55,7 +55,7 @@ def rows(rounds: int = 40, tokens: int = 4096) -> Iterator[Row]:
 
 
 def layer(sizes: Sizes) -> MoEBlock:
-    """Our layer."""
+    """Return our layer."""
     router = Router(
         D,
         sizes.experts,
@@ -69,7 +69,7 @@ def layer(sizes: Sizes) -> MoEBlock:
 
 
 def transformers_router(sizes: Sizes) -> DeepseekV3TopkRouter:
-    """The peer."""
+    """Return the peer."""
     config = DeepseekV3Config(
         hidden_size=D,
         n_routed_experts=sizes.experts,
@@ -83,7 +83,7 @@ def transformers_router(sizes: Sizes) -> DeepseekV3TopkRouter:
 
 
 def step(module: nn.Module, read: Callable) -> Callable[[Tensor], tuple[Tensor | None, Tensor]]:
-    """Forward and backward of a module; `read` takes expert ids and what is differentiated from its output."""
+    """Return both passes of a module; `read` takes expert ids and what is differentiated from its output."""
 
     def run(x_TD: Tensor) -> tuple[Tensor | None, Tensor]:
         module.zero_grad()
@@ -95,7 +95,7 @@ def step(module: nn.Module, read: Callable) -> Callable[[Tensor], tuple[Tensor |
 
 
 def select_the_same(results: Mapping[str, tuple[Tensor, Tensor]]) -> bool:
-    """Whether both routers chose the same experts with the same weights, in whatever order."""
+    """Return whether both routers chose the same experts with the same weights, in any order."""
     (ids, weights), (peer_ids, peer_weights) = results["router"], results[PEER]
     sorted_ids, order = ids.sort(dim=-1)
     peer_sorted_ids, peer_order = peer_ids.sort(dim=-1)

@@ -1,4 +1,4 @@
-"""What the fullest expert-parallel rank takes over the mean rank, beside the formula 1 + f * MaxVio_rank.
+"""What the fullest expert-parallel rank takes over the mean rank, next to the formula 1 + f * MaxVio_rank.
 
 Each rank's experts, a slice of neighbouring ones, compute forward and backward on as many rows as they get of a global
 batch; the ranks take turns in this process. A step waits in every layer for that layer's fullest rank, so times are
@@ -31,7 +31,7 @@ WARM_UP = 1
 
 
 def rows(rounds: int = 7, tokens: int = 8192, hidden: int = 512, runs: str = "") -> Iterator[Row]:
-    """Every run or every violation, over 2 to 16 ranks; `tokens` are of the global batch."""
+    """Yield every run or every violation, over 2 to 16 ranks; `tokens` are of the global batch."""
     for folder in map(Path, filter(None, runs.split(","))):
         batches = batches_of(folder, tokens)
         for ranks in RANKS:
@@ -46,7 +46,7 @@ def rows(rounds: int = 7, tokens: int = 8192, hidden: int = 512, runs: str = "")
 
 
 def batches_of(run: Path, tokens: int) -> list[Tensor]:
-    """Tokens per expert in each held-out batch of a run; int64 (L, E)."""
+    """Return the tokens per expert in each held-out batch of a run; int64 (L, E)."""
     trained = load_run(run)
     ids, _ = look(trained, trained.data.val_dataloader())
     by_layer = [
@@ -57,7 +57,7 @@ def batches_of(run: Path, tokens: int) -> list[Tensor]:
 
 
 def one_full_rank(violation: float, ranks: int, pairs: int) -> Tensor:
-    """Counts (1, E) in which the first rank has this violation, and experts of a rank are equally full."""
+    """Return counts (1, E): the first rank has this violation, and a rank's experts are equally full."""
     full = round(pairs * (1 + violation) / ranks)
     rest = (pairs - full) // (ranks - 1)
     loads_R = torch.tensor([full, *[rest] * (ranks - 1)])
@@ -65,7 +65,7 @@ def one_full_rank(violation: float, ranks: int, pairs: int) -> Tensor:
 
 
 def compare(name: str, batches: list[Tensor], ranks: int, rounds: int, hidden: int) -> Row:
-    """The fullest rank over the mean one."""
+    """Return the fullest rank over the mean one."""
     used: list[Tensor] = []
     source = cycle(batches)
 
@@ -89,7 +89,7 @@ def compare(name: str, batches: list[Tensor], ranks: int, rounds: int, hidden: i
 
 
 def slowest_and_mean(turns: Turns, counts_NLE: Tensor, ranks: int) -> Turns:
-    """Of each round, the seconds of the fullest rank of each layer and of the mean rank, added up over layers."""
+    """Return each round's seconds of each layer's fullest rank, and of the mean rank, added up over layers."""
     num_layers = counts_NLE.shape[1]
     shape = (num_layers, ranks, len(counts_NLE))
     seconds_LRN = torch.tensor(list(turns.seconds.values()), dtype=torch.float64).view(shape)
@@ -100,12 +100,12 @@ def slowest_and_mean(turns: Turns, counts_NLE: Tensor, ranks: int) -> Turns:
 
 
 def step_of_layer(step: Callable[[Tensor], None], layer: int, counts_LE: Tensor) -> None:
-    """Gives a rank its rows of a layer."""
+    """Give a rank its rows of a layer."""
     step(counts_LE[layer])
 
 
 def expert_step(num_own: int, rank: int, hidden: int) -> Callable[[Tensor], None]:
-    """Forward and backward of a rank's experts, on rows in the numbers that they get of a layer's counts."""
+    """Return both passes of a rank's experts, on as many rows as they get of a layer's counts."""
     experts = GroupedExperts(num_own, D, hidden)
 
     def run(counts_E: Tensor) -> None:

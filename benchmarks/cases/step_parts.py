@@ -1,4 +1,4 @@
-"""Where the step of the small model takes its time: each part alone, beside the same part of transformers' Qwen3-MoE.
+"""Where the step of the small model takes its time: each part alone, and the same part of transformers' Qwen3-MoE.
 
 Forward and backward of one layer's part, times its number in the model; clipping and optimizer once. The peer computes
 experts by `grouped_mm`, and attention by torch's fused kernel in fp32 and by products and a softmax (`eager`) in bf16,
@@ -38,7 +38,7 @@ class Part(NamedTuple):
 
 
 def rows(rounds: int = 5, batch: int = 2) -> Iterator[Row]:
-    """Each part in each precision; `batch` is sequences of 256 tokens."""
+    """Yield each part in each precision; `batch` is sequences of 256 tokens."""
     for precision in PRECISIONS:
         attention = "sdpa" if precision == "fp32" else "eager"
         ours, peer = softmax_model(), as_qwen3(softmax_model(), PEER, attention)
@@ -50,7 +50,7 @@ def rows(rounds: int = 5, batch: int = 2) -> Iterator[Row]:
 
 
 def beside(part: Part, precision: str, rounds: int) -> Row:
-    """One part over the peer's, with the times of all its kind in the model."""
+    """Return one part over the peer's, with the times of all its kind in the model."""
     sides = {"ours": lambda _: part.ours(), PEER: lambda _: part.peer()}
     turns = take_turns(sides, rounds, warm_up=2)
     ours_ms, peer_ms = (part.count * turns.milliseconds(side) for side in ("ours", PEER))
@@ -59,7 +59,7 @@ def beside(part: Part, precision: str, rounds: int) -> Row:
 
 
 def layer_parts(ours: LanguageModel, peer: Any, batch: int, precision: str) -> Iterator[Part]:
-    """Norms, attention, blocks of experts, the dense layer and the head."""
+    """Yield norms, attention, blocks of experts, the dense layer and the head."""
     network = ours.network
     layers, one, other = len(network.layers), network.layers[-1], peer.model.layers[-1]
     head_dim, dim = network.head_dim, network.embedding.embedding_dim
@@ -78,13 +78,13 @@ def layer_parts(ours: LanguageModel, peer: Any, batch: int, precision: str) -> I
 
 
 def future_of(x_BSD: Tensor) -> Tensor:
-    """What `eager` adds to scores, so that no position sees later ones: (1, 1, S, S)."""
+    """Return what `eager` adds to scores to hide later positions: (1, 1, S, S)."""
     length = x_BSD.shape[1]
     return x_BSD.new_full((1, 1, length, length), torch.finfo(x_BSD.dtype).min).triu(1)
 
 
 def forward_and_backward(module: Any, *, x_BSD: Tensor, precision: str, **more: Any) -> Callable[[], None]:
-    """Both passes of a module, with the gradients of its input and parameters."""
+    """Return both passes of a module, with the gradients of its input and parameters."""
 
     def run() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16 autocast"):
@@ -98,7 +98,7 @@ def forward_and_backward(module: Any, *, x_BSD: Tensor, precision: str, **more: 
 
 
 def update_parts(ours: nn.Module, peer: nn.Module) -> Iterator[Part]:
-    """Clipping and the optimizer."""
+    """Yield clipping and the optimizer."""
     optimizers = []
     for model in (ours, peer):
         for parameter in model.parameters():

@@ -1,7 +1,7 @@
-"""A whole training step of the small model beside the same model built from transformers' Qwen3-MoE.
+"""A whole training step of the small model compared with the same model built from transformers' Qwen3-MoE.
 
 Same weights, parameters, operations, batches, optimizer (fused AdamW) and clipping; equal losses are checked in every
-round, and each side has a process of its own. transformers computes experts by `eager` and `grouped_mm`, attention by
+round, and each side has its own process. transformers computes experts by `eager` and `grouped_mm`, attention by
 `sdpa` and `eager`, and the fastest of the four is the peer. `batched_mm` is left out: it copies an expert's weights for
 every token, 1.6 GB a layer here. Precisions: fp32, bf16 by autocast over fp32 weights, and bf16 weights.
 """
@@ -32,20 +32,20 @@ PRECISIONS = ("fp32", "bf16 autocast", "bf16 weights")
 TOLERANCE = {"fp32": 1e-3, "bf16 autocast": 0.02, "bf16 weights": 0.02}
 """In fp32 sides agree to 1e-6 until a token near a tie goes to another expert, which moves the loss by about 1e-4."""
 WARM_UP = {"fp32": 2, "bf16 autocast": 20, "bf16 weights": 20}
-"""In bf16, so many steps it takes until a model of this size meets few numbers of rows that have no kernel yet."""
+"""In bf16 a model of this size takes this many steps until it meets few numbers of rows without a kernel."""
 Step = Callable[[Tensor], float]
 Logits = Callable[[Tensor], Tensor]
 
 
 def rows(rounds: int = 8, batch: int = 4, growth_rounds: int = 4) -> Iterator[Row]:
-    """Our step over the peer's in each precision, then by number of layers; `batch` is sequences of 256 tokens."""
+    """Yield our step over the peer's in each precision, then by number of layers; `batch` is sequences."""
     for precision in PRECISIONS:
         yield beside_transformers(precision, rounds, batch)
     yield from by_layers(growth_rounds, batch)
 
 
 def beside_transformers(precision: str, rounds: int, batch: int) -> Row:
-    """The step in one precision."""
+    """Return the step in one precision."""
     sides = {"ours": partial(our_step, precision)} | {
         f"{experts}, {attention}": partial(peer_step, experts, attention, precision)
         for experts, attention in product(IMPLEMENTATIONS, ATTENTIONS)
@@ -55,12 +55,12 @@ def beside_transformers(precision: str, rounds: int, batch: int) -> Row:
 
 
 def as_it_is(logits: Logits) -> Logits:
-    """The same forward: what `torch.compile` is not."""
+    """Return the same forward, in contrast to `torch.compile`."""
     return logits
 
 
 def our_step(precision: str, prepare: Callable[[Logits], Logits] = as_it_is) -> Step:
-    """That of our model, its forward prepared by `prepare`."""
+    """Return the step of our model, its forward prepared by `prepare`."""
     model = softmax_model()
     return training_step(model, prepare(model.forward), precision)
 
@@ -68,7 +68,7 @@ def our_step(precision: str, prepare: Callable[[Logits], Logits] = as_it_is) -> 
 def peer_step(
     experts: str, attention: str, precision: str, prepare: Callable[[Logits], Logits] = as_it_is
 ) -> Step:
-    """That of the same model of transformers."""
+    """Return the step of the same model of transformers."""
     peer = as_qwen3(softmax_model(), experts, attention)
     return training_step(peer, prepare(partial(logits_of, peer)), precision)
 
@@ -81,7 +81,7 @@ def over_best_peer(
     batch: int,
     goal: float | None = None,
 ) -> Row:
-    """The first side over the fastest of the others, which are settings of transformers."""
+    """Return the first side over the fastest of the others, which are settings of transformers."""
     mine, *peers = sides
     tokens = random_tokens(batch)
     with apart(sides) as running:
@@ -111,12 +111,12 @@ def over_best_peer(
 
 
 def peak_of(step: Step, tokens_BS: Tensor) -> float:
-    """The peak memory of a step, in MiB."""
+    """Return the peak memory of a step, in MiB."""
     return peak_mib(partial(step, tokens_BS))
 
 
 def by_layers(rounds: int, batch: int) -> Iterator[Row]:
-    """What one more layer costs in a deep model over what it costs in a shallow one."""
+    """Yield what one more layer costs in a deep model over its cost in a shallow one."""
     models = {layers: softmax_model(num_layers=layers, num_dense=0) for layers in (2, 4, 8, 16)}
     sides = {str(n): training_step(model, model.forward, "fp32") for n, model in models.items()}
     turns = take_turns(sides, rounds, fresh=lambda: random_tokens(batch), warm_up=1)
@@ -129,15 +129,15 @@ def by_layers(rounds: int, batch: int) -> Iterator[Row]:
 
 
 def softmax_model(**changes: int) -> LanguageModel:
-    """The small model with the router of Qwen3."""
+    """Return the small model with the router of Qwen3."""
     return small_model(router=partial(Router, score=SoftmaxBeforeTopK(), normalize=True), **changes)
 
 
 def training_step(model: nn.Module, logits: Logits, precision: str) -> Step:
-    """A whole optimizer step."""
+    """Return an optimizer step."""
     if precision == "bf16 weights":
         model.bfloat16()
-    # So slow that rounding does not part the sides over the rounds.
+    # So slow that rounding does not make the sides differ over the rounds.
     optimizer = AdamWWarmupCosine(learning_rate=1e-6).optimizer(model.parameters(), fused=True)
 
     def step(tokens: Tensor) -> float:
@@ -154,10 +154,10 @@ def training_step(model: nn.Module, logits: Logits, precision: str) -> Step:
 
 
 def logits_of(peer: nn.Module, tokens_BS: Tensor) -> Tensor:
-    """The logits of a model of transformers."""
+    """Return the logits of a model of transformers."""
     return peer(input_ids=tokens_BS).logits
 
 
 def are_close(losses: Mapping[str, float], tolerance: float) -> bool:
-    """Whether all sides train the same function."""
+    """Return whether all sides train the same function."""
     return max(losses.values()) - min(losses.values()) < tolerance

@@ -38,27 +38,27 @@ class ProcessTime(Profiler):
     """Process seconds of everything that Lightning names."""
 
     def __init__(self) -> None:
-        """Nothing has happened yet."""
+        """Start without any time."""
         super().__init__()
         self.seconds: dict[str, float] = defaultdict(float)
         self._began: dict[str, float] = {}
 
     def start(self, action_name: str) -> None:
-        """An action begins."""
+        """Note when an action begins."""
         self._began[action_name] = time.process_time()
 
     def stop(self, action_name: str) -> None:
-        """An action is over."""
+        """Add the time of an action that ends."""
         if action_name in self._began:
             self.seconds[action_name] += time.process_time() - self._began.pop(action_name)
 
     def summary(self) -> str:
-        """Nothing to print."""
+        """Return nothing to print."""
         return ""
 
 
 def rows(steps: int = 60, batch: int = 8) -> Iterator[Row]:
-    """Shares of `steps` steps of `batch` sequences of 256 tokens."""
+    """Yield the shares of `steps` steps of `batch` sequences of 256 tokens."""
     seconds = profiled(steps, batch)
     total = seconds["run_training_epoch"]
     data = sum_of(seconds, "train_dataloader_next") + sum_of(seconds, "batch_to_device")
@@ -83,7 +83,7 @@ def rows(steps: int = 60, batch: int = 8) -> Iterator[Row]:
 
 
 def profiled(steps: int, batch: int) -> Mapping[str, float]:
-    """Process seconds of a training, by Lightning's names."""
+    """Return the process seconds of a training, by Lightning's names."""
     words = [
         "model=small",
         f"trainer.max_steps={steps}",
@@ -105,12 +105,12 @@ def profiled(steps: int, batch: int) -> Mapping[str, float]:
 
 
 def sum_of(seconds: Mapping[str, float], ending: str) -> float:
-    """Seconds of the actions whose names end so."""
+    """Return the seconds of the actions whose names end so."""
     return sum(value for name, value in seconds.items() if name.endswith(ending))
 
 
 def sum_of_callbacks(seconds: Mapping[str, float], hooks: tuple[str, ...]) -> float:
-    """Seconds of all callbacks in these hooks."""
+    """Return the seconds of all callbacks in these hooks."""
     return sum(
         value for name, value in seconds.items() if name.startswith("[Callback]") and name.endswith(hooks)
     )

@@ -1,9 +1,12 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
+from inspect import getdoc
 from pathlib import Path
 
 import pytest
+import torch
 
 from benchmarks.__main__ import main
 from benchmarks.case import case_names, options_of, read_options, summary_of
@@ -11,9 +14,11 @@ from benchmarks.case import case_names, options_of, read_options, summary_of
 
 @pytest.mark.parametrize("name", case_names())
 class TestEveryCase:
-    def test_says_what_it_measures_and_its_options_have_defaults(self, name: str) -> None:
-        assert summary_of(name)
+    def test_summary_is_the_first_line_and_options_have_defaults(self, name: str) -> None:
+        summary, *options = summary_of(name).split("  ")
+        assert summary == getdoc(import_module(f"benchmarks.cases.{name}")).splitlines()[0]
         assert all(isinstance(default, (int, float, str)) for default in options_of(name).values())
+        assert options == [f"[{', '.join(f'{key}={value}' for key, value in options_of(name).items())}]"]
 
 
 class TestOptions:
@@ -32,15 +37,16 @@ class TestCommand:
             main(["overhead", "layers=3"])
         assert "batch, rounds, got layers" in capsys.readouterr().err
 
-    def test_rows_are_written_with_the_machine(self, tmp_path: Path) -> None:
+    def test_rows_are_written_with_the_machine(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("benchmarks.__main__.load", iter([1.5, 2.5]).__next__)
         out = tmp_path / "bench.json"
         assert main(["overhead", "rounds=2", "batch=1", "--malloc", "tuned", "--out", str(out)]) == 0
         result = json.loads(out.read_text())
-        assert result["machine"]["torch"]
+        assert result["machine"]["torch"] == torch.__version__
         (run,) = result["cases"]
-        assert (run["case"], run["malloc"], len(run["rows"])) == ("overhead", "tuned", 2)
-        assert run["rows"][0]["peer"] == "plain"
-        assert run["load_after"] >= 0
+        assert (run["case"], run["malloc"]) == ("overhead", "tuned")
+        assert [row["peer"] for row in run["rows"]] == ["plain", "a whole step"]
+        assert (run["load_before"], run["load_after"]) == (1.5, 2.5)
 
     def test_cases_that_are_done_are_written_before_the_next_one_ends(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

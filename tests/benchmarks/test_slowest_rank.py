@@ -16,7 +16,7 @@ class TestLoads:
     ) -> None:
         loads_R = one_full_rank(violation, ranks, 16384).view(ranks, -1).sum(-1).tolist()
         assert loads_R[0] == pytest.approx((1 + violation) * 16384 / ranks, abs=16)
-        assert len(set(loads_R[1:])) == 1
+        assert loads_R[1:] == [loads_R[1]] * (ranks - 1)
         assert sum(loads_R) == pytest.approx(16384, abs=16 * ranks)
 
     @pytest.mark.parametrize("violation", [0.0, 0.25, 1.0])

@@ -1,7 +1,8 @@
-"""Every transformers family with routed experts is verified or refused with a reason, and docs/models.md says which."""
+"""Every transformers family with routed experts is verified or refused with a reason, as docs/models.md lists."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -19,9 +20,10 @@ class TestFamilies:
     def test_family_is_verified_or_refused_as_the_table_says(self, family):
         assert str(surveyed(family)) in TABLE.read_text().splitlines()
 
-    def test_table_holds_every_family_and_enough_of_them_verified(self):
-        rows = [
-            line for line in TABLE.read_text().splitlines() if line.startswith("| ") and "family" not in line
-        ]
-        assert {row.split(" | ")[0].removeprefix("| ") for row in rows} == set(families())
-        assert sum("| verified" in row for row in rows) >= 70
+    def test_table_holds_every_family_and_all_but_one_are_verified(self):
+        page = TABLE.read_text()
+        rows = re.findall(r"^\| (\w+) \|.*\| (verified|refused)", page, re.MULTILINE)
+        assert [family for family, _ in rows] == families()
+        # The caller of VitPose names the expert, so it has no router.
+        assert [family for family, result in rows if result == "refused"] == ["vitpose_backbone"]
+        assert f"{len(rows)} of them: {len(rows) - 1} verified, 1 refused" in page

@@ -106,7 +106,7 @@ class TestLoRA:
             output.square().mean().backward()
             balanced.update()
             gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-            assert gradients
+            assert gradients.keys() == {n for n, p in model.named_parameters() if p.requires_grad}
             outputs[experts] = (output.detach(), gradients)
         torch.testing.assert_close(outputs["fused"], outputs[None], atol=1e-5, rtol=1e-3)
 

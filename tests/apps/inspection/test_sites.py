@@ -2,12 +2,12 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.attach.discovery.look_alikes import ExpertChoice
+from tests.attach.discovery.test_look_alikes import Model
 from torch import nn
 
 from moe_plugin.apps.inspection import BiasStatistics, inspect_model
 from moe_plugin.attach.balance import balance_
-from tests.attach.discovery.look_alikes import ExpertChoice
-from tests.attach.discovery.test_look_alikes import Model
 from tests.hosts import GroupedRouter, Host, OwningRouter, SoftmaxRouter
 
 

@@ -11,8 +11,8 @@ from torch import nn
 from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 
-from tests.attach.discovery.wild_places import ForwardRouter, InSequential
-from tests.attach.discovery.wild_styles import D, E, Wild
+from tests.attach.discovery.wild_block import D, E, Wild
+from tests.attach.discovery.wild_places import WithRouter
 
 
 class KthValue(Wild):
@@ -42,7 +42,7 @@ class Gumbel(Wild):
 
 
 class TopPairs(Wild):
-    """Two of two, then one of those left: nobody can say which of the calls selects."""
+    """Two of two, then one of those left: which of the calls selects is not clear."""
 
     k = 3
 
@@ -58,7 +58,7 @@ NEED_ADAPTER = {
     Gumbel: "selects experts by gumbel_softmax",
     TopPairs: "selects experts by 2 calls of topk, one after another",
 }
-"""What an adapter of the method ``gates`` can balance, and what is said of it without one."""
+"""What an adapter of the method ``gates`` can balance, and the error without one."""
 
 
 class Dense(Wild):
@@ -78,7 +78,7 @@ class TopP(Wild):
 
 
 class HeadwiseExperts(nn.Module):
-    """SwitchHead: every head has experts of its own, for which one bias is too few."""
+    """SwitchHead: every head has its own experts, for which one bias is too few."""
 
     def __init__(self):
         super().__init__()
@@ -96,6 +96,24 @@ DOUBTFUL = (Dense, TopP, HeadwiseExperts)
 """What looks like a block of experts, and was not seen to select any."""
 
 
+class ExpertChoice(nn.Module):
+    """Experts choose tokens: balanced by construction."""
+
+    def __init__(self):
+        super().__init__()
+        self.num_experts, self.gate = E, nn.Linear(D, E)
+        self.experts = nn.ModuleList(nn.Linear(D, D) for _ in range(E))
+
+    def forward(self, x):
+        x_TD = x.reshape(-1, D)
+        values, tokens = self.gate(x_TD).softmax(-1).topk(2, dim=0)
+        out = torch.zeros_like(x_TD)
+        for number, expert in enumerate(self.experts):
+            chosen = tokens[:, number]
+            out = out.index_add(0, chosen, expert(x_TD[chosen]) * values[:, number, None])
+        return out.view_as(x)
+
+
 class DepthRouter(nn.Module):
     """Mixture of depths: tokens are ranked, not experts."""
 
@@ -109,8 +127,20 @@ class DepthRouter(nn.Module):
         return x.scatter_add(1, index, self.block(x.gather(1, index)) * values.unsqueeze(-1))
 
 
+class SparseAutoencoder(nn.Module):
+    """Keeps the largest features."""
+
+    def __init__(self):
+        super().__init__()
+        self.encode, self.decode = nn.Linear(D, 32), nn.Linear(32, D)
+
+    def forward(self, x):
+        kept = self.encode(x).topk(4, dim=-1)
+        return self.decode(torch.zeros(*x.shape[:-1], 32).scatter(-1, kept.indices, kept.values))
+
+
 class Classifier(nn.Module):
-    """As many layers as classes, of which it says the likeliest."""
+    """As many layers as classes, of which it returns the likeliest."""
 
     def __init__(self):
         super().__init__()
@@ -165,7 +195,15 @@ class Beams(nn.Module):
         return self.head(x).topk(4).indices
 
 
-NO_ROUTERS = (DepthRouter, Classifier, Codebooks, Memory, Beams)
+NO_ROUTERS = {
+    DepthRouter: "Modules that call topk: 0: DepthRouter.",
+    SparseAutoencoder: "Modules that call topk: 0: SparseAutoencoder.",
+    Classifier: "'0': Classifier looks like a block of experts, but was not seen to select any.",
+    Codebooks: "Modules that call topk: none.",
+    Memory: "Modules that call topk: 0: Memory.",
+    Beams: "Modules that call topk: 0: Beams.",
+}
+"""What ranks something else than experts, and the error if there is no router either."""
 
 
 class Gate(nn.Module):
@@ -221,7 +259,7 @@ class HostReplacesItsBias(HostMovesItsBias):
 
 
 class Checkpointed(Wild):
-    """Recomputes the choice in backward, behind the back of whoever called it."""
+    """Recomputes the choice in backward, which its caller cannot see."""
 
     reentrant = False
 
@@ -233,28 +271,11 @@ class CheckpointedReentrant(Checkpointed):
     reentrant = True
 
 
-class WithRouter(InSequential):
-    """A block that is given its router."""
-
-    def __init__(self, router):
-        Wild.__init__(self)
-        self.router = router
-
-    def scores(self, x_TD):
-        return self.router.gate(x_TD).softmax(-1)
-
-
-def with_shared_router():
-    """Two blocks that share one router."""
-    router = ForwardRouter()
-    return nn.ModuleList([WithRouter(router), WithRouter(router)])
-
-
 class WholeModel(WithRouter):
     """Embedding, experts and head in one module, called with token ids."""
 
     def __init__(self):
-        super().__init__(ForwardRouter())
+        super().__init__()
         self.embedding, self.head = nn.Embedding(50, D), nn.Linear(D, 50)
 
     def forward(self, ids_BS):

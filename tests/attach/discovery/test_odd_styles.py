@@ -1,4 +1,4 @@
-"""What cannot be balanced without help is never silently left alone, and what is no router is not taken for one."""
+"""What cannot be balanced without help is reported, and what is no router is not taken for one."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from moe_plugin.attach.balance import balance_
 from moe_plugin.balancing.rules import Sign
 from moe_plugin.errors import AttachError, EffectError
 from tests.attach.discovery import odd_styles
-from tests.attach.discovery.odd_styles import DOUBTFUL, NEED_ADAPTER, NO_ROUTERS, WithRouter
-from tests.attach.discovery.wild_places import ForwardRouter
-from tests.attach.discovery.wild_styles import D, E, TwoArgmaxes, Wild
+from tests.attach.discovery.odd_styles import DOUBTFUL, NEED_ADAPTER, NO_ROUTERS
+from tests.attach.discovery.wild_block import D, E, Wild, after_sign, reference
+from tests.attach.discovery.wild_places import ForwardRouter, WithRouter
+from tests.attach.discovery.wild_styles import TwoArgmaxes
 
 TOKENS = 30
 
@@ -40,14 +41,15 @@ def gates(block, select, scores_TE):
 
 
 class TestNeedAdapter:
-    @pytest.mark.parametrize(
-        ("block", "reason"), NEED_ADAPTER.items(), ids=lambda each: getattr(each, "__name__", "")
-    )
-    def test_error_names_block_and_reason_and_what_to_do(self, block, reason):
-        with pytest.raises(
-            AttachError, match=f"'1': {block.__name__} {reason}.* Write an Adapter for that block"
-        ):
-            balance_(nn.Sequential(Wild(), block()))
+    @named(NEED_ADAPTER)
+    def test_error_names_block_and_reason_and_what_to_do(self, block):
+        told = f"{block.__name__} {NEED_ADAPTER[block]}.* Write an Adapter for that block"
+        with pytest.raises(AttachError, match=f"'0': {told}"):
+            balance_(nn.Sequential(block(), block()))
+        model = nn.Sequential(Wild(), block())
+        with pytest.raises(AttachError, match=f"'1': {told}"):
+            balance_(model)
+        assert list(balance_(model, sites="0")) == ["0"]
 
     @named(NEED_ADAPTER)
     def test_adapter_of_three_lines_balances_it(self, block):
@@ -58,12 +60,13 @@ class TestNeedAdapter:
         x = inputs()
         for bias_E in (torch.zeros(E), torch.randn(E) / 3, torch.eye(E)[2] * 50):
             balanced["0"].bias.copy_(bias_E)
-            torch.testing.assert_close(blocks[0](x), blocks[0].reference(x, bias_E))
+            torch.testing.assert_close(blocks[0](x), reference(blocks[0], x, bias_E))
         assert balanced["0"].counts.sum() == 3 * TOKENS * block.k
         assert balanced["0"].counts[2] >= TOKENS
         model(x).sum().backward()
+        expected_E = after_sign(torch.zeros(E), balanced["1"].counts, 0.1)
         balanced.update()
-        assert balanced["1"].bias.any()
+        torch.testing.assert_close(balanced["1"].bias, expected_E)
 
 
 class TestDoubtful:
@@ -101,8 +104,14 @@ class TestNoRouters:
     @named(NO_ROUTERS)
     def test_module_that_ranks_something_else_is_not_taken_for_a_router(self, block):
         assert list(balance_(nn.Sequential(Wild(), block()))) == ["0"]
-        with pytest.raises(AttachError, match="'adapters'"):
+        with pytest.raises(AttachError, match="'adapters'") as error:
             balance_(nn.Sequential(block()))
+        assert NO_ROUTERS[block] in str(error.value)
+
+    def test_expert_choice_is_refused_with_its_reason(self):
+        model = nn.Sequential(odd_styles.ExpertChoice(), odd_styles.ExpertChoice())
+        with pytest.raises(AttachError, match="'1': ExpertChoice lets its experts choose their tokens"):
+            balance_(model)
 
 
 class TestRefusedInTheFirstForward:
@@ -131,7 +140,7 @@ class TestRefusedInTheFirstForward:
         site = balance_(block, adapters=[adapter])[""]
         site.bias.copy_(torch.randn(E))
         block(x).sum().backward()
-        plain.reference(x, site.bias).sum().backward()
+        reference(plain, x, site.bias).sum().backward()
         torch.testing.assert_close(block.gate.weight.grad, plain.gate.weight.grad)
         assert site.counts.sum() == TOKENS * 2
 
@@ -143,7 +152,8 @@ class TestRefusedInTheFirstForward:
 
 class TestPlaces:
     def test_router_shared_by_two_blocks_is_one_site(self):
-        blocks = odd_styles.with_shared_router()
+        router = ForwardRouter()
+        blocks = nn.ModuleList([WithRouter(router), WithRouter(router)])
         balanced = balance_(blocks)
         for block in blocks:
             block(inputs())

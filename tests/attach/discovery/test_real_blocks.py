@@ -1,4 +1,4 @@
-"""The blocks of other packages, where they are installed; none of them knows of moe_plugin."""
+"""The blocks of other packages, if they are installed, are balanced without a change to them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,9 @@ import torch
 from torch import nn
 
 from moe_plugin.attach.balance import balance_
+from moe_plugin.balancing.rules import Sign
 from tests.attach.discovery.real_blocks import REAL, D, E, K
+from tests.attach.discovery.wild_block import after_sign
 
 TOKENS = 24
 
@@ -52,28 +54,29 @@ class TestRealBlocks:
         assert list(model.state_dict()) == keys
 
     def test_gate_weights_follow_from_unbiased_scores(self, real, model, x_BSD):
-        balanced, checked = balance_(model, rule=None), []
-        for site in balanced.values():
+        balanced, checked = balance_(model, rule=None), {}
+        for name, site in balanced.items():
             site.bias.copy_(torch.randn(E) / 3)
             site.bias[3] += 50.0
             site.router.register_forward_hook(
-                lambda router, args, output, site=site: checked.append(
-                    (real.gates(output), real.expected(router, args[0], site.bias))
+                lambda router, args, output, name=name, site=site: checked.update(
+                    {name: (real.gates(output), real.expected(router, args[0], site.bias))}
                 )
             )
         step(model, x_BSD)
-        assert len(checked) == 2
-        for ours, expected in checked:
+        assert list(checked) == list(balanced)
+        for ours, expected in checked.values():
             torch.testing.assert_close(ours.view_as(expected), expected)
         assert [site.counts[3] for site in balanced.values()] == [TOKENS] * 2
 
     def test_updates_move_every_bias_and_remove_restores(self, real, model, x_BSD):
         plain = copy.deepcopy(model)
         untouched = {name: (type(part), set(vars(part))) for name, part in model.named_modules()}
-        balanced = balance_(model)
+        balanced = balance_(model, Sign(rate=0.1))
         step(model, x_BSD)
+        expected = {name: after_sign(site.bias, site.counts, 0.1) for name, site in balanced.items()}
         balanced.update()
-        assert all(site.bias.any() for site in balanced.values())
+        torch.testing.assert_close({name: site.bias for name, site in balanced.items()}, expected)
         for site in balanced.values():
             site.bias.zero_()
         balanced.remove()

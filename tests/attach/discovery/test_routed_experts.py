@@ -37,12 +37,11 @@ class TestFindRoutedExperts:
     @pytest.mark.parametrize("experts", [Stacked(6), expert_list(6)], ids=["stacked", "list"])
     def test_experts_beside_a_router_are_found(self, experts):
         model = nn.ModuleDict({"mlp": Host(nn.Linear(8, 6), experts, top_k=3)})
-        found = find_routed_experts(model)
-        assert len(found) == 1
-        assert found[0].module is experts
-        assert (found[0].num_experts, found[0].top_k) == (6, 3)
+        (found,) = find_routed_experts(model)
+        assert found.module is experts
+        assert (found.num_experts, found.top_k) == (6, 3)
 
-    def test_top_k_may_stand_in_a_config(self):
+    def test_top_k_may_be_in_a_config(self):
         config = type("Config", (), {"num_experts_per_tok": 2})()
         assert find_routed_experts(Host(nn.Linear(8, 6), Stacked(6), config=config))[0].top_k == 2
 

@@ -1,87 +1,22 @@
 """Routers as they are written in public code: Shazeer, GShard, Switch, Megatron, Tutel, makeMoE and many by hand.
 
-This file holds those that differ in how they choose, `wild_places` those that differ in where things are. Each says by
-`scores` and `weigh` what it computes, from which `reference` computes it once more and plainly, and in its `forward`
-routes in the way it stands for. Shape legend: B batch, S sequence, T tokens, D model width, E experts, K experts
-selected per token.
+The library knows none of them. These differ in how they choose; `wild_calls` varies how the call is written,
+`wild_places` where experts and router are, `wild_inputs` what the router receives, and `wild_biases` the tensors with
+one entry per expert.
+
+Shape legend: T tokens, D model width, E experts, K experts selected per token.
 """
 
 from __future__ import annotations
 
-import functools
-
-import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional
 
-D, E, K = 12, 6, 2
+from tests.attach.discovery.wild_block import E, OfLogits, Wild
 
 
-class Wild(nn.Module):
-    """The plainest block of all; subclasses differ in one thing."""
-
-    k = K
-    rows = "tokens"
-    """What one choice is made for: each token, or each sequence or image."""
-
-    def __init__(self):
-        super().__init__()
-        self.gate = nn.Linear(D, E, bias=False)
-        self.ffns = self.make_experts()
-
-    def also(self, x):
-        """What the model gives the block besides the hidden states."""
-        return ()
-
-    def make_experts(self):
-        return nn.ModuleList(nn.Linear(D, D) for _ in range(E))
-
-    def outputs(self, x_TD):
-        """All experts' outputs (T, E, D)."""
-        return torch.stack([ffn(x_TD) for ffn in self.ffns], dim=1)
-
-    def scores(self, x_TD):
-        return self.gate(x_TD).softmax(-1)
-
-    def weigh(self, scores_TE, ids_TK):
-        return scores_TE.gather(1, ids_TK)
-
-    def combine(self, x_TD, gates_TE):
-        return (gates_TE.unsqueeze(-1) * self.outputs(x_TD)).sum(1)
-
-    def reference(self, x, bias_E):
-        """The output for this bias, computed plainly."""
-        x_TD = x.reshape(-1, D)
-        scores_TE = self.scores(x_TD)
-        ids_TK = (scores_TE + bias_E).sort(descending=True, stable=True).indices[:, : self.k]
-        gates_TE = torch.zeros_like(scores_TE).scatter(1, ids_TK, self.weigh(scores_TE, ids_TK))
-        return self.combine(x_TD, gates_TE).view_as(x)
-
-    def forward(self, x):
-        x_TD = x.reshape(-1, D)
-        return self.combine(x_TD, self.gates(self.scores(x_TD))).view_as(x)
-
-    def gates(self, scores_TE):
-        """Gate weights (T, E), zero for experts that are not selected."""
-        ids_TK = self.choose(scores_TE)
-        return torch.zeros_like(scores_TE).scatter(1, ids_TK, self.weigh(scores_TE, ids_TK))
-
-    def choose(self, scores_TE):
-        return scores_TE.topk(self.k).indices
-
-
-# How the choice is made.
-
-
-class OneMoreCandidate(Wild):
+class OneMoreCandidate(OfLogits):
     """Shazeer's noisy gating: k + 1 are ranked, since the loss needs the threshold, and k used."""
-
-    def scores(self, x_TD):
-        return self.gate(x_TD)
-
-    def weigh(self, scores_TE, ids_TK):
-        return scores_TE.gather(1, ids_TK).softmax(-1)
 
     def gates(self, scores_TE):
         values, ids = scores_TE.topk(min(self.k + 1, E), dim=1)
@@ -89,7 +24,7 @@ class OneMoreCandidate(Wild):
         return torch.zeros_like(scores_TE).scatter(1, ids[:, : self.k], values[:, : self.k].softmax(1))
 
 
-class ScatteredInfinity(OneMoreCandidate):
+class ScatteredInfinity(OfLogits):
     """makeMoE: all but the selected logits are -inf, then one softmax over all experts."""
 
     def gates(self, scores_TE):
@@ -97,7 +32,7 @@ class ScatteredInfinity(OneMoreCandidate):
         return torch.full_like(scores_TE, float("-inf")).scatter(-1, ids, values).softmax(-1)
 
 
-class FirstColumns(OneMoreCandidate):
+class FirstColumns(OfLogits):
     """All are ranked by topk, the first k used one by one."""
 
     def gates(self, scores_TE):
@@ -119,7 +54,18 @@ class RankedOneByOne(Wild):
         return gates_TE
 
 
-class LastOfAscending(Wild):
+class FirstOfSorted(Wild):
+    def gates(self, scores_TE):
+        values, order = scores_TE.sort(dim=-1, descending=True)
+        return torch.zeros_like(scores_TE).scatter(1, order[:, : self.k], values[:, : self.k])
+
+
+class FirstOfArgsort(Wild):
+    def choose(self, scores_TE):
+        return torch.argsort(scores_TE, dim=-1, descending=True)[..., : self.k]
+
+
+class LastOfArgsort(Wild):
     def choose(self, scores_TE):
         return torch.argsort(scores_TE, dim=-1)[:, -self.k :]
 
@@ -150,6 +96,31 @@ class NearestCentroid(SmallestDistance):
 
     def choose(self, scores_TE):
         return (-scores_TE).argmin(-1, keepdim=True)
+
+
+class TopOneByMax(Wild):
+    k = 1
+
+    def gates(self, scores_TE):
+        weights_T1, ids_T1 = torch.max(scores_TE, dim=-1, keepdim=True)
+        return torch.zeros_like(scores_TE).scatter(1, ids_T1, weights_T1)
+
+
+class TopOneByArgmax(Wild):
+    k = 1
+
+    def gates(self, scores_TE):
+        return scores_TE * functional.one_hot(scores_TE.argmax(-1), E)
+
+
+class TopOneByArgmaxAndMax(Wild):
+    """Weights are the largest scores, asked for once more."""
+
+    k = 1
+
+    def gates(self, scores_TE):
+        ids_T, weights_T = torch.argmax(scores_TE, dim=-1), scores_TE.max(dim=-1).values
+        return torch.zeros_like(scores_TE).scatter(1, ids_T[:, None], weights_T[:, None])
 
 
 class TwoArgmaxes(Wild):
@@ -193,25 +164,47 @@ class TwoTopOnes(Wild):
         return values.squeeze(-1), index.squeeze(-1)
 
 
+class GroupsByZeros(Wild):
+    """DeepSeek-V2: of two groups, the one with the best expert is open; scores of the other are zero."""
+
+    has_groups = True
+
+    def worth(self, group_TE):
+        return group_TE.amax(-1)
+
+    def ranked(self, scores_TE, bias_E):
+        """Rank the experts of the open group, which the bias does not choose."""
+        one_TE, other_TE = scores_TE.split(E // 2, dim=1)
+        is_one_T1 = (self.worth(one_TE) > self.worth(other_TE)).unsqueeze(1)
+        is_open_TE = torch.cat([is_one_T1.expand_as(one_TE), ~is_one_T1.expand_as(other_TE)], dim=1)
+        return (scores_TE + bias_E).where(is_open_TE, -torch.inf)
+
+    def gates(self, scores_TE):
+        best = scores_TE.view(-1, 2, E // 2).max(-1).values.topk(1, dim=-1).indices
+        values, ids = scores_TE.masked_fill(~self.opened(best), 0.0).topk(self.k)
+        return torch.zeros_like(scores_TE).scatter(1, ids, values)
+
+    def opened(self, best_T1):
+        return torch.zeros(len(best_T1), 2).scatter(1, best_T1, 1).repeat_interleave(E // 2, 1).bool()
+
+
+class GroupsByInfinity(GroupsByZeros):
+    """DeepSeek-V3: a group is worth its two best experts; scores of the other group are -inf."""
+
+    def worth(self, group_TE):
+        return group_TE.sum(-1) - group_TE.amin(-1)  # of three experts
+
+    def gates(self, scores_TE):
+        best = scores_TE.view(-1, 2, E // 2).topk(2, dim=-1).values.sum(-1).topk(1, dim=-1).indices
+        ids_TK = scores_TE.masked_fill(~self.opened(best), float("-inf")).topk(self.k).indices
+        return torch.zeros_like(scores_TE).scatter(1, ids_TK, scores_TE.gather(1, ids_TK))
+
+
 class Transposed(Wild):
     """Experts first: (E, T)."""
 
     def choose(self, scores_TE):
         return scores_TE.t().contiguous().topk(self.k, dim=0)[1].t()
-
-
-class ByOverload(Wild):
-    def choose(self, scores_TE):
-        return torch.ops.aten.topk.default(scores_TE, self.k)[1]
-
-
-class ByPartial(Wild):
-    """No selecting name in any code of the block."""
-
-    top = functools.partial(torch.topk, k=K, dim=-1)
-
-    def choose(self, scores_TE):
-        return self.top(scores_TE)[1]
 
 
 class CheckedFirst(Wild):
@@ -223,26 +216,6 @@ class CheckedFirst(Wild):
         if scores_TE.isnan().any():
             raise ValueError("NaN in the router")
         return super().choose(scores_TE)
-
-
-class NumpyK(Wild):
-    """k comes from numpy."""
-
-    def choose(self, scores_TE):
-        return scores_TE.topk(np.int64(self.k)).indices
-
-
-class PerSequence(Wild):
-    """Routes one sequence of the batch after the other."""
-
-    def forward(self, x):
-        return torch.stack([super(PerSequence, self).forward(x_SD) for x_SD in x])
-
-
-class InChunks(Wild):
-    def forward(self, x):
-        chunks = x.reshape(-1, D).split(8)
-        return torch.cat([super(InChunks, self).forward(x_TD) for x_TD in chunks]).view_as(x)
 
 
 class AuxiliaryTopk(Wild):
@@ -262,12 +235,6 @@ class WithSharedExperts(Wild):
         ids = torch.cat([ids, torch.full_like(ids[:, :1], E)], dim=1)
         values = torch.cat([values, torch.ones_like(values[:, :1])], dim=1)
         return torch.zeros(len(ids), E + 1).scatter(1, ids, values)[:, :E]
-
-
-class UnderAutocast(Wild):
-    def choose(self, scores_TE):
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=False):
-            return super().choose(scores_TE.float())
 
 
 class Straight(Wild):
