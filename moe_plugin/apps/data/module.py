@@ -49,7 +49,7 @@ class CorpusDataModule(LightningDataModule):
         Args:
             source: Where the text comes from.
             tokenizer: How it becomes tokens; `Bytes()` by default.
-            vocab_size: Must be the tokenizer's; given so that a model's config can refer to it.
+            vocab_size: Must be the tokenizer's; a model's config refers to it.
             context_length: S, tokens predicted per sequence.
             batch_size: Sequences per optimizer step, over all ranks and accumulated micro-batches.
             val_batch_size: Sequences per validation batch over all ranks. Validation uses a multiple of it, so ranks
