@@ -24,7 +24,7 @@ PLUGIN = {
     "routing": {"errors", "types", "number_checks"},
     "balancing": {"errors", "number_checks"},
     "metrics": {"errors"},
-    "losses": {"errors", "types"},
+    "losses": {"types", "number_checks"},
     "experts": {"errors", "types", "number_checks", "routing"},
     "plots": {"errors", "metrics"},
     "attach": {"errors", "types", "balancing", "metrics", "experts"},
@@ -34,7 +34,7 @@ PLUGIN = {
 }
 APPS = {
     "apps": set(),
-    "apps.data": {"errors"},
+    "apps.data": {"errors", "number_checks"},
     "apps.models": {
         *("errors", "types", "number_checks", "routing", "losses", "experts", "attach", "sharding"),
     },

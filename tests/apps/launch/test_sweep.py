@@ -88,7 +88,7 @@ class TestFailingJob:
         with pytest.raises(SystemExit, match="1"):
             train.main([*WORDS, "-m", "data.max_train_tokens=64,1024"])
         first, second = table()
-        assert first["status"].startswith("failed: 'data.batch_size' is 8 sequences")
+        assert first["status"].startswith("failed: 'data.batch_size' must be <= ")
         assert first["val_loss"] == ""
         assert second["status"] == "finished"
         lines = capsys.readouterr().err.splitlines()
