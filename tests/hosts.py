@@ -1,4 +1,4 @@
-"""Hand-written MoE models that know nothing of moe_plugin, as a user would have them.
+"""Hand-written MoE models as a user would have them, without any moe_plugin code.
 
 Shape legend: T tokens, D model width, E experts, K experts selected per token.
 """
@@ -10,7 +10,7 @@ from torch import nn
 
 
 class SoftmaxRouter(nn.Module):
-    """Softmax before top-k, normalised: Mixtral and Qwen3 style, without a bias of its own."""
+    """Softmax before top-k, normalised: Mixtral and Qwen3 style, without its own bias."""
 
     def __init__(self, dim: int, num_experts: int, top_k: int):
         super().__init__()

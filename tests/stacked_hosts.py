@@ -15,7 +15,7 @@ D, H, E, K = 8, 6, 4, 2
 
 
 class StackedExperts(nn.Module):
-    """SwiGLU experts as transformers has them."""
+    """SwiGLU experts in transformers' layout."""
 
     def __init__(self, dim: int = D, hidden_dim: int = H, num_experts: int = E):
         super().__init__()

@@ -31,7 +31,7 @@ def main() -> None:
 
 
 def page(rows: list[Row]) -> str:
-    """The page around the table."""
+    """Return the page around the table."""
     verified = sum(row.verified is not None for row in rows)
     counts = f"{len(rows)} of them: {verified} verified, {len(rows) - verified} refused"
     intro = INTRODUCTION.format(version=transformers.__version__, counts=counts)
@@ -43,20 +43,19 @@ INTRODUCTION = """# Models
 Made by `python -m tests.families` with transformers {version}: every family that has a config naming experts, {counts}.
 Each is built small from its config, with random weights, and really run.
 
-Nothing below is a list that the code goes by: routers are found by their structure, see
-`moe_plugin/attach/discovery/survey.py`. Only rows that say *adapter* have a file of their own in
-`moe_plugin/attach/families/`.
+The code does not use this list: it finds routers by their structure, see `moe_plugin/attach/discovery/survey.py`. Only
+rows with *adapter* have a file in `moe_plugin/attach/families/`.
 
-*Driven* is what the updates move: a tensor that the model owns, which then lies in its own checkpoint, or a bias of
-ours, added in the named selecting call. *Gate weights* names the function of the unbiased scores that they were found
-to be, computed independently: times one factor, or brought to one sum per token.
+*Driven* is what the updates move: a tensor that the model owns and saves in its checkpoint, or our bias, added in the
+named selecting call. *Gate weights* names the function of the unbiased scores that an independent computation found,
+times one factor, or scaled to one sum per token.
 
 *Verified* means: bit-identical outputs, loss and gradients at zero bias; outputs that a bias changes only by the
 experts it selects; counts equal to unpadded tokens x k, also under both kinds of activation checkpointing; a large bias
 draws every token, with unbiased gate weights; updates move every bias; the same `state_dict` keys; deepcopy and pickle;
 saving and loading; bf16 with an fp32 bias; `remove()`.
 
-*Fused* says whether `balance_(model, experts="fused")` replaces its experts, or why not: *yes* means equal outputs (to
+*Fused* shows whether `balance_(model, experts="fused")` replaces the experts, or why not. *yes* means equal outputs (to
 1e-4), gradients (to 2e-5 of the largest value), and checkpoints.
 """
 

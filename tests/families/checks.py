@@ -1,4 +1,4 @@
-"""What must hold for every family, each check on its own.
+"""Checks that must pass for every family, one function each.
 
 Shape legend: E experts.
 """
@@ -31,7 +31,7 @@ LARGE = 100.0
 
 @dataclass(frozen=True)
 class Verified:
-    """What was found out about a family."""
+    """What the checks found about a family."""
 
     router: str
     driven: str
@@ -76,7 +76,7 @@ def verify(model: PreTrainedModel) -> Verified:
 
 
 def zero_bias_changes_nothing(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
-    """Outputs, loss and gradients are bit-identical with a bias of zero."""
+    """Check that outputs, loss and gradients are bit-identical with a bias of zero."""
     inputs = _with_labels(model, inputs)
     results = []
     for attach in (False, True):
@@ -95,7 +95,7 @@ def zero_bias_changes_nothing(model: PreTrainedModel, inputs: dict[str, Any]) ->
 
 
 def counts_are_exact(model: PreTrainedModel, balanced: BalancedModel, inputs: dict[str, Any]) -> None:
-    """Each site counts its valid tokens times k."""
+    """Check that each site counts its valid tokens times k."""
     balanced.discard_counts_()
     _step(model, inputs)
     for name, site in balanced.items():
@@ -106,7 +106,7 @@ def counts_are_exact(model: PreTrainedModel, balanced: BalancedModel, inputs: di
 def counts_are_exact_under_checkpointing(
     model: PreTrainedModel, inputs: dict[str, Any], kinds: list[bool]
 ) -> None:
-    """Recomputation counts nothing, in both kinds."""
+    """Check that recomputation does not count, in both kinds of checkpointing."""
     for use_reentrant in kinds:
         copied = copy.deepcopy(model)  # transformers leaves hooks behind
         copied.gradient_checkpointing_enable({"use_reentrant": use_reentrant})
@@ -124,7 +124,7 @@ def counts_are_exact_under_checkpointing(
 def large_bias_draws_every_token(
     model: PreTrainedModel, balanced: BalancedModel, inputs: dict[str, Any]
 ) -> str:
-    """An expert with a large bias is among every token's, with gate weights from unbiased scores.
+    """Check that every token selects an expert with a large bias, with gate weights from unbiased scores.
 
     Returns:
         The formulas of the gate weights.
@@ -152,7 +152,7 @@ def large_bias_draws_every_token(
 def bias_that_changes_no_selection_changes_nothing(
     model: PreTrainedModel, balanced: BalancedModel, inputs: dict[str, Any]
 ) -> None:
-    """While every token keeps its experts, outputs are bit-identical: no gate weight sees the bias."""
+    """Check that outputs are bit-identical while every token keeps its experts: no gate weight sees the bias."""
     before = {name: site.bias.clone() for name, site in balanced.items()}
     plain, chosen = _selections(model, balanced, inputs)
     generator = torch.Generator().manual_seed(2)
@@ -170,7 +170,7 @@ def bias_that_changes_no_selection_changes_nothing(
 
 
 def update_moves_bias(model: PreTrainedModel, balanced: BalancedModel, inputs: dict[str, Any]) -> None:
-    """An update leaves every site with another bias."""
+    """Check that an update moves every site's bias."""
     before = {name: site.bias.clone() for name, site in balanced.items()}
     counts_are_exact(model, balanced, inputs)
     balanced.update()
@@ -179,7 +179,7 @@ def update_moves_bias(model: PreTrainedModel, balanced: BalancedModel, inputs: d
 
 
 def copies_are_alike(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
-    """A deepcopy and a pickle select as the model does."""
+    """Check that a deepcopy and a pickle select as the model does."""
     expected = _evaluate(model, inputs)
     buffer = io.BytesIO()
     torch.save(model, buffer)
@@ -195,7 +195,7 @@ def copies_are_alike(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
 def bias_survives_saving(
     model: PreTrainedModel, balanced: BalancedModel, inputs: dict[str, Any] | None
 ) -> list[str]:
-    """Biases that are the host's lie in its own checkpoint; ours in the sidecar file.
+    """Check that the host's biases are in its own checkpoint, ours in the sidecar file.
 
     Returns:
         What transformers itself loses when it loads the model.
@@ -225,7 +225,7 @@ def bias_survives_saving(
 
 
 def bias_stays_fp32_in_bf16(model: PreTrainedModel, inputs: dict[str, Any] | None) -> None:
-    """The model runs in bf16 with its biases unchanged."""
+    """Check that the model runs in bf16 with its biases unchanged."""
     cast = copy.deepcopy(model).bfloat16()
     balanced, before = find_balanced(cast), find_balanced(model)
     assert balanced is not None
@@ -238,7 +238,7 @@ def bias_stays_fp32_in_bf16(model: PreTrainedModel, inputs: dict[str, Any] | Non
 
 
 def _reloads_exactly(model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
-    """Whether the host without balancing gives the same outputs when saved and loaded."""
+    """Return whether the host without balancing gives the same outputs when saved and loaded."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         loaded = type(model).from_pretrained(folder).train()
@@ -246,7 +246,7 @@ def _reloads_exactly(model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
 
 
 def _runs_in_bf16(model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
-    """Whether the host without balancing can be cast to bf16."""
+    """Return whether the host without balancing can be cast to bf16."""
     try:
         _step(copy.deepcopy(model).bfloat16(), inputs)
     except RuntimeError:
@@ -255,7 +255,7 @@ def _runs_in_bf16(model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
 
 
 def _checkpoints(model: PreTrainedModel, inputs: dict[str, Any]) -> list[bool]:
-    """The values of ``use_reentrant`` with which the host without balancing can be trained."""
+    """Return the values of ``use_reentrant`` with which the host without balancing can be trained."""
     working = []
     for use_reentrant in (False, True) if model.supports_gradient_checkpointing else ():
         copied = copy.deepcopy(model)
@@ -278,7 +278,7 @@ def _limits_of_the_host(model: PreTrainedModel, in_bf16: bool, checkpoints: list
 
 
 def _holds_bias(tensor: Tensor, site: Site) -> bool:
-    """Whether the tensor is the site's bias, or a stack with it, as some checkpoint formats have."""
+    """Return whether the tensor is the site's bias, or a stack with it, as some checkpoint formats have."""
     rows = tensor.float().reshape(-1, tensor.shape[-1]) if tensor.dim() else tensor[None, None]
     return rows.shape[1] == site.num_experts and bool((rows == site.bias).all(1).any())
 
@@ -302,7 +302,7 @@ def _evaluate(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
 def _selections(
     model: PreTrainedModel, balanced: BalancedModel, inputs: dict[str, Any]
 ) -> tuple[Tensor, list[list[int]]]:
-    """The model's output, and the experts of every token at every site."""
+    """Return the model's output, and the experts of every token at every site."""
     chosen: list[list[int]] = []
     for site in balanced.values():
         site.observer = lambda selection, _valid: chosen.append(selection.expert_ids_TK.flatten().tolist())
@@ -313,7 +313,7 @@ def _selections(
 
 
 def _with_labels(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:
-    """The inputs with labels where the host can take them, so that its own loss is the first output."""
+    """Return the inputs with labels if the host takes them, which makes its own loss the first output."""
     if "labels" not in inspect.signature(model.forward).parameters:
         return inputs
     labelled = {**inputs, "labels": inputs.get("decoder_input_ids", inputs["input_ids"])}

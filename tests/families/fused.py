@@ -1,4 +1,4 @@
-"""Whether a family's experts can be fused, and that they then compute what its own do."""
+"""Check whether a family's experts can be fused, and that they then compute what its own do."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ REASON = r"cannot here: (.*)\. Leave 'experts' out"
 
 
 def fused(model: PreTrainedModel) -> str:
-    """'yes', or 'no' and why; the model stays untouched.
+    """Return 'yes', or 'no' and why; the model stays untouched.
 
     Raises:
         AssertionError: If something does not hold.
@@ -46,7 +46,7 @@ def _layer(name: str) -> str:
 
 
 def results_agree(theirs: tuple[Tensor, dict[str, Tensor]], ours: tuple[Tensor, dict[str, Tensor]]) -> None:
-    """Outputs and gradients differ by no more than rounding."""
+    """Check that outputs and gradients differ by no more than rounding."""
     (output, gradients), (output2, gradients2) = theirs, ours
     torch.testing.assert_close(output2, output, atol=1e-5, rtol=1e-4)
     assert gradients2.keys() == gradients.keys(), "other gradients"
@@ -56,7 +56,7 @@ def results_agree(theirs: tuple[Tensor, dict[str, Tensor]], ours: tuple[Tensor, 
 
 
 def step(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
-    """Output and gradients."""
+    """Return output and gradients."""
     torch.manual_seed(0)
     output = model(**inputs)[0]
     output.float().square().mean().backward()
@@ -65,7 +65,7 @@ def step(model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, dict[str, Te
 
 
 def saved(model: PreTrainedModel) -> dict[str, Tensor]:
-    """What its own checkpoint holds."""
+    """Return the tensors of its own checkpoint."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         return load_file(Path(folder) / "model.safetensors")

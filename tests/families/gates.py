@@ -23,7 +23,7 @@ SCORES: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def explained(output: Any, num_experts: int, top_k: int) -> str | None:
-    """Which function of the scores the gate weights are, up to a factor or a sum; None if the output doesn't tell.
+    """Return which function of the scores the gate weights are, up to a factor or a sum; None if unknown.
 
     Raises:
         AssertionError: If the output has scores, weights and ids, and no formula gives the weights.
@@ -46,7 +46,7 @@ def explained(output: Any, num_experts: int, top_k: int) -> str | None:
 
 
 def _proportional(ours_TK: Tensor, theirs_TK: Tensor) -> bool:
-    """Whether the weights are the scores times one factor, or the scores of each token brought to one sum."""
+    """Return whether the weights are the scores times one factor, or each token's scores scaled to one sum."""
     ratio_TK, sum_T = ours_TK / theirs_TK, ours_TK.sum(-1)
     per_token = _same(ratio_TK, ratio_TK[:, :1])
     return per_token and (

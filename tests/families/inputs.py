@@ -15,7 +15,7 @@ BATCH, LENGTH, PADDING = 3, 8, 5
 
 
 def inputs_of(model: nn.Module) -> dict[str, Any]:
-    """Token ids, and masks with `PADDING` padded tokens (in a decoder behind an encoder: one less)."""
+    """Return token ids, and masks with `PADDING` padded tokens (in a decoder behind an encoder: one less)."""
     parameters = inspect.signature(model.forward).parameters
     generator = torch.Generator().manual_seed(1)
     ids_BS = torch.randint(3, 90, (BATCH, LENGTH), generator=generator)
@@ -33,14 +33,14 @@ def inputs_of(model: nn.Module) -> dict[str, Any]:
 
 
 def mask(padding: int) -> Tensor:
-    """A mask (B, S) with this many padded tokens at the end of the last sequence."""
+    """Return a mask (B, S) with this many padded tokens at the end of the last sequence."""
     mask_BS = torch.ones(BATCH, LENGTH, dtype=torch.long)
     mask_BS[-1, LENGTH - padding :] = 0
     return mask_BS
 
 
 def tokens_at(site: str, inputs: dict[str, Any]) -> int:
-    """How many tokens a site must count."""
+    """Return how many tokens a site must count."""
     if "moe_mm_token_type_ids" in inputs:
         seen = int(inputs["moe_mm_token_type_ids"].sum())
         return seen if "vision_moe" in site else BATCH * LENGTH - seen

@@ -28,13 +28,13 @@ _PREFERRED = ("ForConditionalGeneration", "ForCausalLM", "ForBlockDiffusion", "M
 
 @cache
 def families() -> list[str]:
-    """Names of the families that have a config with a field that names experts."""
+    """Return the names of the families that have a config with a field that names experts."""
     configs = sorted(_MODELS.glob("*/configuration_*.py"))
     return sorted({path.parent.name for path in configs if _FIELD_OF_EXPERTS.search(path.read_text())})
 
 
 def build(family: str) -> PreTrainedModel:
-    """A small model of the family with random weights, in training mode: its first class that can be built."""
+    """Build a small model of the family with random weights, in training mode: its first class that works."""
     failures = []
     for kind, config_kind in _model_classes(family):
         try:

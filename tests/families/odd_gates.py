@@ -1,7 +1,7 @@
 """Routers whose output doesn't hold scores, weights and ids: their routing, computed anew from unbiased scores.
 
 Each function takes the router, its input, its output and its bias, asserts that the output is what the biased choice
-with unbiased gate weights gives, and returns the name of the function of the scores. None: nothing to tell here.
+with unbiased gate weights gives, and returns the name of the function of the scores. None: there is no such check.
 
 Shape legend: T tokens, D model width, E experts, K selected per token, N keys, S shared experts or sequence.
 """
@@ -116,7 +116,7 @@ def _switch(router: Any, x_TD: Tensor, output: tuple, bias_E: Tensor) -> str:
 
 
 def _chosen(scores_TE: Tensor, bias_E: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """Unbiased scores and ids of the ``k`` experts with the largest biased scores."""
+    """Return unbiased scores and ids of the ``k`` experts with the largest biased scores."""
     ids_TK = (scores_TE + bias_E).argsort(-1, descending=True)[:, :k]
     return scores_TE.gather(1, ids_TK), ids_TK
 

@@ -41,7 +41,7 @@ DROPOUT = re.compile(r".*(dropout|pdrop|drop_path|jitter).*")
 
 
 def shrink(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """A config's fields, nested configs included, with every size small and every dropout zero."""
+    """Return a config's fields, nested configs included, with every size small and every dropout zero."""
     length = next(
         (fields[name] for name in ("num_hidden_layers", "n_layers", "depth") if name in fields), None
     )
@@ -71,6 +71,6 @@ def _names_dropped_layer(key: Any) -> bool:
 
 
 def _representatives(kinds: list[Any]) -> list[Any]:
-    """``NUM_LAYERS`` entries of a per-layer list, the last kinds first seen: dense layers come first in most."""
+    """Return the last ``NUM_LAYERS`` kinds of a per-layer list: dense layers come first in most."""
     distinct = list({str(kind): kind for kind in kinds}.values())
     return (distinct * NUM_LAYERS)[-NUM_LAYERS:]

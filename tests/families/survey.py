@@ -37,7 +37,7 @@ class Row:
     fused: str = "-"
 
     def __str__(self) -> str:
-        """One line of Markdown."""
+        """Return one line of Markdown."""
         if self.verified is None:
             return (
                 f"| {self.family} | {self.model} | - | - | - | - | refused: {self.refused} | {self.fused} |"
@@ -49,7 +49,7 @@ class Row:
 
 @contextmanager
 def without_warnings(logger: str) -> Iterator[None]:
-    """Lets a logger tell of errors only."""
+    """Make a logger report errors only."""
     log = logging.getLogger(logger)
     before = log.level
     log.setLevel(logging.ERROR)

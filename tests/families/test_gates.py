@@ -1,4 +1,4 @@
-"""The checks of gate weights tell those from unbiased scores from others.
+"""The checks of gate weights separate those from unbiased scores from others.
 
 Shape legend: T tokens, D model width, E experts, K experts selected per token.
 """
@@ -33,7 +33,7 @@ class TestExplained:
         with pytest.raises(AssertionError, match="follow from no formula"):
             explained(output(name, biased=True, normalised=normalised), E, K)
 
-    def test_output_without_weights_tells_nothing(self):
+    def test_output_without_weights_explains_nothing(self):
         logits_TE, _, ids_TK = output("softmax", biased=False)
         assert explained((logits_TE, ids_TK), E, K) is None
 

@@ -1,7 +1,6 @@
 """Blocks that select experts where no bias can be added, and modules that rank something else than experts.
 
-Shape legend: T tokens, D model width, E experts, K experts selected per token, H heads,
-B batch, S sequence, G groups of experts.
+Shape legend: T tokens, D model width, E experts, K selected per token, H heads, B batch, S sequence, G groups.
 """
 
 from __future__ import annotations
@@ -42,7 +41,7 @@ class Gumbel(Wild):
 
 
 class TopPairs(Wild):
-    """Two of two, then one of those left: which of the calls selects is not clear."""
+    """Two of all, then one of those left: which of the calls selects is not clear."""
 
     k = 3
 
@@ -108,9 +107,8 @@ class ExpertChoice(nn.Module):
         x_TD = x.reshape(-1, D)
         values, tokens = self.gate(x_TD).softmax(-1).topk(2, dim=0)
         out = torch.zeros_like(x_TD)
-        for number, expert in enumerate(self.experts):
-            chosen = tokens[:, number]
-            out = out.index_add(0, chosen, expert(x_TD[chosen]) * values[:, number, None])
+        for chosen, weights, expert in zip(tokens.T, values.T, self.experts, strict=True):
+            out = out.index_add(0, chosen, expert(x_TD[chosen]) * weights[:, None])
         return out.view_as(x)
 
 

@@ -1,6 +1,6 @@
 """Blocks of experts of other packages, small: LitGPT, torchtitan, and two of lucidrains.
 
-Each `Real` builds the package's own block, and says in what its gates come to, computed anew from its parameters.
+Each `Real` builds the package's own block, and computes its gate weights independently from its parameters.
 
 Shape legend: B batch, S sequence, D model width, E experts, K experts selected per token, G groups of experts.
 """
@@ -23,10 +23,10 @@ class Real:
     """A block of a package.
 
     Attributes:
-        build: Makes it, or skips the test where the package is missing.
+        build: Makes it, or skips the test if the package is missing.
         router: Name of the router in the block.
-        gates: What the router's output says, as gate weights of all experts (B, S, E), 0 where not selected.
-        expected: The same from the router, its input, and a bias; the groups are chosen without it if it is ours.
+        gates: The router's output, as gate weights of all experts (B, S, E), 0 where not selected.
+        expected: The same from the router, its input, and a bias; our bias does not choose the groups.
     """
 
     build: Callable[[], nn.Module]
@@ -101,7 +101,7 @@ def _mixture_of_experts() -> nn.Module:
 
 
 def selected(scores: Tensor, ranked: Tensor, *, logits: bool = False) -> Tensor:
-    """Gate weights (..., E): the scores of the K largest in ``ranked``, brought to a sum of 1."""
+    """Return gate weights (..., E): the scores of the K largest in ``ranked``, scaled to a sum of 1."""
     ids = ranked.argsort(-1, descending=True)[..., :K]
     chosen = scores.gather(-1, ids)
     chosen = chosen.softmax(-1) if logits else chosen / chosen.sum(-1, keepdim=True)
@@ -109,14 +109,14 @@ def selected(scores: Tensor, ranked: Tensor, *, logits: bool = False) -> Tensor:
 
 
 def closed(ranked: Tensor, by: Tensor) -> Tensor:
-    """``ranked`` with -inf outside the two groups (of four) whose two experts have the largest sum in ``by``."""
+    """Return ``ranked`` with -inf outside the two groups (of four) whose two experts have the largest sum in ``by``."""
     sums = by.unflatten(-1, (4, 2)).sum(-1)
     is_open = torch.zeros_like(sums, dtype=torch.bool).scatter(-1, sums.argsort(-1)[..., 2:], True)
     return ranked.masked_fill(~is_open.repeat_interleave(2, -1), -torch.inf)
 
 
 def spread(output: Any) -> Tensor:
-    """Gate weights and ids as gate weights of all experts."""
+    """Return gate weights and ids as gate weights of all experts."""
     weights, ids = output[:2]
     return weights.new_zeros(*ids.shape[:-1], E).scatter(-1, ids, weights)
 

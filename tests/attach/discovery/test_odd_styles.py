@@ -76,13 +76,13 @@ class TestDoubtful:
             balance_(nn.Sequential(block()))
 
     @named(DOUBTFUL)
-    def test_beside_a_router_it_is_left_out_and_told(self, block, caplog):
+    def test_next_to_a_router_it_is_left_out_and_reported(self, block, caplog):
         balanced = balance_(nn.Sequential(Wild(), block()))
         assert list(balanced) == ["0"]
         assert "was not seen to select any" in balanced.refused["1"]
         assert f"Not balanced: 1, {block.__name__}" in caplog.text
 
-    def test_gate_of_a_routers_class_for_several_sets_of_experts_is_left_out_and_told(self, caplog):
+    def test_gate_of_a_routers_class_for_several_sets_of_experts_is_left_out_and_reported(self, caplog):
         model = nn.Sequential(odd_styles.Hierarchical())
         balanced = balance_(model)
         model(inputs())
@@ -93,7 +93,7 @@ class TestDoubtful:
         assert "Not balanced: 0.inner, Gate is" in caplog.text
 
     @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-    def test_torchscript_is_left_out_and_told(self):
+    def test_torchscript_is_left_out_and_reported(self):
         block = torch.jit.trace(Wild(), inputs())
         assert isinstance(block, nn.Module)
         balanced = balance_(nn.Sequential(Wild(), block))

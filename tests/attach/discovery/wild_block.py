@@ -37,7 +37,7 @@ class Block(nn.Module):
         setattr(self, self.list_name, self.make_experts())
 
     def also(self, x):
-        """What the model gives the block besides the hidden states."""
+        """Return what the model gives the block in addition to the hidden states."""
         return ()
 
     def make_experts(self):

@@ -86,7 +86,7 @@ class TestDisagreement:
     def test_other_gradient_is_seen_where_outputs_are_equal(self):
         assert "its gradient differs" in verdict(DetachedWeights)
 
-    def test_forward_that_fails_is_told_with_its_error(self):
+    def test_forward_that_fails_is_reported_with_its_error(self):
         assert "cannot be run on random experts in fp64 on the CPU: RuntimeError('only on a GPU')" in verdict(
             Failing
         )

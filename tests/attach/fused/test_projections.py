@@ -33,7 +33,7 @@ class TestLayout:
         ("dim", "hidden"),
         [(8, 6), (6, 8), (8, 8), (8, 4), (4, 8), (8, 16), (16, 8), (4, 4), (2, 1), (1, 2), (1, 1)],
     )
-    def test_shapes_tell_both_layouts_whatever_the_sizes(self, dim, hidden):
+    def test_shapes_show_both_layouts_whatever_the_sizes(self, dim, hidden):
         experts = StackedExperts(dim, hidden)
         assert layout_of(experts) == Layout("gate_up_proj", "down_proj", input_first=False)
         experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.detach().mT)
@@ -44,23 +44,23 @@ class TestLayout:
         assert layout_of(InputFirstExperts()) == Layout("w_in", "w_out", input_first=True)
 
     @pytest.mark.parametrize("kind", [Biased, Normed])
-    def test_further_parameters_are_told(self, kind):
+    def test_further_parameters_are_reported(self, kind):
         assert "must be two projections" in layout_of(kind())
 
-    def test_quantised_weights_are_told(self):
+    def test_quantised_weights_are_reported(self):
         experts = StackedExperts()
         experts.down_proj.data = experts.down_proj.data.to(torch.float8_e4m3fn)
         assert "must have one floating-point dtype" in layout_of(experts)
 
-    def test_replaced_forward_is_told(self):
+    def test_replaced_forward_is_reported(self):
         experts = StackedExperts()
         experts.forward = experts.forward
         assert "something else has replaced its forward" in layout_of(experts)
 
-    def test_our_own_experts_are_told(self):
+    def test_our_own_experts_are_reported(self):
         assert layout_of(GroupedExperts(E, D, H)) == "they are the fused experts already"
 
-    def test_other_arguments_are_told(self):
+    def test_other_arguments_are_reported(self):
         assert layout_of(OtherArguments()).endswith("top_k_weights, and takes x, weights, ids")
 
 
