@@ -16,7 +16,7 @@ from benchmarks.case import case_names, options_of, read_options, summary_of
 class TestEveryCase:
     def test_summary_is_the_first_line_and_options_have_defaults(self, name: str) -> None:
         summary, *options = summary_of(name).split("  ")
-        assert summary == getdoc(import_module(f"benchmarks.cases.{name}")).splitlines()[0]
+        assert summary == (getdoc(import_module(f"benchmarks.cases.{name}")) or "").splitlines()[0]
         assert all(isinstance(default, (int, float, str)) for default in options_of(name).values())
         assert options == [f"[{', '.join(f'{key}={value}' for key, value in options_of(name).items())}]"]
 
