@@ -80,4 +80,4 @@ class TestRulesOfLightningCLI:
         cli = load("lightning_cli").run(
             ["fit", "--trainer.max_steps=1", "--trainer.accelerator=cpu", *quiet, callback, *words]
         )
-        assert find_balanced(cli.model).settings[0] == expected
+        assert find_balanced(cli.model).settings.rule == expected

@@ -139,7 +139,7 @@ def large_bias_draws_every_token(
     counts_are_exact(model, balanced, inputs)
     _evaluate(model, inputs)
     for name, site in balanced.items():
-        if not (site.zeros_masked and not site.host_owns_bias):  # closed groups stay closed
+        if not (site.style.zeros_masked and not site.host_owns_bias):  # closed groups stay closed
             drawn = int(site.counts[1])
             assert drawn == tokens_at(name, inputs), f"{name}: a large bias drew {drawn} tokens"
         site.bias.copy_(before[name])
@@ -328,7 +328,7 @@ def _explain(site: Site, found: list[str]) -> Any:
     @torch.no_grad()
     def hook(router: Any, args: Any, output: Any) -> None:
         formula = odd_gates.explained(router, args[0], output, site.bias)
-        if formula is None and site.kind != "adapter":
+        if formula is None and site.style.kind != "adapter":
             formula = explained(output, site.num_experts, site.top_k)
         assert formula is not None, f"{site.name}: gate weights not checked"
         found.append(formula)
@@ -352,7 +352,9 @@ def _described(balanced: BalancedModel, gates: str, notes: list[str]) -> Verifie
 
 
 def _driven(site: Site) -> str:
-    if site.kind == "adapter":
+    if site.style.kind == "adapter":
         return "adapter"
-    how = f"own bias, {site.kind}"
-    return f"`{site.bias_name}` of {type(site.bias_owner).__name__}" if site.host_owns_bias else how
+    how = f"own bias, {site.style.kind}"
+    return (
+        f"`{site.bias_place.name}` of {type(site.bias_place.owner).__name__}" if site.host_owns_bias else how
+    )

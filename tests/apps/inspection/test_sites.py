@@ -2,12 +2,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.attach.discovery.look_alikes import ExpertChoice
-from tests.attach.discovery.test_look_alikes import Model
 from torch import nn
 
 from moe_plugin.apps.inspection import BiasStatistics, inspect_model
 from moe_plugin.attach.balance import balance_
+from tests.attach.discovery.odd_styles import ExpertChoice
 from tests.hosts import GroupedRouter, Host, OwningRouter, SoftmaxRouter
 
 
@@ -65,9 +64,9 @@ class TestInspectModel:
             assert now.bias == BiasStatistics(0, 0, 0)
 
     def test_expert_choice_is_refused_with_the_reason(self):
-        inspection = inspect_model(Model(ExpertChoice))
+        inspection = inspect_model(nn.Sequential(ExpertChoice(), ExpertChoice()))
         assert inspection.sites == ()
-        assert "expert choice" in inspection.refused["layers.1"]
+        assert "expert choice" in inspection.refused["1"]
 
     def test_dense_model_has_no_sites(self):
         inspection = inspect_model(nn.Linear(2, 2))

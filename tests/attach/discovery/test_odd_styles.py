@@ -120,7 +120,7 @@ class TestRefusedInTheFirstForward:
         model = nn.Sequential(block())
         balance_(model)
         with pytest.raises(
-            EffectError, match=r"Router '0' moves its own 'expert_bias' in its forward.* Switch"
+            EffectError, match=r"Router '0' updates its own 'expert_bias' during forward.* Switch"
         ):
             model(inputs())
 
@@ -181,7 +181,7 @@ class TestPlaces:
     def test_model_on_meta_device_is_understood_alike(self):
         with torch.device("meta"):
             model = nn.Sequential(TwoArgmaxes())
-        assert [(site.kind, site.top_k) for site in balance_(model).values()] == [("argmax", 2)]
+        assert [(site.style.kind, site.top_k) for site in balance_(model).values()] == [("argmax", 2)]
 
     def test_bf16_and_frozen_routers_are_steered(self):
         model = nn.Sequential(Wild()).bfloat16().requires_grad_(False)

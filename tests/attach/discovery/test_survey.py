@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from moe_plugin.attach.discovery.survey import find_routers
+from moe_plugin.attach.discovery.findings import routers_to_balance
+from moe_plugin.attach.discovery.survey import survey
 from moe_plugin.errors import AttachError
 from moe_plugin.experts import MoEBlock
 from tests.hosts import Block, GroupedRouter, Host, OwningRouter, SoftmaxRouter
@@ -47,29 +48,34 @@ class BeamSearch(nn.Module):
         return logits.topk(4)
 
 
-class TestFindRouters:
+def found_in(model):
+    return routers_to_balance(survey(model), model)
+
+
+class TestSurvey:
     def test_ordinary_router_is_found_with_its_numbers(self):
-        first, second = find_routers(Host(num_experts=8, top_k=3))
-        assert (first.name, first.num_experts, first.top_k) == ("layers.0.router", 8, 3)
+        first, second = found_in(Host(num_experts=8, top_k=3))
+        assert (first.name, first.style.num_experts, first.style.top_k) == ("layers.0.router", 8, 3)
         assert second.name == "layers.1.router"
-        assert first.bias_owner is None
-        assert not first.zeros_masked
+        assert first.bias is None
+        assert not first.style.zeros_masked
 
     def test_owned_bias_is_found(self):
-        found = find_routers(Host(OwningRouter))[0]
-        assert found.bias_owner is found.module
-        assert found.bias_name == "e_score_correction_bias"
+        found = found_in(Host(OwningRouter))[0]
+        assert found.bias == (found.module, "e_score_correction_bias")
 
     def test_groups_are_found(self):
-        assert find_routers(Host(GroupedRouter))[0].zeros_masked
+        assert found_in(Host(GroupedRouter))[0].style.zeros_masked
 
     def test_block_that_selects_by_itself_is_found_through_its_config(self):
-        found = find_routers(nn.Sequential(RouterInBlock()))
-        assert [(router.name, router.num_experts, router.top_k) for router in found] == [("0", 6, 3)]
+        found = found_in(nn.Sequential(RouterInBlock()))
+        assert [(router.name, router.style.num_experts, router.style.top_k) for router in found] == [
+            ("0", 6, 3)
+        ]
 
     def test_router_that_selects_by_a_function_is_found(self):
-        found = find_routers(Host(RouterByFunction))
-        assert [(router.name, router.num_experts, router.top_k) for router in found] == [
+        found = found_in(Host(RouterByFunction))
+        assert [(router.name, router.style.num_experts, router.style.top_k) for router in found] == [
             ("layers.0.router", 4, 2),
             ("layers.1.router", 4, 2),
         ]
@@ -80,23 +86,23 @@ class TestFindRouters:
         from moe_plugin.routing.scores import Sigmoid
 
         block = MoEBlock(Router(8, 4, 2, score=Sigmoid()), GroupedExperts(4, 8, 8))
-        found = find_routers(nn.ModuleList([block]))
-        assert [(router.name, router.bias_name) for router in found] == [("0.router", "expert_bias")]
+        found = found_in(nn.ModuleList([block]))
+        assert [(router.name, router.bias.name) for router in found] == [("0.router", "expert_bias")]
 
     def test_other_users_of_topk_are_no_routers(self):
         model = nn.Sequential(Host(), BeamSearch())
-        assert [router.name for router in find_routers(model)] == ["0.layers.0.router", "0.layers.1.router"]
+        assert [router.name for router in found_in(model)] == ["0.layers.0.router", "0.layers.1.router"]
 
     def test_nothing_found_lists_what_calls_topk(self):
         with pytest.raises(AttachError, match="Modules that call topk: 0: BeamSearch"):
-            find_routers(nn.Sequential(BeamSearch()))
+            found_in(nn.Sequential(BeamSearch()))
 
     def test_hooks_of_the_host_are_not_run_and_stay(self):
         model, calls = Host(), []
         for module in model.modules():
             module.register_forward_pre_hook(lambda *_: calls.append("pre"))
             module.register_forward_hook(lambda *_: calls.append("post"))
-        assert [router.name for router in find_routers(model)] == ["layers.0.router", "layers.1.router"]
+        assert [router.name for router in found_in(model)] == ["layers.0.router", "layers.1.router"]
         assert calls == []
         model(torch.zeros(1, 1, dtype=torch.int64))
         called = [module for module in model.modules() if not isinstance(module, nn.ModuleList)]

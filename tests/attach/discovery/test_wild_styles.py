@@ -72,7 +72,9 @@ class TestWildStyles:
     def test_numbers_and_own_bias_are_found(self, block):
         sites = balance_(Model(block)).values()
         assert [(site.num_experts, site.top_k) for site in sites] == [(block.places, block.k)] * 2
-        assert [site.bias_name if site.host_owns_bias else None for site in sites] == [block.bias_name] * 2
+        assert [site.bias_place.name if site.host_owns_bias else None for site in sites] == [
+            block.bias_name
+        ] * 2
 
     @everyone
     def test_zero_bias_changes_no_bit_and_every_choice_counts(self, block):
@@ -156,4 +158,4 @@ class TestWildStyles:
     def test_large_model_on_meta_device_is_understood_alike(self):
         with torch.device("meta"):
             model = Model(wild_biases.BiasAsArgument)
-        assert [site.bias_name for site in balance_(model).values()] == ["nudge"] * 2
+        assert [site.bias_place.name for site in balance_(model).values()] == ["nudge"] * 2

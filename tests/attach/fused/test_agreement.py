@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional
 
 from moe_plugin.attach.fused.agreement import disagreement
-from moe_plugin.attach.fused.projections import layout_of
+from moe_plugin.attach.fused.projections import projections_of
 from tests.stacked_hosts import InputFirstExperts, StackedExperts
 
 
@@ -66,9 +66,9 @@ class Failing(StackedExperts):
 
 def verdict(kind):
     experts = kind()
-    layout = layout_of(experts)
-    assert not isinstance(layout, str)
-    return disagreement(experts, layout)
+    projections = projections_of(experts)
+    assert not isinstance(projections, str)
+    return disagreement(experts, projections)
 
 
 class TestDisagreement:
@@ -94,8 +94,8 @@ class TestDisagreement:
     def test_weights_of_zero_prove_nothing(self):
         experts = Gelu()
         torch.nn.init.zeros_(experts.down_proj)
-        layout = layout_of(experts)
-        assert "differs" in disagreement(experts, layout)
+        projections = projections_of(experts)
+        assert "differs" in disagreement(experts, projections)
 
     @pytest.mark.parametrize("where", ["meta", "bf16", "autocast", "no_grad", "inference_mode"])
     def test_neither_device_nor_dtype_nor_mode_matters(self, where):
@@ -109,14 +109,14 @@ class TestDisagreement:
             "inference_mode": torch.inference_mode,
         }
         with modes.get(where, torch.enable_grad)():
-            assert disagreement(good, layout_of(good)) == ""
-            assert "differs" in disagreement(bad, layout_of(bad))
+            assert disagreement(good, projections_of(good)) == ""
+            assert "differs" in disagreement(bad, projections_of(bad))
 
     def test_nothing_is_left_behind(self):
         experts = StackedExperts()
         before, drawn = dict(vars(experts)), torch.get_rng_state()
         state = {name: tensor.clone() for name, tensor in experts.state_dict().items()}
-        disagreement(experts, layout_of(experts))
+        disagreement(experts, projections_of(experts))
         assert vars(experts) == before
         assert experts.num_experts == 4
         assert all(torch.equal(tensor, state[name]) for name, tensor in experts.state_dict().items())

@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch.nn import functional
 
-from moe_plugin.attach.discovery.survey import find_routers
+from moe_plugin.attach.discovery.findings import routers_to_balance
+from moe_plugin.attach.discovery.survey import survey
 from moe_plugin.attach.fused import fusible
-from moe_plugin.attach.fused.fusible import check_experts, find_fusible
-from moe_plugin.errors import AttachError, ConfigError
+from moe_plugin.attach.fused.fusible import find_fusible
+from moe_plugin.errors import AttachError
 from tests.hosts import Host
 from tests.stacked_hosts import StackedExperts, StackedHost
 
@@ -27,7 +28,7 @@ class LimitedFromSecondOn(StackedExperts):
 
 
 def found(model):
-    return find_fusible(model, find_routers(model))
+    return find_fusible(model, routers_to_balance(survey(model), model))
 
 
 @pytest.fixture
@@ -35,9 +36,9 @@ def proofs(monkeypatch):
     """The layers that were proven one by one."""
     proven = []
 
-    def counted(experts, layout):
+    def counted(experts, projections):
         proven.append(experts)
-        return disagreement(experts, layout)
+        return disagreement(experts, projections)
 
     disagreement = fusible.disagreement
     monkeypatch.setattr(fusible, "disagreement", counted)
@@ -67,10 +68,3 @@ class TestFindFusible:
     def test_every_router_without_stacked_experts_is_counted(self):
         with pytest.raises(AttachError, match=r"'layers.0.router' and 1 more: it has no 3-D parameters"):
             found(Host())
-
-
-class TestCheckExperts:
-    def test_other_settings_are_an_error(self):
-        assert [check_experts(value) for value in (None, "fused")] == [None, "fused"]
-        with pytest.raises(ConfigError, match="'experts' must be 'fused' or None, got 'grouped_mm'"):
-            check_experts("grouped_mm")

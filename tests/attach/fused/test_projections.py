@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from moe_plugin.attach.discovery.survey import find_routers
-from moe_plugin.attach.fused.projections import Layout, experts_of_routers, layout_of
+from moe_plugin.attach.discovery.findings import routers_to_balance
+from moe_plugin.attach.discovery.survey import survey
+from moe_plugin.attach.fused.projections import Projections, experts_of_routers, projections_of
 from moe_plugin.experts import GroupedExperts
 from tests.hosts import Host
 from tests.stacked_hosts import D, E, H, InputFirstExperts, StackedExperts, StackedHost
@@ -35,51 +36,51 @@ class TestLayout:
     )
     def test_shapes_show_both_layouts_whatever_the_sizes(self, dim, hidden):
         experts = StackedExperts(dim, hidden)
-        assert layout_of(experts) == Layout("gate_up_proj", "down_proj", input_first=False)
+        assert projections_of(experts) == Projections("gate_up_proj", "down_proj", input_first=False)
         experts.gate_up_proj = nn.Parameter(experts.gate_up_proj.detach().mT)
         experts.down_proj = nn.Parameter(experts.down_proj.detach().mT)
-        assert layout_of(experts) == Layout("gate_up_proj", "down_proj", input_first=True)
+        assert projections_of(experts) == Projections("gate_up_proj", "down_proj", input_first=True)
 
     def test_names_do_not_matter(self):
-        assert layout_of(InputFirstExperts()) == Layout("w_in", "w_out", input_first=True)
+        assert projections_of(InputFirstExperts()) == Projections("w_in", "w_out", input_first=True)
 
     @pytest.mark.parametrize("kind", [Biased, Normed])
     def test_further_parameters_are_reported(self, kind):
-        assert "must be two projections" in layout_of(kind())
+        assert "must be two projections" in projections_of(kind())
 
     def test_quantised_weights_are_reported(self):
         experts = StackedExperts()
         experts.down_proj.data = experts.down_proj.data.to(torch.float8_e4m3fn)
-        assert "must have one floating-point dtype" in layout_of(experts)
+        assert "must have one floating-point dtype" in projections_of(experts)
 
     def test_replaced_forward_is_reported(self):
         experts = StackedExperts()
         experts.forward = experts.forward
-        assert "something else has replaced its forward" in layout_of(experts)
+        assert "something else has replaced its forward" in projections_of(experts)
 
     def test_our_own_experts_are_reported(self):
-        assert layout_of(GroupedExperts(E, D, H)) == "they are the fused experts already"
+        assert projections_of(GroupedExperts(E, D, H)) == "they are the fused experts already"
 
     def test_other_arguments_are_reported(self):
-        assert layout_of(OtherArguments()).endswith("top_k_weights, and takes x, weights, ids")
+        assert projections_of(OtherArguments()).endswith("top_k_weights, and takes x, weights, ids")
 
 
 class TestExpertsOfRouters:
     def test_each_router_has_those_of_its_block(self):
         model = StackedHost()
-        layers, without = experts_of_routers(model, find_routers(model))
+        layers, without = experts_of_routers(model, routers_to_balance(survey(model), model))
         assert layers == {f"layers.{i}.experts": model.layers[i].experts for i in range(2)}
         assert without == []
 
     def test_list_of_modules_is_not_stacked(self):
         model = Host()
-        layers, without = experts_of_routers(model, find_routers(model))
+        layers, without = experts_of_routers(model, routers_to_balance(survey(model), model))
         assert layers == {}
         assert without == ["layers.0.router", "layers.1.router"]
 
     def test_shared_layer_is_named_once(self):
         model = StackedHost()
         model.layers[1].experts = model.layers[0].experts
-        layers, without = experts_of_routers(model, find_routers(model))
+        layers, without = experts_of_routers(model, routers_to_balance(survey(model), model))
         assert list(layers) == ["layers.0.experts"]
         assert without == []
