@@ -1,4 +1,4 @@
-"""Adds the YAML files: conf/ as moe_plugin.conf, and moe_plugin/hydra_groups; all else is in pyproject.toml."""
+"""Adds the YAML files: conf/ as moe_plugin.conf, and the groups for any Hydra app; all else is in pyproject.toml."""
 
 from setuptools import find_namespace_packages, setup
 
@@ -9,7 +9,7 @@ setup(
     ],
     package_dir={"moe_plugin.conf": "conf"},
     package_data={
-        "moe_plugin": ["hydra_groups/*/*.yaml"],
+        "hydra_plugins": ["moe_plugin_groups/*/*.yaml"],
         "moe_plugin.conf": ["*.yaml", "**/*.yaml"],
         "moe_plugin.apps.report": ["*.html"],
     },

@@ -10,7 +10,7 @@ from pathlib import Path
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 
-GROUPS = Path(__file__).parents[1] / "moe_plugin" / "hydra_groups"
+GROUPS = Path(__file__).parent / "moe_plugin_groups"
 
 
 class MoEPluginSearchPath(SearchPathPlugin):

@@ -95,19 +95,21 @@ class TestInstalled:
         assert shown.splitlines() == ["made Fraction", "made LossFreeBalancing"]
 
     def test_rule_of_the_callback_is_an_option(self, run_app: Callable[..., str]) -> None:
-        words = ["+balancing=loss_free", "+rule@callbacks.loss_free.rule=sign", "--cfg", "job"]
-        expected = {
-            "_target_": "moe_plugin.callbacks.loss_free.LossFreeBalancing",
-            "rule": {"_target_": "moe_plugin.balancing.rules.Sign", "rate": "auto", "centred": True},
-        }
+        sign = {"_target_": "moe_plugin.balancing.rules.Sign", "rate": "auto", "centred": True}
+        words = ["+balancing=loss_free", "+rule=sign", "--cfg", "job", "--resolve"]
         config = yaml.safe_load(run_app({"config.yaml": "x: 1"}, *words))
-        assert config == {"x": 1, "callbacks": {"loss_free": expected}}
+        assert config.keys() == {"x", "callbacks", "rule"}
+        assert config["callbacks"]["loss_free"]["rule"] == config["rule"] == sign
+        config = yaml.safe_load(run_app({"config.yaml": "x: 1"}, words[0], *words[2:]))
+        assert config.keys() == {"x", "callbacks"}
+        default = {"_target_": "moe_plugin.balancing.rules.Proportional"}
+        assert config["callbacks"]["loss_free"]["rule"] == default
 
     def test_app_gets_three_groups_and_no_more(self, run_app: Callable[..., str]) -> None:
         shown = run_app({"config.yaml": "x: 1"}, "--help")
         groups = shown.partition("== Configuration groups ==")[2].partition("== Config ==")[0]
         options = dict(line.split(": ") for line in groups.splitlines() if ": " in line)
-        rules = {path.stem for path in (ROOT / "moe_plugin" / "hydra_groups" / "rule").iterdir()}
+        rules = {path.stem for path in (ROOT / "hydra_plugins" / "moe_plugin_groups" / "rule").iterdir()}
         assert {group: set(names.split(", ")) for group, names in options.items()} == {
             "balancing": {"loss_free"},
             "callbacks": {"load_monitor", "loss_free"},
@@ -135,7 +137,14 @@ class TestInstalled:
         assert "num_experts: 8" in run_app({"config.yaml": text}, "--cfg", "job")
 
     def test_our_command_finds_its_groups_and_those(self, installed: Path, tmp_path: Path) -> None:
-        words = ["rule=sign", "callbacks=[default,loss_free]", "+hardware=h100", "--cfg", "job"]
+        words = [
+            "rule=sign",
+            "balancing=none",
+            "callbacks=[default,loss_free]",
+            "+hardware=h100",
+            "--cfg",
+            "job",
+        ]
         text = "import site, sys; site.addsitedir(sys.argv.pop(1)); sys.path.append(sys.argv.pop(1)); "
         text += "from moe_plugin.apps.train import main; main()"
         folders = [str(installed), sysconfig.get_paths()["purelib"]]

@@ -12,8 +12,9 @@ import torch
 from omegaconf import OmegaConf
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from hydra_plugins.moe_plugin_search_path import GROUPS
 from moe_plugin.apps import evaluate, train
-from moe_plugin.apps.launch.compose import HYDRA_GROUPS, conf_dir
+from moe_plugin.apps.launch.compose import conf_dir
 
 SMALL = [
     "experts=8",
@@ -144,7 +145,7 @@ class TestSweep:
 
 class TestRules:
     def test_sweep_over_all_rules_trains_with_each(self) -> None:
-        rules = sorted(path.stem for path in (HYDRA_GROUPS / "rule").glob("*.yaml"))
+        rules = sorted(path.stem for path in (GROUPS / "rule").glob("*.yaml"))
         train.main([*SMALL, "-m", f"rule={','.join(rules)}", "trainer.max_steps=1"])
         with (run_folder() / "sweep_summary.csv").open() as file:
             rows = list(csv.DictReader(file))
@@ -250,12 +251,12 @@ class TestWrongUse:
             ),
             (["strategy=fsdp_ep", "experts.num_experts=5"], "must divide the experts of 'network.layers.0"),
             (
-                ["balancing.callback.experts=fused", "strategy=fsdp_ep"],
-                "'balancing.callback.experts' must be null when experts are spread over processes "
+                ["callbacks.loss_free.experts=fused", "strategy=fsdp_ep"],
+                "'callbacks.loss_free.experts' must be null when experts are spread over processes "
                 "(expert_parallel_size is 2), got 'fused'.",
             ),
             (
-                ["balancing.callback.experts=fused"],
+                ["callbacks.loss_free.experts=fused"],
                 "'network.layers.0.feed_forward.experts': they are the fused experts already",
             ),
             (["strategy.compile=gcc"], "'strategy.compile' must be null or one of"),

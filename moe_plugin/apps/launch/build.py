@@ -18,6 +18,9 @@ from moe_plugin.apps.launch.time_limit import TimeLimit
 from moe_plugin.apps.launch.whole_checkpoint import WholeCheckpointIO
 from moe_plugin.sharding import find_layers
 
+LOSS_FREE = "loss_free"
+"""Key of the balancing callback below 'callbacks'."""
+
 
 def build_model(config: DictConfig) -> LightningModule:
     """Return the model, on the device that is torch's default here."""
@@ -45,9 +48,8 @@ def build_data(config: DictConfig) -> LightningDataModule:
 
 
 def build_callbacks(config: DictConfig) -> list[Callback]:
-    """Return the balancing callback, if there is one, and the others; no progress bar if it is switched off."""
-    nodes = [config.balancing.callback, *(config.callbacks or {}).values()]
-    callbacks = [instantiate(node) for node in nodes if node is not None]
+    """Return the callbacks; no progress bar if it is switched off."""
+    callbacks = [instantiate(node) for node in (config.callbacks or {}).values() if node is not None]
     if config.strategy.get("compile") is not None:
         callbacks.append(CompileLayers(config.strategy.compile))
     shows_progress = config.trainer.enable_progress_bar

@@ -11,14 +11,13 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
+from hydra_plugins.moe_plugin_search_path import GROUPS
 from moe_plugin.apps.launch.explain_config_error import explain_composition
 from moe_plugin.apps.launch.overrides import choices, parse
 from moe_plugin.errors import ConfigError
 
 HYDRA_VERSION = "1.3"
 PACKAGE = Path(__file__).parents[2]
-HYDRA_GROUPS = PACKAGE / "hydra_groups"
-"""Config groups of any Hydra app; moe_plugin_search_path.py puts them on its search path, and on ours."""
 
 
 def conf_dir() -> Path:
@@ -29,7 +28,7 @@ def conf_dir() -> Path:
 
 def is_group(name: str) -> bool:
     """Return whether one of our config groups has this name."""
-    return any((folder / name).is_dir() for folder in (conf_dir(), HYDRA_GROUPS))
+    return any((folder / name).is_dir() for folder in (conf_dir(), GROUPS))
 
 
 def compose_jobs(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hydra.utils import instantiate
 from omegaconf import DictConfig
 
-from moe_plugin.apps.launch.build import build_model_on_meta, to_plain
+from moe_plugin.apps.launch.build import LOSS_FREE, build_model_on_meta, to_plain
 from moe_plugin.apps.launch.expert_parallel import expert_parallel_size
 from moe_plugin.attach.balance import balance_
 from moe_plugin.errors import ConfigError
@@ -18,7 +18,7 @@ def check_fused_experts(config: DictConfig) -> None:
         ConfigError: The strategy spreads the experts over processes before they could be replaced.
         AttachError: Some cannot be replaced.
     """
-    callback = config.balancing.callback
+    callback = (config.callbacks or {}).get(LOSS_FREE)
     if callback is None or callback.get("experts") != "fused":
         return
     size = expert_parallel_size(config)

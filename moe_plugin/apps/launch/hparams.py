@@ -8,6 +8,7 @@ from pathlib import Path
 import yaml
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
 
+from moe_plugin.apps.launch.build import LOSS_FREE
 from moe_plugin.apps.report.sweep import overrides_of
 
 METRICS = ("val/loss", "val/max_violation_global", "val/max_violation_batch", "val/dead_experts")
@@ -29,7 +30,7 @@ def log_hyperparameters(loggers: Iterable[Logger], folder: Path, seed: int) -> N
     given = {
         key: yaml.safe_load(value)
         for key, value in overrides_of(folder).items()
-        if key.split(".")[0] in GROUPS
+        if key.split(".")[0] in GROUPS or key.startswith(f"callbacks.{LOSS_FREE}.")
     }
     plain = {
         key: value if isinstance(value, (int, float, str)) else str(value) for key, value in given.items()

@@ -13,7 +13,13 @@ from hydra.errors import InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from moe_plugin.apps.launch.build import build_callbacks, build_data, build_model_on_meta, build_trainer
+from moe_plugin.apps.launch.build import (
+    LOSS_FREE,
+    build_callbacks,
+    build_data,
+    build_model_on_meta,
+    build_trainer,
+)
 from moe_plugin.apps.launch.checkpoint_experts import check_checkpoint_experts
 from moe_plugin.apps.launch.config_schema import Paths, Settings, Strategy
 from moe_plugin.apps.launch.expert_parallel import check_experts
@@ -187,5 +193,5 @@ BUILDERS: dict[str, Callable[[DictConfig], object]] = {
     "data": build_data,
     "model": build_model_on_meta,
     "strategy": check_experts,
-    "balancing.callback": check_fused_experts,
+    f"callbacks.{LOSS_FREE}": check_fused_experts,
 }

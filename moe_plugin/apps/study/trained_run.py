@@ -17,7 +17,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from moe_plugin.apps.data import CorpusDataModule
-from moe_plugin.apps.launch.build import build_data, build_model
+from moe_plugin.apps.launch.build import LOSS_FREE, build_data, build_model
 from moe_plugin.apps.launch.last_checkpoint import LAST, find_checkpoint
 from moe_plugin.apps.models.language_model import TokenModel
 from moe_plugin.apps.study.child_run import is_finished
@@ -80,7 +80,7 @@ def load_run(folder: Path) -> Trained:
     model, data = build_model(config), build_data(config)
     assert isinstance(model, TokenModel)
     assert isinstance(data, CorpusDataModule)
-    callback = config.balancing.callback
+    callback = (config.callbacks or {}).get(LOSS_FREE)
     balanced = balance_(model, rule=None if callback is None else instantiate(callback.rule, _convert_="all"))
     model.load_state_dict(saved["state_dict"])
     if "LossFreeBalancing" in saved["callbacks"]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import pytest
 from omegaconf import OmegaConf
 
-from moe_plugin.apps.launch.compose import HYDRA_GROUPS, compose_jobs, conf_dir, is_group
+from hydra_plugins.moe_plugin_search_path import GROUPS
+from moe_plugin.apps.launch.compose import compose_jobs, conf_dir, is_group
 from moe_plugin.errors import ConfigError
 
 RENDERED_ELSEWHERE = {"hydra", "rule", "hardware", "source", "study"}
 OPTIONS = sorted(
     {
         f"{group.name}={option.stem}"
-        for folder in (conf_dir(), HYDRA_GROUPS)
+        for folder in (conf_dir(), GROUPS)
         for group in folder.iterdir()
         if group.is_dir() and group.name not in RENDERED_ELSEWHERE
         for option in group.glob("*.yaml")
@@ -47,9 +48,9 @@ class TestComposeJobs:
         }
 
     def test_every_rule_takes_the_callbacks_place(self) -> None:
-        for rule in {path.stem for path in (HYDRA_GROUPS / "rule").glob("*.yaml")} - {"by_layer"}:
+        for rule in {path.stem for path in (GROUPS / "rule").glob("*.yaml")} - {"by_layer"}:
             (config,) = compose_jobs([f"rule={rule}"], multirun=False)
-            target = config.balancing.callback.rule._target_
+            target = config.callbacks.loss_free.rule._target_
             assert target.rpartition(".")[2].lower() == rule.replace("_", "")
 
     def test_grid_gives_each_combination(self) -> None:
@@ -78,7 +79,7 @@ class TestComposeJobs:
         assert config.model._target_ == "my.Model"
 
     def test_every_file_says_what_it_is_on_top(self) -> None:
-        for path in (*conf_dir().rglob("*.yaml"), *HYDRA_GROUPS.rglob("*.yaml")):
+        for path in (*conf_dir().rglob("*.yaml"), *GROUPS.rglob("*.yaml")):
             first, *others = path.read_text().splitlines()
             comment = others[0] if first.startswith("# @package") else first
             assert comment.startswith("# "), path
@@ -111,12 +112,10 @@ class TestConfDir:
 
 class TestHydraGroups:
     def test_hold_what_is_for_any_app_and_no_second_copy_of_it_is_in_ours(self) -> None:
-        files = {str(path.relative_to(HYDRA_GROUPS)) for path in HYDRA_GROUPS.rglob("*.yaml")}
+        files = {str(path.relative_to(GROUPS)) for path in GROUPS.rglob("*.yaml")}
         others = {"balancing/loss_free.yaml", "callbacks/load_monitor.yaml", "callbacks/loss_free.yaml"}
         assert {name for name in files if not name.startswith("rule/")} == others
-        # The same option in two ways: moe-train's has a key for each setting, and its rule is the group's.
-        ours = {str(path.relative_to(conf_dir())) for path in conf_dir().rglob("*.yaml")}
-        assert files & ours == {"balancing/loss_free.yaml"}
+        assert not any((conf_dir() / name).exists() for name in files)
 
 
 class TestIsGroup:
@@ -124,7 +123,7 @@ class TestIsGroup:
     def test_groups_of_both_folders_are(self, name: str) -> None:
         assert is_group(name)
 
-    @pytest.mark.parametrize("name", ["config", "seed", "hydra_groups"])
+    @pytest.mark.parametrize("name", ["config", "seed", "moe_plugin_groups"])
     def test_files_and_keys_are_not(self, name: str) -> None:
         assert not is_group(name)
 
