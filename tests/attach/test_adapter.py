@@ -1,9 +1,10 @@
 from __future__ import annotations
 
-import importlib
-import pkgutil
 import copy
+import importlib
 import pickle
+import pkgutil
+import re
 from pathlib import Path
 
 import pytest
@@ -112,14 +113,14 @@ class TestAdapter:
         assert "Not balanced: 1, OddBlock is odd." in caplog.text
 
     def test_number_that_leads_nowhere_is_an_error(self, model):
-        with pytest.raises(
-            ConfigError, match="'num_experts' of the adapter must lead to an integer, got 'size'"
-        ):
+        message = "'num_experts' must be an integer or name one: OddBlock has None there, got 'size'"
+        with pytest.raises(ConfigError, match=message):
             balance_(model, adapters=[Adapter(block=OddBlock, route=route, num_experts="size")])
 
     @pytest.mark.parametrize("given", [{}, {"route": route, "refused": "is odd"}])
     def test_neither_or_both_of_route_and_refusal_is_an_error(self, given):
-        with pytest.raises(ConfigError, match="'route' or 'refused' must be given"):
+        message = f"'route' must be given if and only if 'refused' is empty ({given.get('refused', '')!r}), got"
+        with pytest.raises(ConfigError, match=re.escape(message)):
             Adapter(block=OddBlock, **given)
 
     def test_our_own_have_the_same_form(self):

@@ -380,7 +380,7 @@ class TestProofOfEffect:
     def test_balancing_again_with_other_settings_is_an_error(self):
         model = Host()
         balance_(model)
-        with pytest.raises(AttachError, match="balanced already, with other settings"):
+        with pytest.raises(AttachError, match="balanced already with other settings"):
             balance_(model, Sign(rate=0.5))
 
     def test_balancing_a_part_twice_is_an_error(self):

@@ -111,7 +111,7 @@ class TestRefusedInTheFirstForward:
         model = nn.Sequential(block())
         balance_(model)
         with pytest.raises(
-            EffectError, match=r"Router '0' moves its own 'expert_bias' in its forward.* Switch"
+            EffectError, match=r"Router '0' updates its own 'expert_bias' during forward.* Switch"
         ):
             model(inputs())
 
