@@ -119,7 +119,9 @@ class TestAdapter:
 
     @pytest.mark.parametrize("given", [{}, {"route": route, "refused": "is odd"}])
     def test_neither_or_both_of_route_and_refusal_is_an_error(self, given):
-        message = f"'route' must be given if and only if 'refused' is empty ({given.get('refused', '')!r}), got"
+        message = (
+            f"'route' must be given if and only if 'refused' is empty ({given.get('refused', '')!r}), got"
+        )
         with pytest.raises(ConfigError, match=re.escape(message)):
             Adapter(block=OddBlock, **given)
 
