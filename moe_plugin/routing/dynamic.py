@@ -1,8 +1,8 @@
-"""A router that sends harder tokens to more experts, with a target for the average number.
+"""A router that sends harder tokens to more experts, the mean number held at a target.
 
-Experts are ranked as usual; a `Cut` then decides how many of the best a token keeps. One number per router, its level,
-moves the cut of all tokens. After each optimizer step it follows the counted number of experts per token, so the budget
-is met without a penalty loss: see `moe_plugin.balancing.budget`.
+Experts are ranked as ever; a `Cut` then says how many of the best a token keeps. One number per router, its level,
+moves the cut of all tokens. After each optimizer step it follows the number of experts per token that was counted, so
+that the budget is held without a penalty loss: see `moe_plugin.balancing.budget`.
 
 Shape legend: T tokens, D model width, E experts, K experts selected per token, at most.
 """
@@ -20,11 +20,11 @@ from moe_plugin.types import Allocation, Routing
 
 
 class DynamicRouter(Router):
-    """Sends each token to between `min_k` and `max_k` experts, on average to `target_k`.
+    """Sends each token to between `min_k` and `max_k` experts, in the mean to `target_k`.
 
     Attributes:
-        level: Where the cut is for all tokens, a persistent fp32 scalar; a higher level uses more experts.
-        target_k: Experts per token, on average over tokens.
+        level: Where the cut lies for all tokens, a persistent fp32 scalar; more experts are used at a higher level.
+        target_k: Experts per token, in the mean over tokens.
     """
 
     level: Tensor
@@ -48,17 +48,17 @@ class DynamicRouter(Router):
         Args:
             dim: Width of the hidden states.
             num_experts: Experts to choose from.
-            top_k: Experts per token on average, unless `target_k` is given.
+            top_k: Experts per token in the mean, unless `target_k` says otherwise.
             score: Score function, see `moe_plugin.routing.scores`.
-            cut: Decides how many of its best experts a token keeps, see `moe_plugin.routing.cuts`.
+            cut: How many of its best experts a token keeps, see `moe_plugin.routing.cuts`.
             max_k: Most experts of a token.
             min_k: Fewest experts of a token.
-            target_k: Experts per token on average, not necessarily an integer; None is `top_k`.
+            target_k: Experts per token in the mean, not necessarily an integer; None is `top_k`.
             normalize: Divide each token's gate weights by their sum over the experts that it uses.
             scale: Factor on the gate weights, applied last.
 
         Raises:
-            ConfigError: If the numbers do not fit together.
+            ConfigError: The numbers do not fit together.
         """
         if not 0 <= min_k <= max_k:
             raise ConfigError(f"'min_k' must be between 0 and max_k ({max_k}), got {min_k}.")
@@ -74,7 +74,7 @@ class DynamicRouter(Router):
         self.register_buffer("level", torch.tensor(cut.start, dtype=torch.float32))
 
     def reset_parameters(self) -> None:
-        """Draw new weights, and set the selection bias to zero and the level to where its cut starts."""
+        """Draw new weights, and sets the selection bias to zero and the level to where its cut starts."""
         super().reset_parameters()
         if "level" in self._buffers:  # not yet while `Router` is created
             nn.init.constant_(self.level, self.cut.start)
@@ -91,7 +91,7 @@ class DynamicRouter(Router):
         return Routing(weights_TK, expert_ids_TK, scores_TE, logits_TE, used_TK, slack_TK)
 
     def allocation(self) -> Allocation:
-        """Return the target and the level, which balancing moves to meet it."""
+        """Return what holds the number of experts per token at its target: the level."""
         return Allocation(self.target_k, self.num_experts, level=self.level)
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""A router that also offers experts without computation: a token that picks them costs less.
+"""A router that also offers experts without computation: a token that picks them spends less.
 
 Shape legend: T tokens, D model width, E experts, K experts selected per token.
 """
@@ -17,7 +17,7 @@ from moe_plugin.types import Allocation, Routing
 
 @dataclass(frozen=True)
 class ZeroExpertCounts:
-    """How many experts of each kind there are next to the routed ones: arXiv 2410.07348, section 3.1.
+    """How many experts of each kind stand beside the routed ones: arXiv 2410.07348, section 3.1.
 
     Attributes:
         identity: Experts that return their input (arXiv 2509.01322 has only these).
@@ -33,7 +33,7 @@ class ZeroExpertCounts:
         """Check the numbers.
 
         Raises:
-            ConfigError: If one is negative, or there are no experts at all.
+            ConfigError: One is negative, or there are no experts at all.
         """
         for name, value in vars(self).items():
             if value < 0:
@@ -48,10 +48,10 @@ class ZeroExpertCounts:
 
 
 class ZeroExpertRouter(Router):
-    """Sends each token to `max_k` experts, of which `target_k` on average compute something.
+    """Sends each token to `max_k` experts, of which `target_k` in the mean compute something.
 
-    The first `num_routed` of its experts are routed ones, the others cost nothing. The selection bias controls both
-    the balance among the routed ones and the share of the others: see `allocation`.
+    The first `num_routed` of its experts are routed ones, the others cost nothing. The selection bias holds both the
+    balance among the routed ones and the share of the others: see `allocation`.
     """
 
     def __init__(
@@ -72,16 +72,16 @@ class ZeroExpertRouter(Router):
         Args:
             dim: Width of the hidden states.
             num_experts: Routed experts, those that compute.
-            top_k: Routed experts per token on average, unless `target_k` is given.
+            top_k: Routed experts per token in the mean, unless `target_k` says otherwise.
             score: Score function, see `moe_plugin.routing.scores`.
             max_k: Experts per token of both kinds together.
             zero_experts: Experts that cost nothing.
-            target_k: Routed experts per token on average, not necessarily an integer; None is `top_k`.
+            target_k: Routed experts per token in the mean, not necessarily an integer; None is `top_k`.
             normalize: Divide each token's gate weights by their sum over both kinds.
             scale: Factor on the gate weights, applied last.
 
         Raises:
-            ConfigError: If the numbers do not fit together.
+            ConfigError: The numbers do not fit together.
         """
         target_k = float(top_k if target_k is None else target_k)
         if not 0 < target_k < max_k:
@@ -95,7 +95,7 @@ class ZeroExpertRouter(Router):
     def allocation(self) -> Allocation:
         """Return the share of all picks that each expert should get: arXiv 2509.01322, section 2.1.2.
 
-        Routed experts share ``target_k`` of the ``max_k`` picks of a token evenly, the others share the rest.
+        Routed experts share ``target_k`` of the ``max_k`` picks of a token evenly, the others the rest.
         """
         num_zero = self.num_experts - self.num_routed
         routed = self.target_k / self.top_k

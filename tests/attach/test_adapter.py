@@ -4,7 +4,6 @@ import copy
 import importlib
 import pickle
 import pkgutil
-import re
 from pathlib import Path
 
 import pytest

@@ -20,5 +20,5 @@ class TestPretrained:
         after = [float(value) for value in re.findall(r"-> ([\d.]+)", shown)]
         assert len(after) == 2
         assert max(after) < 0.1
-        assert "0 of 2 biases are in the model's own checkpoint" in shown
+        assert "0 of 2 biases lie in the model's own checkpoint" in shown
         assert (tmp_path / "bias.safetensors").exists()

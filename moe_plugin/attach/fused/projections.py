@@ -86,7 +86,7 @@ def projections_of(experts: nn.Module) -> Projections | str:
         return "something else has replaced its forward already: attach before that"
     arguments = tuple(inspect.signature(type(experts).forward).parameters)[1:]
     if arguments != ARGUMENTS:
-        return f"its forward must take {', '.join(ARGUMENTS)}, got {', '.join(arguments)}"
+        return f"its forward must take {', '.join(ARGUMENTS)}, and takes {', '.join(arguments)}"
     return projections
 
 

@@ -61,7 +61,7 @@ class TestLayout:
         assert layout_of(GroupedExperts(E, D, H)) == "they are the fused experts already"
 
     def test_other_arguments_are_told(self):
-        assert layout_of(OtherArguments()).endswith("top_k_weights, got x, weights, ids")
+        assert layout_of(OtherArguments()).endswith("top_k_weights, and takes x, weights, ids")
 
 
 class TestExpertsOfRouters:
