@@ -118,10 +118,9 @@ class TestAdapter:
 
     @pytest.mark.parametrize("given", [{}, {"route": route, "refused": "is odd"}])
     def test_neither_or_both_of_route_and_refusal_is_an_error(self, given):
-        message = (
-            f"'route' must be given if and only if 'refused' is empty ({given.get('refused', '')!r}), got"
-        )
-        with pytest.raises(ConfigError, match=re.escape(message)):
+        refused = given.get("refused", "")
+        message = rf"'route' must be given if and only if 'refused' is empty \('{refused}'\), got"
+        with pytest.raises(ConfigError, match=message):
             Adapter(block=OddBlock, **given)
 
     def test_our_own_have_the_same_form(self):
