@@ -70,8 +70,8 @@ class Allocation(NamedTuple):
 class AllocatesExperts(Protocol):
     """A router whose tokens use different numbers of experts, with a target for the average.
 
-    Its `Routing` says in ``used_TK`` which of the selected experts a token uses, and in ``slack_TK`` how far its level,
-    if it has one, may fall before it no longer does.
+    Its `Routing` has ``used_TK``, the selected experts that a token uses, and ``slack_TK``, how far the router's level,
+    if it has one, may fall before the token no longer uses them.
     """
 
     def allocation(self) -> Allocation:

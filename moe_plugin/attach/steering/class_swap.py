@@ -33,7 +33,7 @@ def swap_(module: nn.Module, mixin: type[Mixin]) -> None:
 
 
 def unswap_(module: nn.Module, mixin: type[Mixin]) -> None:
-    """Undo `swap_`, whatever was mixed in since; arguments as `swap_`."""
+    """Undo `swap_`, also below later mixins; arguments as `swap_`."""
     mixins, base = _unmix(type(module))
     assert mixin in mixins, f"{type(module)} has no {mixin}"
     module.__class__ = _mixed_all(tuple(each for each in mixins if each is not mixin), base)
