@@ -11,6 +11,7 @@ from torch import nn
 
 from moe_plugin.attach.balance import balance_
 from moe_plugin.attach.balanced_model import find_balanced
+from moe_plugin.balancing.rate import AUTO_FRACTION
 from moe_plugin.balancing.rules import PID, Load, Momentum, PrimalDual, Proportional, Quantile, Sign
 from moe_plugin.balancing.schedule import RateSchedule
 from moe_plugin.errors import AttachError, CheckpointError, EffectError
@@ -278,7 +279,7 @@ class TestUpdate:
             balanced = balance_(model)
             train_step(model, x)
             load = Load(balanced.update().counts["layers.0.router"], torch.zeros(4))
-            rate = Proportional.auto_fraction * scores_TE.std(-1, correction=0).mean().item()
+            rate = AUTO_FRACTION * scores_TE.std(-1, correction=0).mean().item()
             step_E = Proportional().step(load, rate, {}).float()
             torch.testing.assert_close(balanced["layers.0.router"].bias, step_E, rtol=1e-4, atol=1e-8)
 
