@@ -19,10 +19,10 @@ class Routing(NamedTuple):
         weights_TK: Gate weights, computed from the unbiased scores; fp32.
         expert_ids_TK: Selected experts; int64.
         scores_TE: Unbiased scores of all experts; fp32.
-        logits_TE: What the scores were made from; fp32. None where no router was asked.
-        used_TK: Which of the selected experts the token is really sent to; bool. None for all of them.
-        slack_TK: Where a token's number of experts varies, how far the router's level may fall before it is no longer
-            sent to the expert; fp32, positive where used.
+        logits_TE: What the scores were made from; fp32. None if no router computed them.
+        used_TK: Which of the selected experts the token uses; bool. None for all of them.
+        slack_TK: If tokens use different numbers of experts, how far the router's level may fall before the token no
+            longer uses the expert; fp32, positive if used.
     """
 
     weights_TK: Tensor
@@ -51,11 +51,11 @@ class LoadRecord:
 
 
 class Allocation(NamedTuple):
-    """How a router shares out experts among tokens that use different numbers of them.
+    """How a router allocates experts to tokens that use different numbers of them.
 
     Attributes:
         target_k: Experts that a token should use on average.
-        num_routed: Experts that compute something: the first ones.
+        num_routed: How many experts compute something; these are the first ones.
         load_shares_E: The share of all selections that each expert should get; None for equal shares.
         level: A fp32 scalar that a step of balancing moves so the target is met; None if the bias alone meets it.
     """
@@ -68,10 +68,10 @@ class Allocation(NamedTuple):
 
 @runtime_checkable
 class AllocatesExperts(Protocol):
-    """A router whose tokens use different numbers of experts, the average held at a target.
+    """A router whose tokens use different numbers of experts, with a target for the average.
 
-    Its `Routing` says in ``used_TK`` which of the selected experts a token uses, and in ``slack_TK`` how far its level,
-    if it has one, may fall before it does not.
+    Its `Routing` has ``used_TK``, the selected experts that a token uses, and ``slack_TK``, how far the router's level,
+    if it has one, may fall before the token no longer uses them.
     """
 
     def allocation(self) -> Allocation:

@@ -1,4 +1,4 @@
-"""How to balance a block that selects experts in a way of its own."""
+"""How to balance a block whose routing is not found automatically."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from moe_plugin.errors import ConfigError
 
 @dataclass(frozen=True)
 class Adapter:
-    """Says how a class of blocks routes, in place of finding it out.
+    """How a class of blocks routes.
 
-    ``route`` stands in for the block's ``method``. It is called as ``route(block, select, *args, **kwargs)`` and
+    ``route`` replaces the block's ``method``. It is called as ``route(block, select, *args, **kwargs)`` and
     returns what the method would. ``select(scores_TE, k)`` takes the place of ``torch.topk``: it ranks by the scores
     plus the bias and returns the unbiased scores of the chosen experts, and their ids.
 
@@ -28,10 +28,10 @@ class Adapter:
 
     Attributes:
         block: The class, its name, or a predicate on the module.
-        route: The block's routing, with ``select``; an importable function where the model is to be pickled.
-        method: The block's method that ``route`` stands in for.
-        num_experts: E, or the block's attribute that holds it, dots allowed.
-        top_k: Experts selected per token, over all calls of ``select`` in one call of ``route``; likewise.
+        route: The block's routing, with ``select``; an importable function if the model will be pickled.
+        method: The block's method that ``route`` replaces.
+        num_experts: E, or the block's attribute that holds it, such as "n" or "gate.n".
+        top_k: K, or its attribute: experts per token over all calls of ``select`` in one call of ``route``.
         refused: Why the block cannot be balanced; '' if it can.
     """
 
@@ -43,18 +43,17 @@ class Adapter:
     refused: str = ""
 
     def __post_init__(self) -> None:
-        """Check that it says one thing.
+        """Check that there is a routing or a refusal.
 
         Raises:
             ConfigError: Unless exactly one of 'route' and 'refused' is given.
         """
         if (self.route is None) == (not self.refused):
-            raise ConfigError(
-                f"'route' or 'refused' must be given, and not both, got {self.route} and {self.refused!r}."
-            )
+            rule = f"must be given if and only if 'refused' is empty ({self.refused!r})"
+            raise ConfigError("route", rule, self.route)
 
     def fits(self, module: nn.Module) -> bool:
-        """Return whether this is a block of the kind."""
+        """Return whether this module is such a block."""
         if isinstance(self.block, str):
             return any(base.__name__ == self.block for base in type(module).__mro__)
         if isinstance(self.block, type):
@@ -63,6 +62,10 @@ class Adapter:
 
     def number(self, module: nn.Module, which: str) -> int:
         """Return ``num_experts`` or ``top_k`` of this block.
+
+        Args:
+            module: The block.
+            which: The number's name.
 
         Raises:
             ConfigError: If the block has no such number.
@@ -73,23 +76,26 @@ class Adapter:
             for name in path.split("."):
                 value = getattr(value, name, None)
         if not isinstance(value, int):
-            raise ConfigError(
-                f"'{which}' of the adapter must lead to an integer, got {getattr(self, which)!r}, "
-                f"which is {value!r} in {type(module).__name__}."
-            )
+            rule = f"must be an integer or name one: {type(module).__name__} has {value!r} there"
+            raise ConfigError(which, rule, getattr(self, which), "Correct the Adapter.")
         return value
 
 
 class Replaced(TorchFunctionMode):
-    """Gives calls of some torch functions to ``instead``, which may pass them on by returning None."""
+    """Mode that gives calls of some torch functions to another function."""
 
     def __init__(self, functions: tuple[Callable, ...], instead: Callable[..., Any]) -> None:
-        """Replace these functions, as long as the context is open."""
+        """Replace these functions while the context is open.
+
+        Args:
+            functions: What is replaced.
+            instead: Takes their arguments; returns the result, or None to call the function after all.
+        """
         super().__init__()
         self.functions = functions
         self.instead = instead
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Ask ``instead`` first."""
+        """Call ``instead`` first."""
         result = self.instead(*args, **(kwargs or {})) if func in self.functions else None
         return func(*args, **(kwargs or {})) if result is None else result

@@ -39,7 +39,7 @@ def balance_(
     """Balance the experts of ``model`` in place, without an auxiliary loss (arXiv 2408.15664).
 
     Finds every routing site, checks all of them, and only then attaches. Calling it again returns the same object.
-    Call ``update()`` on it after each optimizer step; the Lightning callback does so by itself.
+    Call ``update()`` on it after each optimizer step; the Lightning callback does this itself.
 
     Args:
         model: Any module that holds MoE blocks.
@@ -47,9 +47,9 @@ def balance_(
         sites: Which routers to balance: a glob, several, or a predicate on the module name; None takes all.
         schedule: Factor on the rate by update number; None keeps it constant.
         mask: Forward argument that marks real tokens (B, S); None counts every token.
-        adapters: How blocks route that select experts in a way of their own.
+        adapters: Adapters for blocks whose routing is not found automatically.
         frozen_routers: 'balance' or 'keep' the bias of a frozen router, or 'auto'; see `BalanceSettings`.
-        experts: 'fused' computes the model's stacked SwiGLU experts by ours; None leaves its own.
+        experts: 'fused' computes the model's stacked SwiGLU experts by our kernels; None keeps its own code.
         process_group: The data-parallel ranks; None is all ranks of the default group.
 
     Raises:
@@ -72,13 +72,20 @@ def balance_(
 def balance_as_set_(
     model: nn.Module, settings: BalanceSettings, process_group: dist.ProcessGroup | None = None
 ) -> BalancedModel:
-    """Balance as `balance_` does, by settings that were checked before."""
+    """Balance with settings that have been checked.
+
+    Args:
+        model: Any module that holds MoE blocks.
+        settings: How to balance.
+        process_group: The data-parallel ranks; None is all of the default group.
+
+    Raises:
+        AttachError: As for `balance_`.
+    """
     existing = find_balanced(model)
     if existing is not None:
         if existing.settings != settings:
-            raise AttachError(
-                "The model is balanced already, with other settings. Call remove() on it first."
-            )
+            raise AttachError("The model is balanced already with other settings. Call remove() first.")
         return existing
     _refuse_balanced_parts(model)
     findings = _chosen(model, settings)
@@ -114,4 +121,4 @@ def _chosen(model: nn.Module, settings: BalanceSettings) -> Findings:
 def _refuse_balanced_parts(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if find_balanced(module) is not None or "_moe_site" in module.__dict__:
-            raise AttachError(f"{name!r} inside the model is balanced already. Call remove() on that first.")
+            raise AttachError(f"{name!r} inside the model is balanced already. Call remove() on it first.")

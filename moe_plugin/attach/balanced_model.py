@@ -47,7 +47,7 @@ class BalancedModel(Mapping[str, Site]):
         record: The load of the last update; None before the first.
         process_group: The data-parallel ranks over which counts are summed.
         refused: Routers that cannot be balanced, by module name, and why.
-        fused: Layers of experts of the model that our fused experts compute, by module name.
+        fused: The model's layers of experts that our kernels compute, by module name.
     """
 
     def __init__(
@@ -88,31 +88,31 @@ class BalancedModel(Mapping[str, Site]):
         return self._sites[name]
 
     def __iter__(self) -> Iterator[str]:
-        """Return names of the routers, in forward order."""
+        """Return an iterator over the routers' names, in forward order."""
         return iter(self._sites)
 
     def __len__(self) -> int:
-        """Return number of sites."""
+        """Return the number of sites."""
         return len(self._sites)
 
     def __hash__(self) -> int:
-        """By identity."""
+        """Hash by identity."""
         return id(self)
 
     def __eq__(self, other: object) -> bool:
-        """By identity."""
+        """Compare by identity."""
         return self is other
 
     def __getstate__(self) -> dict[str, Any]:
-        """Return everything but the process group, which exists in one process only."""
+        """Return everything except the process group, which exists in one process only."""
         return self.__dict__ | {"process_group": None}
 
     @torch.no_grad()
     def update(self) -> LoadRecord:
         """Sum the counts over ranks, move every bias, and start counting anew.
 
-        To be called by every rank after each optimizer step that took place. Nothing waits for the device, except
-        in the first update, which checks that balancing has an effect.
+        Every rank calls this after each optimizer step that took place. Only the first update waits for the device:
+        it checks that balancing has an effect.
 
         Returns:
             The load of this step.
@@ -142,7 +142,7 @@ class BalancedModel(Mapping[str, Site]):
         """Let the next update leave every bias untouched if ``condition`` holds, without waiting for the device.
 
         Args:
-            condition: bool scalar, such as a loss not being finite. It is enough that it holds on one rank.
+            condition: bool scalar, such as a loss that is not finite. One rank where it holds is enough.
         """
         reject_if_(next(iter(self.values())).counters.training.slots_S, condition)
 
@@ -152,7 +152,7 @@ class BalancedModel(Mapping[str, Site]):
             site.counters.discard_()
 
     def remove(self) -> None:
-        """Take balancing off the model again. A bias that the model owns keeps the values it has learnt."""
+        """Remove balancing from the model. A bias that the model owns keeps its learnt values."""
         for site in self.values():
             detach_(site)
             site.token_mask.unwatch_()
@@ -161,14 +161,11 @@ class BalancedModel(Mapping[str, Site]):
         del self._model.__dict__[_ATTRIBUTE]
 
     def state_dict(self) -> dict[str, Any]:
-        """Return biases, rule states and the update counter. Counts of a step that is not complete are left out."""
-        sites = {
-            name: {
-                "bias": site.bias.clone(),
-                "state": {key: value.clone() for key, value in self._memories[name].items()},
-            }
-            for name, site in self.items()
-        }
+        """Return biases, rule states and the update counter. Counts of an incomplete step are left out."""
+        sites = {}
+        for name, site in self.items():
+            memory = {key: value.clone() for key, value in self._memories[name].items()}
+            sites[name] = {"bias": site.bias.clone(), "state": memory}
         return {"step": self.step, "sites": sites}
 
     @torch.no_grad()
@@ -176,7 +173,7 @@ class BalancedModel(Mapping[str, Site]):
         """Continue from a `state_dict`.
 
         Raises:
-            CheckpointError: If it is of other sites or other numbers of experts.
+            CheckpointError: If it has other sites or other numbers of experts.
         """
         self._check_fits(state)
         self._count_steps_(state["step"])
@@ -187,29 +184,28 @@ class BalancedModel(Mapping[str, Site]):
         self.discard_counts_()
 
     def save(self, path: str | Path) -> None:
-        """Write biases, rule states and the counter as a safetensors file beside the model's own checkpoint."""
+        """Write biases, rule states and the counter as a safetensors file next to the model's checkpoint."""
         write_sidecar(path, self.state_dict())
 
     def load(self, path: str | Path) -> None:
         """Continue from a file of `save`.
 
         Raises:
-            CheckpointError: If it is of other sites or other numbers of experts.
+            CheckpointError: If it has other sites or other numbers of experts.
         """
         self.load_state_dict(read_sidecar(path))
 
     def warm_start(self, batches: Batches, *, num_batches: int = 8, passes: int = 3) -> dict[str, Violation]:
-        """Set every bias so that the model is balanced on a few batches, for a pretrained model before it is trained.
+        """Set every bias to balance a pretrained model on a few batches, before it is trained.
 
-        Nothing is trained or counted: the model runs in evaluation mode and without gradients, and is put back after.
-        Padding is left out. On several ranks each gives its own batches, and the biases are averaged. Memory: the
-        fp32 scores of the batches, T x E x 4 bytes per site.
+        The model runs in evaluation mode without gradients, and its modes are restored. Padding is left out. Each rank
+        gives its own batches, and biases are averaged. Memory: T x E x 4 bytes per site, for scores in fp32.
 
         Args:
             batches: What the model is called with: mappings by keyword, tuples and lists by position; or a function
-                that is given the model and runs it, for models that are called in another way.
+                that takes the model and runs it.
             num_batches: Batches taken from an iterable.
-            passes: Times that all biases are solved for; earlier ones change what later layers see.
+            passes: How often all biases are solved for; each pass changes what later layers see.
 
         Returns:
             MaxVio over the batches of each site before and after; `calibrate` is the same at the end of training.
@@ -225,7 +221,7 @@ class BalancedModel(Mapping[str, Site]):
     calibrate = warm_start
 
     def export(self, model: nn.Module | None = None, path: str | Path | None = None) -> Export:
-        """Say how the trained biases reach inference, and write those that the model does not own.
+        """Describe how the trained biases reach inference, and write those that the model does not own.
 
         Args:
             model: The part of the balanced model that inference loads, such as the model inside a LightningModule;
@@ -233,7 +229,7 @@ class BalancedModel(Mapping[str, Site]):
             path: Where to write the sidecar if one is needed; None writes nothing.
 
         Raises:
-            AttachError: If 'model' is no part of the balanced one.
+            AttachError: If 'model' is not part of the balanced model.
         """
         from moe_plugin.attach.export import export
 
@@ -261,18 +257,17 @@ class BalancedModel(Mapping[str, Site]):
             if not has_run(experts):
                 raise EffectError(
                     f"Experts {name!r} were not called in the first step, so experts='fused' has no effect on them: "
-                    "their model uses their weights in another way. Leave 'experts' out."
+                    "the model uses their weights in another way. Leave 'experts' out."
                 )
 
     def _check_fits(self, state: Mapping[str, Any]) -> None:
-        if list(state["sites"]) != list(self) and set(state["sites"]) != set(self):
-            raise CheckpointError(
-                f"The checkpoint balances {sorted(state['sites'])}, this model {sorted(self)}."
-            )
+        saved = {name: site["bias"].numel() for name, site in state["sites"].items()}
+        if saved.keys() != self.keys():
+            raise CheckpointError(f"The checkpoint balances {sorted(saved)}, this model {sorted(self)}.")
         wrong = [
-            f"{name}: {saved['bias'].numel()} experts in the checkpoint, {self[name].num_experts} in the model"
-            for name, saved in state["sites"].items()
-            if saved["bias"].numel() != self[name].num_experts
+            f"{name}: {saved[name]} experts in the checkpoint, {site.num_experts} in the model"
+            for name, site in self.items()
+            if saved[name] != site.num_experts
         ]
         if wrong:
             raise CheckpointError("; ".join(wrong) + ".")

@@ -18,11 +18,11 @@ from moe_plugin.errors import AttachError
 
 @dataclass(frozen=True)
 class Export:
-    """Where the biases lie that inference needs; as text it says what to do.
+    """Where inference finds the trained biases; as text, what to do.
 
     Attributes:
         in_checkpoint: Routers whose bias is a tensor of the model: ``save_pretrained`` writes it, and any engine that
-            knows the model reads it.
+            supports the model reads it.
         in_sidecar: Routers whose bias only the sidecar holds.
         sidecar: The file, if it was asked for and is needed.
     """
@@ -34,7 +34,7 @@ class Export:
     def __str__(self) -> str:
         """Return what inference has to do."""
         owned, ours = len(self.in_checkpoint), len(self.in_sidecar)
-        own_words = f"{owned} of {owned + ours} biases lie in the model's own checkpoint"
+        own_words = f"{owned} of {owned + ours} biases are in the model's own checkpoint"
         if not ours:
             return f"{own_words}: load the model as always, moe_plugin is not needed."
         file = self.sidecar or "the file of export(model, path)"
@@ -44,7 +44,7 @@ class Export:
 def export(
     root: nn.Module, sites: Mapping[str, Site], step: int, model: nn.Module | None, path: Path | None
 ) -> Export:
-    """Say where the biases lie, and write those that the model does not own; see `BalancedModel.export`."""
+    """Describe where the biases are, and write those that the model does not own; see `BalancedModel.export`."""
     prefix = _prefix(root, root if model is None else model)
     inside = {name.removeprefix(prefix): site for name, site in sites.items() if name.startswith(prefix)}
     in_checkpoint = tuple(name for name, site in inside.items() if site.host_owns_bias)
@@ -58,7 +58,7 @@ def export(
 
 
 def _prefix(root: nn.Module, model: nn.Module) -> str:
-    """Return what the names of the root's modules begin with where those of ``model`` do not."""
+    """Return the prefix that the names of ``model``'s modules have in the root."""
     for name, module in root.named_modules():
         if module is model:
             return f"{name}." if name else ""

@@ -1,7 +1,4 @@
-"""What becomes of the bias of a router that is not trained, as in fine-tuning with LoRA.
-
-Shape legend: D model width, E experts.
-"""
+"""Whether the bias of a frozen router moves, as in fine-tuning with LoRA."""
 
 from __future__ import annotations
 
@@ -10,10 +7,10 @@ from moe_plugin.attach.site import Site
 
 
 def keeps_bias(site: Site, frozen_routers: FrozenRouters) -> bool:
-    """Return whether this site's bias must stay as it is.
+    """Return whether this site's bias must stay as it is; see `BalanceSettings` for the choices.
 
-    With 'auto' it stays if the router is frozen and the model owns a bias that was trained: the two were trained
-    together, and experts were chosen by their sum. Any other is balanced.
+    With 'auto' the bias stays if the router is frozen and the model owns a bias that was trained: the two were trained
+    together, and their sum chose the experts.
     """
     if frozen_routers == "balance" or not is_frozen(site):
         return False
@@ -21,9 +18,9 @@ def keeps_bias(site: Site, frozen_routers: FrozenRouters) -> bool:
 
 
 def is_frozen(site: Site) -> bool:
-    """Whether nothing that scores the experts is trained: no matrix of the router with a row or column per expert.
+    """Return whether no matrix of the router with a row or column per expert is trained.
 
-    A router may be a block that holds its experts too, of which some part is trained.
+    Its other matrices may be: some routers are blocks that also hold their experts.
     """
     matrices = [parameter for parameter in site.router.parameters() if parameter.dim() == 2]
     scoring = [matrix for matrix in matrices if site.num_experts in matrix.shape] or matrices
@@ -31,5 +28,5 @@ def is_frozen(site: Site) -> bool:
 
 
 def _was_trained(site: Site) -> bool:
-    # On the meta device the values are still to come: then a pretrained model's, which loads them.
+    # A bias on the meta device has no values yet: a pretrained model will load them.
     return site.host_owns_bias and (site.bias.is_meta or bool((site.bias != 0).any()))

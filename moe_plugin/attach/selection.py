@@ -21,7 +21,7 @@ class Selection(NamedTuple):
         ranked_TE: Scores that were ranked.
         selected_TK: Scores of the selected experts.
         expert_ids_TK: The selected experts.
-        used_TK: Which of them the token is really sent to; None for all.
+        used_TK: Which of them the token uses; None for all.
     """
 
     ranked_TE: Tensor
@@ -35,10 +35,10 @@ class Selection(NamedTuple):
 
 
 def as_one(seen: Sequence[Selection], style: RoutingStyle) -> Selection:
-    """Join rounds side by side, and what was selected for different tokens one below the other.
+    """Join rounds along K, and selections for different tokens along T.
 
-    If the host was seen to rank its experts more than once (``use.k`` is set), the last is the selection: group limits
-    rank groups before they rank experts.
+    If the host ranks its experts more than once (``use.k`` is set), the last ranking is the selection: group limits
+    rank groups first.
 
     Args:
         seen: The selections of a forward, at least one.
@@ -54,9 +54,8 @@ def as_one(seen: Sequence[Selection], style: RoutingStyle) -> Selection:
 
 def _side_by_side(picks: Sequence[Selection]) -> Selection:
     selected_TK = torch.cat([pick.selected_TK for pick in picks], dim=-1)
-    return Selection(
-        picks[0].ranked_TE, selected_TK, torch.cat([pick.expert_ids_TK for pick in picks], dim=-1)
-    )
+    ids_TK = torch.cat([pick.expert_ids_TK for pick in picks], dim=-1)
+    return Selection(picks[0].ranked_TE, selected_TK, ids_TK)
 
 
 def _below(parts: Sequence[Selection]) -> Selection:

@@ -23,7 +23,7 @@ DEFAULT_RULE = Proportional()
 
 @dataclass(frozen=True)
 class BalanceSettings:
-    """How to balance a model; two that are equal ask for the same.
+    """How to balance a model.
 
     Attributes:
         rule: How biases follow the load; a mapping from glob on the router's name to rule gives each router the first
@@ -31,11 +31,11 @@ class BalanceSettings:
         sites: Which routers to balance: a glob, several, or a predicate on the module name; None takes all.
         schedule: Factor on the rate by update number; None keeps the rate constant.
         mask: Forward argument that marks real tokens (B, S); None counts every token.
-        adapters: How blocks route that select experts in a way of their own.
+        adapters: Adapters for blocks whose routing is not found automatically.
         frozen_routers: What to do with the bias of a router that is frozen now: 'balance' it, 'keep' it, or 'auto':
             keep it if the model owns one that is not zero, balance it otherwise.
-        experts: 'fused' computes the experts of these routers by `moe_plugin.experts` instead of the model's own code,
-            on the same parameters; all must be SwiGLU in stacked 3-D weights. None leaves the model's own.
+        experts: 'fused' computes the experts of these routers by `moe_plugin.experts`, on the same parameters; all must
+            be SwiGLU in stacked 3-D weights. None keeps the model's own code.
 
     Raises:
         ConfigError: If 'frozen_routers' or 'experts' is not one of these, or 'fused' has kernels that cannot run.
@@ -51,7 +51,7 @@ class BalanceSettings:
     experts: Experts = None
 
     def __post_init__(self) -> None:
-        """Check the settings, and make what may be given in two ways one."""
+        """Check the settings and bring them into one form."""
         if self.frozen_routers not in get_args(FrozenRouters):
             raise ConfigError("frozen_routers", "must be 'auto', 'balance' or 'keep'", self.frozen_routers)
         if self.experts not in ("fused", None):
@@ -67,9 +67,8 @@ class BalanceSettings:
             return True
         if callable(self.sites):
             return self.sites(name)
-        return any(
-            fnmatchcase(name, glob) for glob in ([self.sites] if isinstance(self.sites, str) else self.sites)
-        )
+        globs = [self.sites] if isinstance(self.sites, str) else self.sites
+        return any(fnmatchcase(name, glob) for glob in globs)
 
     def rate_factor(self, step: int) -> float:
         """Return the factor on the rate in update number ``step``; the first is 1."""
@@ -79,7 +78,7 @@ class BalanceSettings:
         """Return the rule of the router of this name.
 
         Raises:
-            AttachError: If there are rules by glob, and none matches.
+            AttachError: If rules are given by glob and none matches.
         """
         if not isinstance(self.rule, Mapping):
             return self.rule

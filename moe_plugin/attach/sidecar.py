@@ -1,4 +1,4 @@
-"""The safetensors file that holds biases beside a model's own checkpoint."""
+"""The safetensors file that holds biases next to a model's own checkpoint."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 def write_sidecar(path: str | Path, state: Mapping[str, Any]) -> None:
-    """Write a state of `BalancedModel.state_dict`: a tensor per bias and per memory of a rule, and the counter."""
+    """Write a tensor per bias and per memory of a rule, and the counter; see `BalancedModel.state_dict`."""
     from safetensors.torch import save_file
 
     tensors = {}

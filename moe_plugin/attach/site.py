@@ -31,10 +31,10 @@ class Site:
         bias_place: Where the selection bias is.
         token_mask: Which tokens count.
         counters: What was counted since the last update.
-        is_proven: Whether it was seen that the host's own bias reaches its selection.
+        is_proven: Whether the host's own bias was seen to reach its selection.
         is_interpreted: Whether a forward that counted ran outside of compiled code.
         observer: Receives each selection instead of counting it; None counts as usual.
-        witness: Is shown each selection that counts, unless the forward is compiled.
+        witness: Also receives each counted selection, unless the forward is compiled.
     """
 
     def __init__(self, found: FoundRouter, bias_place: BiasPlace, token_mask: TokenMask) -> None:
@@ -42,7 +42,7 @@ class Site:
 
         Args:
             found: The router.
-            bias_place: Where its bias is, the host's own or ours.
+            bias_place: Where its bias is: the host's or our own.
             token_mask: The mask of the model's forward.
         """
         self.found = found
@@ -82,7 +82,7 @@ class Site:
 
     @property
     def allocation(self) -> Allocation | None:
-        """How experts are shared out, if tokens use different numbers of them."""
+        """How experts are allocated, if tokens use different numbers of them."""
         return self.router.allocation() if isinstance(self.router, AllocatesExperts) else None
 
     @property
@@ -126,11 +126,11 @@ class Site:
         return self.counters.tokens_in(self.counters.evaluation.settled())
 
     def forget_eval_(self) -> None:
-        """Count evaluation forwards anew."""
+        """Forget the counts of evaluation forwards."""
         self.counters.evaluation.reset_()
 
     def unbiased(self, ranked_TE: Tensor) -> Tensor:
-        """Return the scores behind what the host ranked: without its own bias, and -inf for experts of closed groups."""
+        """Return the host's scores without its own bias, and -inf for experts of closed groups."""
         if self.style.zeros_masked:
             ranked_TE = ranked_TE.masked_fill(ranked_TE == 0, -torch.inf)
         return ranked_TE - self.bias if self.host_owns_bias else ranked_TE

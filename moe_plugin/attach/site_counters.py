@@ -19,7 +19,7 @@ from moe_plugin.types import Allocation
 class SiteCounters:
     """Counts the selections of one router.
 
-    Plain tensors, moved to the device of the ids: DDP would overwrite every rank's buffers by those of rank 0.
+    Plain tensors, moved to the device of the ids: DDP would overwrite the buffers of all ranks with those of rank 0.
 
     Attributes:
         training: Tokens per expert in training forwards.
@@ -28,7 +28,7 @@ class SiteCounters:
         budget_1G: How far selected experts were from being left out, if a level moves their number; int64.
         shares_E: The share of all selections that each expert should get; float64, None for equal shares.
         measures_spread: Whether the spread of the scores is measured, which ``rate: auto`` needs.
-        looks_closely: Whether this step measures the spread, and looks for what is not expected to change.
+        looks_closely: Whether this step measures the spread, and checks again that the router is as it was attached.
     """
 
     def __init__(self, num_experts: int, top_k: int, allocation: Allocation | None) -> None:
@@ -37,7 +37,7 @@ class SiteCounters:
         Args:
             num_experts: E.
             top_k: K, the most experts of a token if their number varies.
-            allocation: How experts are shared out, if tokens use different numbers of them.
+            allocation: How experts are allocated, if tokens use different numbers of them.
         """
         self._num_experts, self._top_k = num_experts, top_k
         self.training = Tally(num_experts)
@@ -51,7 +51,7 @@ class SiteCounters:
 
     @property
     def device(self) -> torch.device:
-        """Where it counts."""
+        """The device that counts."""
         return self.training.slots_S.device
 
     def measure_gaps_(self) -> None:
@@ -59,18 +59,14 @@ class SiteCounters:
         self.gaps_EG = new_gaps(self._num_experts).to(self.device)
 
     def tokens_in(self, slots_S: Tensor) -> Tensor:
-        """Return the tokens that tallies (..., S) are of; int64 (...)."""
+        """Return the number of tokens in tallies (..., S); int64 (...)."""
         if self.budget_1G is not None:
             return num_tokens(slots_S)
         return expert_counts(slots_S).sum(-1) // self._top_k
 
     def needs_scores(self, *, training: bool, compiling: bool) -> bool:
-        """Return whether `count_` takes all scores of this forward.
-
-        Args:
-            training: Whether the router is in training mode.
-            compiling: Whether it is being compiled: a second graph for the steps between costs more than measuring.
-        """
+        """Return whether `count_` takes all scores of this forward; arguments as `count_` has them."""
+        # Compiled code measures in every step: a second graph for the steps between would cost more.
         return self.measures_spread and training and (compiling or self.looks_closely)
 
     def count_(
@@ -96,7 +92,7 @@ class SiteCounters:
         if tally.slots_S.device != ids_TK.device:
             self._to_device_(ids_TK.device)
         used_TK = None if self.budget_1G is None else selection.used_TK
-        # A replay of a CUDA graph would leave Python's lists out.
+        # A replayed CUDA graph does not run the Python code that keeps selections.
         captured = ids_TK.is_cuda and torch.cuda.is_current_stream_capturing()
         if not (compiling or captured) and scores_TE is None and valid_T is None and used_TK is None:
             tally.keep_(ids_TK, selection.selected_TK, training=training)

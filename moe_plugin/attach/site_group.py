@@ -1,7 +1,6 @@
-"""Sites that differ in nothing but their numbers, so their biases are moved together.
+"""Sites of one kind, whose biases are moved together: an operation on sixty layers costs what it costs on one.
 
-One operation for sixty layers costs what it costs for one. Shape legend: L sites of a group, E experts, S slots of a
-tally, G bins of a histogram of gaps.
+Shape legend: L sites of a group, E experts, S slots of a tally, G bins of a histogram of gaps.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from moe_plugin.balancing.tally import settle_
 from moe_plugin.errors import ConfigError
 
 SPREAD = "score_spread"
-"""Key of the last measured spread of the scores in what is remembered of a site."""
+"""Key of the last measured spread of the scores in a site's memory."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +31,7 @@ class SiteGroup:
     Attributes:
         sites: At least one.
         rule: Their rule; None if they are only watched.
-        memories: What is remembered of each site.
+        memories: The memory of each site.
     """
 
     sites: Sequence[Site]
@@ -76,7 +75,7 @@ class GroupStep:
         return [each for each in (self._slots_LS, self._gaps_LEG, self._budget_L1G) if each is not None]
 
     def num_rejected(self) -> Tensor:
-        """Return how often something was NaN or infinite that must not be; int64 scalar."""
+        """Return how many values that must be finite were not; int64 scalar."""
         return num_rejected(self._slots_LS).sum()
 
     def reject_if_(self, condition: Tensor) -> None:
@@ -100,7 +99,7 @@ class GroupStep:
 
         Args:
             factor: The schedule's, on the rate.
-            measures_spread: Whether to remember the spread of the scores first, where ``rate: auto`` needs it.
+            measures_spread: Whether to first remember the spread of the scores, if ``rate: auto`` needs it.
         """
         if self.group.rule is not None and factor:
             if measures_spread and self._first.counters.measures_spread:
@@ -110,7 +109,7 @@ class GroupStep:
             self._move_levels_(self._budget_L1G)
 
     def check_rule(self) -> None:
-        """Check that the rule steps each site by itself, as it would alone.
+        """Check that the rule steps each site as it would alone.
 
         Raises:
             ConfigError: If it does not.
@@ -118,7 +117,7 @@ class GroupStep:
         rule = self.group.rule
         if rule is None or len(self.group.sites) == 1:
             return
-        # Sites mostly see as many tokens, which would hide a mean over all of them.
+        # Most sites see equally many tokens, which would hide a mean over all of them.
         times_L1 = torch.arange(1, len(self.group.sites) + 1, device=self._slots_LS.device)[:, None]
         load, memory = self._load(self._slots_LS * times_L1), stacked(self.group.memories)
         together_LE = rule.step(load, 1.0, dict(memory))
@@ -160,7 +159,7 @@ class GroupStep:
     def _move_levels_(self, budget_L1G: Tensor) -> None:
         for site, budget_1G, tokens in zip(self.group.sites, budget_L1G, self._tokens_L(), strict=True):
             allocation = site.allocation
-            assert allocation is not None, "only routers that share experts out have a budget"
+            assert allocation is not None, "only routers that allocate experts have a budget"
             assert allocation.level is not None, "only routers with a level have a budget"
             step = level_step(budget_1G, tokens, allocation.target_k)
             allocation.level.add_(step.where(tokens > 0, 0.0))
@@ -177,12 +176,12 @@ class GroupStep:
 def site_groups(
     sites: Sequence[Site], rules: Mapping[str, Rule | None], memories: Mapping[str, Memory]
 ) -> list[SiteGroup]:
-    """Put sites together that can be moved together.
+    """Group sites that can be moved together.
 
     Args:
-        sites: Of a model.
+        sites: The sites of a model.
         rules: The rule of each, by name.
-        memories: What is remembered of each, by name.
+        memories: The memory of each, by name.
     """
     alike: dict[tuple, list[Site]] = {}
     for site in sites:

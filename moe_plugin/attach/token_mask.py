@@ -1,4 +1,4 @@
-"""Which tokens count: padding, as the model is told of it by its mask argument, does not.
+"""Which tokens count: those that the model's mask argument does not mark as padding.
 
 Shape legend: B batch, S sequence, T tokens (B x S).
 """
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.jit import ScriptModule
 from torch.utils.hooks import RemovableHandle
 
+from moe_plugin.attach.discovery.module_names import inside
 from moe_plugin.errors import EffectError
 
 _INPUTS = ("input_ids", "inputs_embeds")
@@ -24,8 +25,8 @@ class TokenMask:
     """The mask of the forward pass that is running, shared by the sites of a model.
 
     A model that holds models, such as an encoder and a decoder or a vision tower and a language model, gives each its
-    own mask, so that a site goes by the innermost model around it. Sites beside the inner models, as those of a vision
-    tower are, see other tokens than the mask describes: all of theirs count.
+    own mask, so a site uses the mask of the innermost model around it. Sites next to the inner models, such as those
+    of a vision tower, see tokens that the mask does not describe: all of them count.
     """
 
     def __init__(self, argument: str) -> None:
@@ -42,14 +43,13 @@ class TokenMask:
     def watch_(self, root: nn.Module) -> None:
         """Follow the argument of the outermost modules that take it, and of the models inside them."""
         for name, module in root.named_modules():
-            if isinstance(module, ScriptModule):  # has no signature, and takes no hook with names
+            if isinstance(module, ScriptModule):  # no signature, and no hooks with keywords
                 continue
             own = "forward" in module.__dict__
             parameters = _parameters(module.forward) if own else _parameters_of(type(module))
             if self.argument not in parameters:
                 continue
-            inside = any(_is_inside(name, outer) for outer in self._watched)
-            if inside and not any(taken in parameters for taken in _INPUTS):
+            if inside(name, self._watched) and not any(taken in parameters for taken in _INPUTS):
                 continue
             self._watched.append(name)
             watch = _Watch(self, parameters.index(self.argument))
@@ -65,6 +65,10 @@ class TokenMask:
 
     def for_tokens(self, num_tokens: int, site: str) -> Tensor | None:
         """Return the mask over the tokens of one router call; bool (T,) or None when all tokens are real.
+
+        Args:
+            num_tokens: Tokens that the router sees.
+            site: The router's name.
 
         Raises:
             EffectError: If the router sees more tokens than the mask describes.
@@ -82,9 +86,9 @@ class TokenMask:
         )
 
     def describes(self, site: str) -> bool:
-        """Whether the mask is about the site's tokens: the innermost model around it holds no other that takes it."""
-        around = max((name for name in self._watched if _is_inside(site, name)), key=len, default="")
-        return not any(name != around and _is_inside(name, around) for name in self._watched)
+        """Return whether the mask describes the site's tokens: the innermost model around it holds none with one."""
+        around = max((name for name in self._watched if inside(site, [name])), key=len, default="")
+        return not any(name != around and inside(name, [around]) for name in self._watched)
 
 
 def _parameters(function: Callable[..., Any]) -> list[str]:
@@ -97,7 +101,7 @@ def _parameters_of(kind: type[nn.Module]) -> list[str]:
 
 
 class _Watch:
-    """What is hooked to one module."""
+    """The hooks of one module."""
 
     def __init__(self, token_mask: TokenMask, position: int) -> None:
         self.token_mask = token_mask
@@ -111,9 +115,7 @@ class _Watch:
         self.outer.append(self.token_mask.mask_BS)
         if isinstance(value, Tensor) and value.dim() == 2:
             self.token_mask.mask_BS = _of_new_tokens(value, args, kwargs)
-        elif (
-            kwargs.get(_CROSS) is not None
-        ):  # a decoder without a mask of its own must not go by the encoder's
+        elif kwargs.get(_CROSS) is not None:  # a decoder without a mask must not use the encoder's
             self.token_mask.mask_BS = None
 
     def leave(self, *_: Any) -> None:
@@ -121,12 +123,8 @@ class _Watch:
 
 
 def _of_new_tokens(mask_BS: Tensor, args: tuple, kwargs: dict[str, Any]) -> Tensor:
-    """With a key-value cache the mask also covers the past: the tokens of this call are its last columns."""
+    """Return the last columns of the mask: with a key-value cache it also covers tokens of earlier calls."""
     given = [kwargs.get(name) for name in _INPUTS]
     inputs = [x for x in (*given, *args) if isinstance(x, Tensor) and x.dim() >= 2 and len(x) == len(mask_BS)]
     length = inputs[0].shape[1] if inputs else mask_BS.shape[1]
     return mask_BS[:, -length:] if length < mask_BS.shape[1] else mask_BS
-
-
-def _is_inside(name: str, outer: str) -> bool:
-    return name == outer or name.startswith(f"{outer}." if outer else "")

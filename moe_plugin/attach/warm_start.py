@@ -41,11 +41,7 @@ def warm_start(
     passes: int = 3,
     process_group: dist.ProcessGroup | None = None,
 ) -> dict[str, Violation]:
-    """Set each site's bias so that the model is balanced on these batches; see `BalancedModel.warm_start`.
-
-    A bias changes what later layers see, so that all are solved for again in each pass. Scores of one pass are kept:
-    T x E x 4 bytes per site. On several ranks each solves for its own batches, and the biases are averaged.
-    """
+    """Set each site's bias to balance the model on these batches; see `BalancedModel.warm_start`."""
     check_solvable(sites, "warm_start", "Leave these routers out with 'sites'.")
     run = batches if callable(batches) else _runner(list(islice(batches, num_batches)))
     violations = []
@@ -65,8 +61,8 @@ def check_solvable(sites: Mapping[str, Site], setting: str, fix: str) -> None:
 
     Args:
         sites: By name.
-        setting: What asks for it, for the error.
-        fix: What to do about it.
+        setting: The setting that needs it, for the error.
+        fix: What to do about it, for the error.
 
     Raises:
         ConfigError: If tokens use different numbers of experts at one of them.
@@ -118,7 +114,7 @@ def _observe(
 
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode, and then for each module the mode it had."""
+    """Switch to evaluation mode, and restore the mode of each module afterwards."""
     training = {module: module.training for module in model.modules()}
     model.eval()
     try:
@@ -129,7 +125,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 
 def _runner(batches: list[Any]) -> Callable[[nn.Module], None]:
-    """Give the model each batch: mappings by keyword, tuples and lists by position, others as they are."""
+    """Return a function that gives the model each batch, mappings by keyword, tuples and lists by position."""
 
     def run(model: nn.Module) -> None:
         device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))

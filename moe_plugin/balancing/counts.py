@@ -1,19 +1,20 @@
 """Exact counting of the tokens each expert received.
 
-Shape legend: T tokens, K experts selected per token, N selections (T x K), E experts, S slots (E + EXTRA_SLOTS), X slots E + 1 to E + 3.
+Shape legend: T tokens, K experts selected per token, N selections (T x K), E experts, S slots (E + EXTRA_SLOTS),
+X slots E + 1 to E + 3.
 
-A tally is one int64 tensor per routing site, so that all a step must share between ranks travels in a single
-exact, order-independent sum. The functions below read its slots, of one site or of several:
+A tally is one int64 tensor per routing site, so one exact, order-independent sum shares everything between ranks. The
+functions below read its slots, of one site or of several:
 
     [0, E)  tokens per expert
     E       selections whose score was NaN or infinite: in training they count here and not for their expert
     E + 1   selections seen under a mask, padding included
-    E + 2   tokens, counted only where they may use different numbers of experts
+    E + 2   tokens, counted only if they may use different numbers of experts
     E + 3   sum over tokens of the score spread, in units of 1 / SPREAD_UNIT
     E + 4   more than zero if the step must not count for another reason, such as its loss
 
-Counting is a ``torch.library`` operator that changes the tally, so that it survives ``torch.compile`` with
-``fullgraph`` and decides when it *runs*, not when it is traced, whether this is a real forward.
+Counting is a ``torch.library`` operator that changes the tally, so it survives ``torch.compile`` with ``fullgraph`` and
+decides when it *runs*, not when it is traced, whether this is a real forward.
 """
 
 from __future__ import annotations
@@ -62,12 +63,17 @@ def spread_sum(slots_S: Tensor) -> Tensor:
 
 
 def num_rejected(slots_S: Tensor) -> Tensor:
-    """Return how often something was NaN or infinite that must not be; int64 (...)."""
+    """Return how many values that must be finite were not; int64 (...)."""
     return slots_S[..., _NOT_FINITE] + slots_S[..., _REJECTED]
 
 
 def reject_if_(slots_S: Tensor, condition: Tensor) -> None:
-    """Make the step of these tallies not count if ``condition``, a bool scalar, holds; without waiting for the device."""
+    """Let the step of these tallies not count if a condition holds, without waiting for the device.
+
+    Args:
+        slots_S: Tallies; changed in place.
+        condition: bool scalar.
+    """
     slots_S[..., _REJECTED] += condition.to(slots_S.device)
 
 
@@ -89,10 +95,10 @@ def count_(
     Args:
         slots_S: From `new_tally`, on the device of the ids; changed in place.
         expert_ids_TK: Selected experts, int64, any leading shape.
-        selected_TK: The scores of the selected experts; only their being finite is looked at. None to not look.
+        selected_TK: The scores of the selected experts, checked to be finite; None skips the check.
         scores_TE: Unbiased scores of all experts, to measure their spread; None to leave it out.
         valid_T: bool, True for tokens that count, one entry per token; None when all do.
-        used_TK: bool, True for selections that count, where tokens may use fewer than K experts; None when all do.
+        used_TK: bool, True for selections that count, if tokens may use fewer than K experts; None when all do.
         training: Count only a forward that a backward follows.
     """
     # The grad mode is read here: inside a compiled graph gradients are always off when the operator runs.
@@ -139,7 +145,7 @@ def _count(
 
 @lru_cache(maxsize=256)
 def _ones(count: int, device: torch.device) -> Tensor:
-    """Return ones that take the room of one."""
+    """Return ones that share the memory of one."""
     return torch.ones(1, dtype=torch.int64, device=device).expand(count)
 
 
@@ -160,7 +166,7 @@ def _extra(
 
 
 def _weights(top_k: int, valid_T: Tensor | None, used_TK: Tensor | None) -> Tensor | None:
-    """1 for each selection that counts, else 0; int64 (T, K). None when all do."""
+    """Return 1 for each selection that counts, else 0; int64 (T, K). None when all do."""
     if used_TK is None:
         return None if valid_T is None else valid_T.reshape(-1, 1).long().expand(-1, top_k)
     weights_TK = used_TK.reshape(-1, top_k).long()
@@ -168,7 +174,7 @@ def _weights(top_k: int, valid_T: Tensor | None, used_TK: Tensor | None) -> Tens
 
 
 def _spread(scores_TE: Tensor) -> Tensor:
-    """Return standard deviation over the experts of each token, int64 in units of 1 / SPREAD_UNIT.
+    """Return the standard deviation over the experts of each token; int64 in units of 1 / SPREAD_UNIT.
 
     Experts that a group limit has masked (infinite, or exactly zero in some hosts) are left out.
     """

@@ -1,4 +1,4 @@
-"""What a site has counted, with selections that are kept to be counted together.
+"""What a site has counted, and selections that it keeps to count them together.
 
 Shape legend: T tokens, K experts selected per token, N selections, L sites, S slots of a tally.
 
@@ -17,30 +17,30 @@ from moe_plugin.balancing.counts import finite_ids, new_tally
 from moe_plugin.balancing.recompute import is_training_forward
 
 MOST_CALLS, MOST_SELECTIONS = 64, 2**16
-"""A site counts what it has kept when there is more: this bounds its memory to half a MiB beside the last call's."""
+"""A site that keeps more counts it: this bounds its memory to half a MiB plus the last call's selections."""
 
 
 class Tally:
     """The tally of one site in one mode, training or evaluation.
 
     Attributes:
-        slots_S: See `moe_plugin.balancing.counts`; int64. Without what is kept: see `settled`.
+        slots_S: See `moe_plugin.balancing.counts`; int64. Without kept selections: see `settled`.
         num_kept: Selections kept.
     """
 
     def __init__(self, num_experts: int) -> None:
         """Start at zero, on the CPU."""
-        # A plain tensor, not a buffer: DDP would overwrite every rank's counts by those of rank 0.
+        # A plain tensor, not a buffer: DDP would overwrite the counts of all ranks with those of rank 0.
         self.slots_S = new_tally(num_experts)
         self._ids: list[Tensor] = []
         self._selected: list[tuple[Tensor, int]] = []
         self.num_kept = 0
 
     def keep_(self, expert_ids_TK: Tensor, selected_TK: Tensor, *, training: bool) -> None:
-        """Count these selections later; arguments as for `count_`."""
+        """Count these selections later; arguments as `count_` has them."""
         if training and not is_training_forward(torch.is_grad_enabled()):
             return
-        # A copy, since hosts may write into their ids. Writing into scores is as rare, and copying as dear as looking.
+        # A copy, since hosts may write into their ids. Copying scores would cost as much as checking them.
         self._ids.append(expert_ids_TK.int())
         if training:
             if selected_TK.requires_grad:
@@ -51,29 +51,28 @@ class Tally:
             settle_([self])
 
     def settled(self) -> Tensor:
-        """Return all slots, with what was kept; int64 (S,), live until the next call."""
+        """Return all slots, with kept selections counted; int64 (S,), live until the next call."""
         settle_([self])
         return self.slots_S
 
     def reset_(self) -> None:
-        """Count anew."""
+        """Set all counts to zero."""
         self.slots_S.zero_()
-        self.forget_kept_()
+        self._forget_kept_()
 
-    def forget_kept_(self) -> None:
-        """Leave out what is kept."""
+    def _forget_kept_(self) -> None:
         self._ids, self._selected, self.num_kept = [], [], 0
 
     def to_(self, device: torch.device) -> None:
-        """Go on counting on this device."""
+        """Continue counting on this device."""
         self.slots_S = self.settled().to(device)
 
     def kept_ids(self) -> list[Tensor]:
-        """Return kept ids of each call; int32 (N,)."""
+        """Return the kept ids of each call; int32 (N,)."""
         return [ids_TK.reshape(-1) for ids_TK in self._ids]
 
     def kept_selected(self) -> list[Tensor]:
-        """Return kept scores of each call, floating (N,); zeros where the host has changed them since."""
+        """Return the kept scores of each call, floating (N,); zeros if the host has changed them since."""
         return [
             (selected_TK if selected_TK._version == version else torch.zeros_like(selected_TK)).reshape(-1)
             for selected_TK, version in self._selected
@@ -81,7 +80,7 @@ class Tally:
 
 
 def settle_(tallies: Sequence[Tally]) -> None:
-    """Count what tallies keep, those that keep as much in the same operations.
+    """Count what tallies keep; those that keep equally much share operations.
 
     Args:
         tallies: With equally many slots, on one device.
@@ -95,11 +94,11 @@ def settle_(tallies: Sequence[Tally]) -> None:
         slots = [tally.slots_S for tally in alike]
         torch._foreach_add_(slots, list(counts_LS.unbind()))  # pyright: ignore[reportPrivateImportUsage]
         for tally in alike:
-            tally.forget_kept_()
+            tally._forget_kept_()
 
 
 def _kept_counts(tallies: Sequence[Tally]) -> Tensor:
-    """Return the slots that kept selections fill; int64 (L, S). All keep as many."""
+    """Return the kept selections as slots; int64 (L, S). All tallies keep equally many."""
     num_slots = len(tallies[0].slots_S)
     ids_LN = _rows(tallies, [ids for tally in tallies for ids in tally.kept_ids()]).long()
     selected = [selected for tally in tallies for selected in tally.kept_selected()]

@@ -1,4 +1,4 @@
-"""When to attach to a LightningModule, and when to update: what every callback that counts has in common."""
+"""When to attach to a LightningModule and when to update, for all callbacks that count."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Attachment(Callback):
         pl_module.__dict__["configure_model"] = configure_and_attach
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Choose the ranks to sum over and the optimizer to listen to, now that strategy and checkpoint are in place."""
+        """Choose the ranks to sum over and the optimizer to follow, after strategy and checkpoint are set up."""
         self.balanced.process_group = _data_parallel_group(trainer)
         self.balanced.discard_counts_()
         routers = [parameter for site in self.balanced.values() for parameter in site.router.parameters()]
@@ -62,7 +62,7 @@ class Attachment(Callback):
         self._clock.batch_starts()
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
-        """Let a NaN or infinite loss move no bias, without waiting for it."""
+        """Reject the step if the loss is NaN or infinite, without waiting for it."""
         self.balanced.reject_if_(~loss.detach().isfinite().all())
 
     def on_before_optimizer_step(
@@ -78,11 +78,11 @@ class Attachment(Callback):
         self._clock.batch_ends()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Let go of the optimizer; the biases stay in the model."""
+        """Stop following the optimizer; the biases stay in the model."""
         self._clock.stop_()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        """Let go of the optimizer."""
+        """Stop following the optimizer."""
         self._clock.stop_()
 
     def _update(self, found_inf: Any) -> None:
@@ -95,7 +95,7 @@ class Attachment(Callback):
 
 
 def builds_itself(pl_module: LightningModule) -> bool:
-    """Return whether the module, which may be of the old namespace too, overrides ``configure_model``."""
+    """Return whether the module, of the new or the old namespace, overrides ``configure_model``."""
     owner = next(kind for kind in type(pl_module).__mro__ if "configure_model" in vars(kind))
     return owner.__module__.partition(".")[0] not in ("lightning", "pytorch_lightning")
 
@@ -105,7 +105,7 @@ def _data_parallel_group(trainer: Trainer) -> dist.ProcessGroup | None:
 
     With tensor parallelism the world would count each token once per shard.
     """
-    # By name: the old namespace, `pytorch_lightning`, has a class of its own.
+    # By name: the old namespace, `pytorch_lightning`, has its own class.
     if any(kind.__name__ == "ModelParallelStrategy" for kind in type(trainer.strategy).__mro__):
         return trainer.strategy.device_mesh["data_parallel"].get_group()  # pyright: ignore[reportAttributeAccessIssue]
     return None

@@ -1,7 +1,7 @@
-"""Set the biases once more at the end of training, with the router still, over the last training batches.
+"""Set the biases once more at the end of training, with fixed weights, on the last training batches.
 
 A bias that follows the load step by step lags behind a router that moves, and carries the noise of small batches.
-When training is over neither has to be: the biases that balance the last batches can be solved for.
+After training the biases that balance the last batches can be solved for instead.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Calibration:
     The batches go through ``training_step`` again, without gradients and in evaluation mode, ``passes + 1`` times.
 
     Attributes:
-        num_batches: Batches to balance on, per rank; the last ones. They stay in memory until the end.
-        passes: Times that all biases are solved for.
+        num_batches: The last batches of each rank, to balance on. They stay in memory until the end.
+        passes: How often all biases are solved for.
     """
 
     def __init__(self, num_batches: int = 64, passes: int = 2) -> None:
@@ -45,10 +45,10 @@ class Calibration:
         self._is_done = False
 
     def start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Learn when training ends.
+        """Find out when training ends; called as `on_train_start` is.
 
         Raises:
-            ConfigError: If the module optimizes by hand, or nobody knows how many steps it will take.
+            ConfigError: If the module uses manual optimization, or its number of steps is not known.
         """
         if not pl_module.automatic_optimization:
             raise ConfigError(
@@ -63,7 +63,7 @@ class Calibration:
         self._batches.clear()
 
     def take(self, trainer: Trainer, pl_module: LightningModule, balanced: BalancedModel, batch: Any) -> None:
-        """Keep a batch that was trained on; after the last step calibrate."""
+        """Keep a batch, and calibrate after the last one; called as `on_train_batch_end` is."""
         self._batches.append(batch)
         if trainer.global_step != self._last_step or self._is_done:
             return
@@ -81,7 +81,7 @@ class Calibration:
 
 @contextmanager
 def _without_logging(pl_module: LightningModule) -> Iterator[None]:
-    """What a training step logs here would be logged as that of the last real one."""
+    """Drop what training steps log: it would replace what the last real step logged."""
     silenced = {"log": lambda *_, **__: None, "log_dict": lambda *_, **__: None}
     pl_module.__dict__.update(silenced)
     try:

@@ -21,13 +21,13 @@ from moe_plugin.balancing.schedule import RateSchedule
 from moe_plugin.errors import CheckpointError
 
 SIDECAR = "moe_plugin.safetensors"
-"""File beside each checkpoint of the Trainer that holds biases, rule states and the update counter."""
+"""The file next to each checkpoint of the Trainer, with biases, rule states and the update counter."""
 
 
 class LossFreeTrainerCallback(TrainerCallback):
     """Balances the experts of the model of a Hugging Face ``Trainer`` without an auxiliary loss (arXiv 2408.15664).
 
-    Moves the biases once per optimizer step that took place, and writes them beside each checkpoint. Turn the model's
+    Moves the biases once per optimizer step that took place, and writes them next to each checkpoint. Turn the model's
     own auxiliary loss off (``output_router_logits=False``, the default). Counts are summed over all ranks.
 
     Example:
@@ -51,18 +51,11 @@ class LossFreeTrainerCallback(TrainerCallback):
         experts: Experts = None,
         resume_from: str | Path | None = None,
     ) -> None:
-        """Choose how to balance, as with `moe_plugin.LossFreeBalancing`.
+        """Choose how to balance; arguments as `moe_plugin.LossFreeBalancing` has them.
 
-        Args:
-            rule: How biases follow the load; None only watches it, in ``balanced.record``.
-            sites: Which routers to balance; None takes all.
-            schedule: Factor on the rate by optimizer step; None keeps it constant.
-            mask: Forward argument that marks real tokens; None counts every token.
-            adapters: How blocks route that select experts in a way of their own.
-            frozen_routers: What to do with the bias of a frozen router: 'balance', 'keep' or 'auto'.
-            experts: 'fused' computes the model's stacked SwiGLU experts by ours; None leaves its own.
-            resume_from: The checkpoint folder given to ``train(resume_from_checkpoint=...)``, which the Trainer does
-                not pass to its callbacks; needed only if it is not in the Trainer's own output folder.
+        With ``rule=None`` it only watches the load, in ``balanced.record``. ``resume_from`` is the checkpoint folder
+        given to ``train(resume_from_checkpoint=...)``, which the Trainer does not pass to its callbacks; it is needed
+        only for a checkpoint outside the Trainer's own output folder.
 
         Raises:
             ConfigError: If a setting has a value that is not allowed.
@@ -81,7 +74,7 @@ class LossFreeTrainerCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Attach, and continue from the file beside the checkpoint when training is resumed.
+        """Attach, and continue from the file next to the checkpoint if training is resumed.
 
         Raises:
             AttachError: If no router is found, or experts are to be fused and some cannot.
@@ -108,7 +101,7 @@ class LossFreeTrainerCallback(TrainerCallback):
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Write the biases beside the checkpoint."""
+        """Write the biases next to the checkpoint."""
         folder = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
         if state.is_world_process_zero and folder.is_dir():
             self.balanced.save(folder / SIDECAR)
@@ -118,7 +111,7 @@ class LossFreeTrainerCallback(TrainerCallback):
         folder = Path(given or Path(str(args.output_dir), f"checkpoint-{state.global_step}"))
         if not folder.is_dir():
             raise CheckpointError(
-                f"Training resumes at step {state.global_step} from a folder that is not known, and the biases lie in "
-                "it. Name it: LossFreeTrainerCallback(resume_from=...)."
+                f"Training resumes at step {state.global_step} from an unknown folder, which holds the biases. "
+                "Name it: LossFreeTrainerCallback(resume_from=...)."
             )
         return folder

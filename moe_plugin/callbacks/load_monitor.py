@@ -1,4 +1,4 @@
-"""Shows the load over experts while a model trains."""
+"""Show the load over experts while a model trains."""
 
 from __future__ import annotations
 
@@ -29,29 +29,29 @@ class LoadMonitor(Callback):
     Training: every `every_n_steps` optimizer steps the load of the steps since then goes to every logger as
     scalars (`load/*` over all layers, `load_layers/*` by layer), and now and then as pictures to loggers that take
     images: layer x expert load, and load and bias over time by layer. Validation: MaxVio (arXiv 2408.15664),
-    entropy and dead experts over the whole validation set are logged as `val/*`, so that checkpoints and sweepers
-    can follow them, and pictures show which domains and token classes experts take, and which work together. Where
-    tokens use different numbers of experts, pictures show which tokens use how many.
+    entropy and dead experts over the validation set are logged as `val/*`, for checkpoints and sweepers, and pictures
+    show which domains and token classes experts take, and which work together. If tokens use different numbers of
+    experts, pictures show which tokens use how many.
 
-    Alarms: what is wrong with the load is said once, in words, with what to do about it: dead experts, a collapse, a
-    bias that swings, saturates or runs away, no improvement, a router without tokens, ranks that diverge, NaN.
+    Alarms: each problem with the load is reported once, with what to do about it: dead experts, a collapse, a bias that
+    swings, saturates or runs away, no improvement, a router without tokens, ranks that diverge, NaN.
 
-    Works beside `LossFreeBalancing`, and alone: then it observes the model's routers and changes nothing.
+    Works with `LossFreeBalancing`, and alone: then it observes the model's routers and changes nothing.
 
     Args:
         every_n_steps: Optimizer steps between scalars; None for the trainer's `log_every_n_steps`.
         image_every_n_steps: Optimizer steps between heatmaps; None for growing intervals (the 1st, 2nd, 4th,
             8th, ... window), about ten in a run of any length. 0 for no heatmaps.
         on_alarm: 'warn' with a `LoadAlarmWarning`, 'raise' a `LoadAlarmError`, or call a function with the `Alarm` on
-            the first rank; None looks for nothing.
-        alarm_limits: How long something must last before it is worth an alarm.
+            the first rank; None turns alarms off.
+        alarm_limits: How long a problem must last before it is an alarm.
 
     Attributes:
         training: What was seen in training.
         validation: What was seen in the last validation run.
 
     Raises:
-        ConfigError: A setting is negative, `every_n_steps` is 0, or 'on_alarm' is none of these.
+        ConfigError: If a setting is negative, `every_n_steps` is 0, or 'on_alarm' is not one of these.
     """
 
     def __init__(
@@ -65,18 +65,18 @@ class LoadMonitor(Callback):
         check_integer("every_n_steps", every_n_steps, or_none=True)
         check_integer("image_every_n_steps", image_every_n_steps, least=0, or_none=True)
         self._watch = AlarmWatch(on_alarm, alarm_limits)
-        self._observer = Callback()  # does nothing, as long as something else counts
+        self._observer = Callback()  # does nothing if something else counts
         self.training = TrainingWatch(every_n_steps, image_every_n_steps, self._watch)
         self.validation = ValidationWatch(image_every_n_steps)
 
     @property
     def alarms(self) -> list[Alarm]:
-        """Everything that was found wrong so far."""
+        """The alarms so far."""
         return self._watch.alarms
 
     @property
     def first_record(self) -> LoadRecord | None:
-        """The load of the first optimizer step, on the host: how the model was before balancing."""
+        """The load of the first optimizer step, on the CPU: the model before balancing."""
         return self.training.first_record
 
     @property
@@ -95,7 +95,7 @@ class LoadMonitor(Callback):
         return self.training.bias_ranges
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Observe the routers if nothing else has them counted.
+        """Observe the routers unless they are counted already.
 
         Raises:
             AttachError: If no router is found.
@@ -135,26 +135,26 @@ class LoadMonitor(Callback):
         self.training.batch_ends(trainer, _balanced(pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Log what has not been logged yet."""
+        """Log what is left to log."""
         self._observer.on_train_end(trainer, pl_module)
         self.training.end_(trainer, _balanced(pl_module))
         self.validation.write_waiting(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Begin to follow a validation run; it is no time of training."""
+        """Begin to follow a validation run, which does not count as training time."""
         self.training.clock.pause()
         self.validation.start_(trainer, _balanced(pl_module))
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, *_: Any
     ) -> None:
-        """See what tokens come."""
+        """Take in the tokens of a batch."""
         self.validation.batch_starts(batch)
 
     def on_validation_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, *_: Any
     ) -> None:
-        """Take in a batch."""
+        """Take in the outputs of a batch."""
         self.validation.batch_ends(outputs)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -162,12 +162,12 @@ class LoadMonitor(Callback):
         self.validation.end_(trainer, pl_module, _balanced(pl_module))
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Training goes on."""
+        """Continue to measure training time."""
         if trainer.state.fn == TrainerFn.FITTING and not trainer.sanity_checking:
             self.training.clock.go()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the load of the first step, so that a resumed run still knows how it began."""
+        """Return the load of the first step, which a resumed run cannot measure again."""
         if self.first_record is None:
             return {}
         return {"first_record": vars(self.first_record)}

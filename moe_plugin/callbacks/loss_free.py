@@ -22,7 +22,7 @@ class LossFreeBalancing(Attachment):
 
     Finds the routers of the module, adds a bias per expert to their selection only, and moves it after each
     optimizer step that took place: down for overloaded experts, up for idle ones. Gate weights stay unbiased. The
-    biases are saved in Lightning's checkpoints, and in the model's own where it owns the tensor.
+    biases are saved in Lightning's checkpoints, and in the model's own if it owns the tensor.
 
     Example:
         >>> trainer = lightning.Trainer(callbacks=[LossFreeBalancing()])  # doctest: +SKIP
@@ -49,11 +49,11 @@ class LossFreeBalancing(Attachment):
             sites: Which routers to balance: glob, globs or predicate on the module name; None takes all.
             schedule: Factor on the rate by optimizer step; None keeps it constant.
             mask: Forward argument that marks real tokens; padding does not count. None counts every token.
-            adapters: How blocks route that select experts in a way of their own.
+            adapters: Adapters for blocks whose routing is not found automatically.
             frozen_routers: What to do with the bias of a frozen router, as with LoRA: 'balance' it, 'keep' it, or
                 'auto': keep it if the model owns one that is not zero, balance it otherwise.
-            experts: 'fused' computes the model's stacked SwiGLU experts by ours; None leaves its own.
-            calibration: Solves for the biases once more in the last step of training; None leaves that out.
+            experts: 'fused' computes the model's stacked SwiGLU experts by our kernels; None keeps its own code.
+            calibration: Solves for the biases once more in the last step of training; None does not.
 
         Raises:
             ConfigError: If there is no rule, or a setting has a value that is not allowed.
@@ -76,7 +76,7 @@ class LossFreeBalancing(Attachment):
         self._calibration = calibration
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Listen to the optimizer, and learn when training ends."""
+        """Follow the optimizer, and find out when training ends."""
         super().on_train_start(trainer, pl_module)
         if self._calibration is not None:
             check_solvable(self.balanced, "calibration", "Leave it out (null).")
@@ -98,7 +98,7 @@ class LossFreeBalancing(Attachment):
         """Continue from a checkpoint.
 
         Raises:
-            CheckpointError: If it is of other sites or other numbers of experts.
+            CheckpointError: If it has other sites or other numbers of experts.
         """
         if state_dict:
             self.balanced.load_state_dict(state_dict)

@@ -1,4 +1,4 @@
-"""Tells when an optimizer step really took place.
+"""Report when an optimizer step took place.
 
 The optimizer's own post-step hook is the one place that fires once per real step: with accumulation, manual
 optimization, clipping and LBFGS, and before checkpoints of the step are written.
@@ -22,7 +22,7 @@ class StepClock:
 
         Args:
             on_step: Takes the gradient scaler's verdict, a float scalar above zero for a step that the optimizer
-                itself left out because of infinite gradients; None where there is no scaler.
+                itself left out because of infinite gradients; None without a scaler.
             on_skip: Called at the end of a batch whose step the scaler kept from the optimizer.
         """
         self._on_step = on_step
@@ -32,19 +32,19 @@ class StepClock:
         self._awaiting = False
 
     def start_(self, optimizer: Optimizer) -> None:
-        """Listen to one optimizer."""
+        """Follow one optimizer."""
         self.stop_()
         self._handle = optimizer.register_step_post_hook(self._after_step)
 
     def stop_(self) -> None:
-        """Listen no longer."""
+        """Stop following it."""
         if self._handle is not None:
             self._handle.remove()
         self._handle = None
         self._in_batch = self._awaiting = False
 
     def batch_starts(self) -> None:
-        """Count steps from here on; outside of a batch, restoring a checkpoint makes some."""
+        """Count steps from here on; outside of batches, restoring a checkpoint makes steps."""
         self._in_batch = True
 
     def step_is_due(self) -> None:
@@ -64,12 +64,15 @@ class StepClock:
 
 
 def optimizer_of(parameters: Sequence[torch.nn.Parameter], optimizers: Sequence[Optimizer]) -> Optimizer:
-    """Return the optimizer that trains the most of ``parameters``; the first one if none does."""
+    """Return the optimizer that trains most of the parameters; the first one if none trains any.
+
+    Args:
+        parameters: The parameters.
+        optimizers: At least one.
+    """
     wanted = {id(parameter) for parameter in parameters}
 
     def trained(optimizer: Optimizer) -> int:
-        return sum(
-            id(parameter) in wanted for group in optimizer.param_groups for parameter in group["params"]
-        )
+        return sum(id(each) in wanted for group in optimizer.param_groups for each in group["params"])
 
     return max(optimizers, key=trained)

@@ -112,14 +112,15 @@ class TestAdapter:
         assert "Not balanced: 1, OddBlock is odd." in caplog.text
 
     def test_number_that_leads_nowhere_is_an_error(self, model):
-        with pytest.raises(
-            ConfigError, match="'num_experts' of the adapter must lead to an integer, got 'size'"
-        ):
+        message = "'num_experts' must be an integer or name one: OddBlock has None there, got 'size'"
+        with pytest.raises(ConfigError, match=message):
             balance_(model, adapters=[Adapter(block=OddBlock, route=route, num_experts="size")])
 
     @pytest.mark.parametrize("given", [{}, {"route": route, "refused": "is odd"}])
     def test_neither_or_both_of_route_and_refusal_is_an_error(self, given):
-        with pytest.raises(ConfigError, match="'route' or 'refused' must be given"):
+        refused = given.get("refused", "")
+        message = rf"'route' must be given if and only if 'refused' is empty \('{refused}'\), got"
+        with pytest.raises(ConfigError, match=message):
             Adapter(block=OddBlock, **given)
 
     def test_our_own_have_the_same_form(self):

@@ -72,7 +72,7 @@ class TestExport:
         balanced = trained(model)
         exported = balanced.export(model, tmp_path / "bias.safetensors")
         assert exported == Export(tuple(balanced), ())
-        assert "2 of 2 biases lie in the model's own checkpoint: load the model as always" in str(exported)
+        assert "2 of 2 biases are in the model's own checkpoint: load the model as always" in str(exported)
         assert not list(tmp_path.iterdir())
         model.save_pretrained(tmp_path)
         loaded = type(model).from_pretrained(tmp_path)

@@ -11,6 +11,9 @@ from moe_plugin.metrics import max_violation
 from tests.hosts import Block, GroupedRouter, OwningRouter, SoftmaxRouter
 
 DIM = 16
+NOISE = 0.15
+"""Bound on MaxVio on fresh batches. Each of 8 experts gets 512 of 2048 tokens with K = 2. That count has a noise
+of 1 / sqrt(512), as has the count that was solved for: 0.0625 together. The bound is 2.4 times that."""
 hosts = pytest.mark.parametrize("router", [SoftmaxRouter, OwningRouter, GroupedRouter])
 
 
@@ -54,7 +57,7 @@ class TestWarmStart:
         reported = balanced.warm_start(batches())
         after = violations(balanced, model, batches(seed=2))
         assert max(before) > 1.5
-        assert max(after) < 0.15
+        assert max(after) < NOISE
         assert list(reported) == list(balanced)
         for violation, fresh in zip(reported.values(), before, strict=True):
             assert violation.before == pytest.approx(fresh, rel=0.15, abs=0.05)
@@ -67,7 +70,7 @@ class TestWarmStart:
         violations(balanced, model, batches(seed=2))
         for site in balanced.values():
             groups = site.eval_counts.view(2, 4)
-            assert max_violation(groups[groups.sum(1).argmax()]) < 0.15
+            assert max_violation(groups[groups.sum(1).argmax()]) < NOISE
 
     @hosts
     def test_nothing_but_the_biases_changes(self, router):
@@ -135,7 +138,7 @@ class TestWarmStart:
             model(x).square().mean().backward()
             balanced.update()
         balanced.calibrate(batches())
-        assert max(violations(balanced, model, batches(seed=2))) < 0.15
+        assert max(violations(balanced, model, batches(seed=2))) < NOISE
         assert balanced.step == 3
 
 
@@ -163,7 +166,9 @@ class TestLightning:
         )
         trainer.fit(project, torch.utils.data.DataLoader(torch.cat(batches(2, seed=2)), batch_size=32))
         assert balanced.step == 1
-        assert max(max_violation(counts_E).item() for counts_E in balanced.record.counts.values()) < 0.2
+        # Half as many tokens as `NOISE` is for: sqrt(2) times as much.
+        violation = max(max_violation(counts_E).item() for counts_E in balanced.record.counts.values())
+        assert violation < 2**0.5 * NOISE
 
 
 def ranks_warm_start(rank, results):
@@ -177,4 +182,4 @@ class TestRanks:
     def test_ranks_end_with_the_same_biases_and_report(self, on_ranks):
         results = on_ranks(2, ranks_warm_start)
         assert results[0] == results[1]
-        assert max(violation.after for violation in results[0][1]) < 0.15
+        assert max(violation.after for violation in results[0][1]) < NOISE

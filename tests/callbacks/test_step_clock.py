@@ -33,7 +33,7 @@ class TestStepClock:
         assert events == []
 
     def test_step_that_was_due_and_did_not_come_is_skipped(self, parts):
-        clock, optimizer, events = parts
+        clock, _, events = parts
         clock.batch_starts()
         clock.step_is_due()
         clock.batch_ends()

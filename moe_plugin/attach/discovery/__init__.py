@@ -1,1 +1,1 @@
-"""Finding the routers of a model that nobody here has seen."""
+"""Finding the routers of any model by its structure."""

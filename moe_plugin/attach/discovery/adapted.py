@@ -1,4 +1,4 @@
-"""Blocks for which an adapter says how they route: the user's, or one in `moe_plugin.attach.families`."""
+"""Blocks that an adapter describes: the user's, or one in `moe_plugin.attach.families`."""
 
 from __future__ import annotations
 
@@ -50,5 +50,4 @@ def _own_adapters() -> tuple[Adapter, ...]:
 
 
 def _adapter_for(module: nn.Module, adapters: Sequence[Adapter]) -> Adapter | None:
-    """Return the first adapter that fits: the user's come before our own."""
     return next((adapter for adapter in (*adapters, *_own_adapters()) if adapter.fits(module)), None)

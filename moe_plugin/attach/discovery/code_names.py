@@ -10,13 +10,18 @@ from types import CodeType, FunctionType
 from torch import nn
 
 CALL_DEPTH = 2
-"""How many plain function calls away from a class a name may be."""
+"""How many calls of plain functions away from a class a name may be."""
 TOP_K = frozenset({"topk"})
 
 
 @cache
 def uses(kind: type, wanted: frozenset[str]) -> bool:
-    """Return whether the class's own code, or a plain function that it calls, uses one of these names."""
+    """Return whether the class's own code, or a plain function that it calls, uses one of these names.
+
+    Args:
+        kind: The class.
+        wanted: The names.
+    """
     return any(_reaches(function, wanted, CALL_DEPTH) for function in _functions(kind))
 
 

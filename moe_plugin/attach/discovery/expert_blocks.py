@@ -1,4 +1,4 @@
-"""What looks like a block of experts, without being run."""
+"""Recognise blocks of experts without running them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,12 @@ def may_route(module: nn.Module) -> bool:
 
 def experts_of(module: nn.Module) -> list[nn.Module]:
     """Return children that are two or more experts."""
-    return [
-        child
-        for name, child in module.named_children()
-        if "expert" in name and "shared" not in name and is_stack(child)
-    ]
+    named = [(name, child) for name, child in module.named_children() if "expert" in name]
+    return [child for name, child in named if "shared" not in name and is_stack(child)]
 
 
 def has_gate_for_a_stack(module: nn.Module) -> bool:
-    """Return whether it has a matrix with one row or column for each module of a list beside it."""
+    """Return whether it has a matrix with one row or column for each module of a list next to it."""
     sizes = {len(child) for child in module.children() if isinstance(child, LISTS)} - {0, 1}
     return bool(sizes) and any(sizes & set(matrix.shape) for matrix in _matrices(module))
 
@@ -42,7 +39,7 @@ def _matrices(module: nn.Module) -> Iterator[Tensor]:
 
 
 def is_stack(module: nn.Module) -> bool:
-    """Return whether it stacks two or more things: as a list, or itself or by a child."""
+    """Return whether it is a list of two or more, or it or a child holds two or more stacked weights."""
     parts = [module] if isinstance(module, LISTS) else [module, *module.children()]
     return any(stack.size > 1 for part in parts for stack in own_stacks(part))
 
@@ -50,7 +47,14 @@ def is_stack(module: nn.Module) -> bool:
 def without_router(
     model: nn.Module, blocks: Sequence[str], holders: set[str], routers: Sequence[str]
 ) -> list[str]:
-    """Return the blocks to which no router belongs: one near them that is not nearer to other experts, of `holders`."""
+    """Return the blocks that have no router near them, except routers that are nearer to other experts.
+
+    Args:
+        model: Any model.
+        blocks: Names of blocks of experts.
+        holders: Names of all modules that hold experts.
+        routers: Names of the routers found.
+    """
     names = aliases(model)
     known = [alias for router in routers for alias in names[router]]
     nearest = {

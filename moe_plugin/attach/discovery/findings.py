@@ -30,7 +30,7 @@ class Findings:
 
     @property
     def names(self) -> list[str]:
-        """All of them."""
+        """The names of all of them."""
         return [*self.routers, *self.refused, *self.strangers]
 
     def only(self, wanted: Callable[[str], bool]) -> Findings:
@@ -47,7 +47,7 @@ def routers_to_balance(findings: Findings, model: nn.Module) -> list[FoundRouter
 
     Args:
         findings: All or some of what was found.
-        model: In which model.
+        model: The model.
 
     Raises:
         AttachError: If there is no router, or the routing of some experts was not understood.

@@ -1,8 +1,9 @@
-"""How names of modules lie to each other in a model."""
+"""How the names of modules in a model relate."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import takewhile
 
 from torch import nn
 
@@ -10,7 +11,7 @@ from torch import nn
 def inner_first(
     module: nn.Module, name: str = "", seen: set[int] | None = None
 ) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every module once, after all that it holds, also where others hold them too."""
+    """Yield every module once, after all that it holds, with ``name`` and ``seen`` as `named_modules` has them."""
     seen = set() if seen is None else seen
     if id(module) in seen:
         return
@@ -21,7 +22,7 @@ def inner_first(
 
 
 def aliases(model: nn.Module) -> dict[str, list[str]]:
-    """Return all names of each module, by the first: layers may share one."""
+    """Return all names of each module, by the first: layers may share modules."""
     by_module: dict[int, list[str]] = {}
     for name, module in model.named_modules(remove_duplicate=False):
         by_module.setdefault(id(module), []).append(name)
@@ -34,19 +35,26 @@ def levels(name: str) -> list[str]:
 
 
 def shared_levels(one: str, other: str) -> int:
-    """Return how many levels from the root two modules share."""
+    """Return how many levels from the root two modules share.
+
+    Args:
+        one: A name.
+        other: Another name.
+    """
     pairs = zip(levels(one), levels(other), strict=False)
-    return next(
-        (depth for depth, (a, b) in enumerate(pairs) if a != b), min(len(levels(one)), len(levels(other)))
-    )
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 def holds(name: str, others: Sequence[str]) -> bool:
-    """Return whether one of the others is this module or inside it."""
-    prefix = f"{name}." if name else ""
-    return any(other == name or other.startswith(prefix) for other in others)
+    """Return whether one of the others is this module or inside it.
+
+    Args:
+        name: A module's name.
+        others: Other modules' names.
+    """
+    return any(inside(other, [name]) for other in others)
 
 
 def inside(name: str, others: Sequence[str]) -> bool:
-    """Return whether this module is one of the others or inside one."""
+    """Return whether this module is one of the others or inside one; arguments as `holds`."""
     return any(name == other or name.startswith(f"{other}." if other else "") for other in others)

@@ -17,9 +17,9 @@ class RoutedExperts:
     """The experts of one layer, of which each token uses some.
 
     Attributes:
-        module: What holds all their parameters, and nothing else.
+        module: Holds their parameters and no others.
         num_experts: Experts.
-        top_k: Experts per token, in the mean where their number varies.
+        top_k: Experts per token, on average if their number varies.
     """
 
     module: nn.Module
@@ -28,7 +28,7 @@ class RoutedExperts:
 
     @property
     def num_parameters(self) -> int:
-        """Parameters of all of them."""
+        """Parameters of all experts."""
         return sum(parameter.numel() for parameter in self.module.parameters())
 
     @property
@@ -38,7 +38,7 @@ class RoutedExperts:
 
 
 def find_routed_experts(model: nn.Module) -> list[RoutedExperts]:
-    """Find each `ModuleList` of experts, or module of stacked (E, ., .) weights, with a router beside it.
+    """Find each `ModuleList` of experts, or module of stacked (E, ., .) weights, with a router next to it.
 
     The router is a sibling that holds a matrix with one row per expert.
 
@@ -46,7 +46,7 @@ def find_routed_experts(model: nn.Module) -> list[RoutedExperts]:
         model: Any model, the meta device included.
 
     Raises:
-        ConfigError: Experts are there, but nothing beside them says how many a token takes.
+        ConfigError: If the number of experts per token is not found next to some experts.
     """
     return [
         RoutedExperts(child, num_experts, _top_k(block, child, f"{path}.{name}".lstrip(".")))
@@ -71,14 +71,12 @@ def _top_k(block: nn.Module, experts: nn.Module, path: str) -> float:
             value = getattr(owner, name, None)
             if isinstance(value, int | float):
                 return value
-    raise ConfigError(
-        f"'{path}' must have the number of experts per token beside it, got none of {', '.join(TOP_K_NAMES)}. "
-        f"Set 'top_k' on its router."
-    )
+    rule = f"must have the number of experts per token next to it, as one of {', '.join(TOP_K_NAMES)}"
+    raise ConfigError(path, rule, None, "Set 'top_k' on its router.")
 
 
 def _owners(block: nn.Module, experts: nn.Module) -> Iterator[object]:
-    """Yield where top_k may stand, the nearest to the router first."""
+    """Yield the objects that may hold top_k, the nearest to the router first."""
     modules = [*(child for child in block.children() if child is not experts), block, experts]
     yield from modules
     yield from (config for module in modules if (config := getattr(module, "config", None)) is not None)

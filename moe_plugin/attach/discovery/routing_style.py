@@ -1,4 +1,4 @@
-"""What is known about how a router selects: found once, and carried whole to its site and to the interception."""
+"""How a router selects: found once, and passed to its site and to the interception."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class RoutingStyle:
         use: How the result of that call is used.
         bias: Key in `Surroundings.tensors` of the model's own selection bias; None if it has none.
         zeros_masked: Whether groups of experts are ranked first, so an exact zero may mean a closed group.
-        proven: Whether the above was seen in a run, and not read from names.
-        adapter: What routes in place of the router's own method, for kind 'adapter'.
+        proven: Whether the above was seen in a run instead of read from names.
+        adapter: Routes instead of the router's own method, for kind 'adapter'.
     """
 
     num_experts: int

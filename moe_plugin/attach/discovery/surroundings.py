@@ -1,4 +1,4 @@
-"""What stands around a module in a model: where experts are, how many there are, and which tensors have one entry each.
+"""What is around a module in a model: where experts are, how many, and which tensors have one entry per expert.
 
 Shape legend: E experts.
 """
@@ -6,7 +6,7 @@ Shape legend: E experts.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from types import FunctionType
 
@@ -17,7 +17,7 @@ from moe_plugin.experts.stacks import Stack, own_stacks
 _EXPERT = re.compile(r"expert", re.IGNORECASE)
 _SHARED = re.compile(r"shared|common", re.IGNORECASE)
 REACH = 2
-"""How many levels above a router its experts may hang."""
+"""How many levels above a router its experts may be."""
 
 
 @dataclass(frozen=True)
@@ -28,17 +28,19 @@ class Surroundings:
 
     @classmethod
     def of(cls, model: nn.Module, name: str) -> Surroundings:
-        """Look from the module of this name up."""
+        """Return the surroundings of a module.
+
+        Args:
+            model: Any model.
+            name: The module's name.
+        """
         names = [name]
         while names[-1] and len(names) <= REACH:
             names.append(names[-1].rpartition(".")[0])
         path = [(each, model.get_submodule(each)) for each in names]
-        lists = [
-            i
-            for i, (_, module) in enumerate(path)
-            if i and isinstance(module, (nn.ModuleList, nn.ModuleDict))
-        ]
-        return cls(tuple(path[: lists[0]] if lists else path))
+        lists = (nn.ModuleList, nn.ModuleDict)
+        end = next((i for i, (_, each) in enumerate(path) if i and isinstance(each, lists)), len(path))
+        return cls(tuple(path[:end]))
 
     @property
     def modules(self) -> list[nn.Module]:
@@ -46,11 +48,11 @@ class Surroundings:
         return [module for _, module in self.path]
 
     def has_experts(self) -> bool:
-        """Return whether a number, a part or a parameter hereabouts is named after experts."""
+        """Return whether a number, a part or a parameter is named after experts."""
         return any(_EXPERT.search(name) and not _SHARED.search(name) for name in self._names())
 
     def expert_counts(self) -> set[int]:
-        """Return how many experts there may be: numbers so named, and sizes of stacks of modules or weights."""
+        """Return how many experts there may be: numbers named after them, and sizes of stacks."""
         return self.named_counts() | {stack.size for stack in self.stacks()}
 
     def named_counts(self) -> set[int]:
@@ -58,7 +60,7 @@ class Surroundings:
         return set().union(*map(_named_numbers, self.modules))
 
     def stacks(self) -> list[Stack]:
-        """Sizes and tensors of all that is stacked hereabouts: lists of modules or parameters, and 3-D weights."""
+        """Return all stacks: lists of modules or parameters, and 3-D weights."""
         parts = {id(part): part for part in self._parts()}.values()
         return [stack for part in parts for stack in own_stacks(part)]
 
@@ -73,17 +75,12 @@ class Surroundings:
 
     def widths(self) -> list[int]:
         """Return guesses of the width of the hidden states, those of the module's own matrices first."""
-        matrices = [
-            tensor for part in self.modules[0].modules() for tensor in _own(part) if tensor.dim() == 2
-        ]
-        matrices = matrices or [
-            tensor for part in self._parts() for tensor in _own(part) if tensor.dim() == 2
-        ]
-        sizes = [size for tensor in matrices for size in reversed(tensor.shape) if size]
+        matrices = _matrices(self.modules[0].modules()) or _matrices(self._parts())
+        sizes = [size for matrix in matrices for size in reversed(matrix.shape) if size]
         return list(dict.fromkeys(sizes))[:4]
 
     def channels(self, kind: type[nn.Conv1d | nn.Conv2d]) -> list[int]:
-        """Return guesses of the number of channels that come in, from the convolutions of this kind."""
+        """Return guesses of the number of input channels, from the convolutions of this kind."""
         convolutions = [part for part in self.modules[0].modules() if isinstance(part, kind)]
         return list(dict.fromkeys(each.in_channels for each in convolutions))[:2]
 
@@ -98,20 +95,18 @@ class Surroundings:
         return None
 
     def tensors(self) -> dict[str, tuple[nn.Module, str]]:
-        """Owner and attribute of every tensor with more than one entry and at most one long dimension, hereabouts."""
+        """Return owner and attribute of every tensor with more than one entry and at most one long dimension."""
         found = {}
         owners = [part for module in self.modules[:1] for part in module.modules()] + self.modules[1:]
         for number, owner in enumerate(owners):
-            for attribute, tensor in (
-                *owner.named_parameters(recurse=False),
-                *owner.named_buffers(recurse=False),
-            ):
+            own = (*owner.named_parameters(recurse=False), *owner.named_buffers(recurse=False))
+            for attribute, tensor in own:
                 if tensor.numel() > 1 and tensor.numel() == max(tensor.shape) and tensor.is_floating_point():
                     found[f"{number}.{attribute}"] = (owner, attribute)
         return found
 
     def _parts(self) -> Iterator[nn.Module]:
-        """Yield modules within two levels below those of the path, without lists that hold the module itself."""
+        """Yield the modules of the path and those up to two levels below them."""
         for module in self.modules:
             yield module
             for child in module.children():
@@ -132,12 +127,13 @@ def _named_numbers(holder: object) -> Iterator[int]:
 
 
 def _numbers_in_configs(module: nn.Module) -> Iterator[int]:
-    """Numbers named after experts in plain objects that the module holds, such as configs, and in objects in those."""
+    """Yield numbers named after experts in objects that the module holds, such as configs, and in objects in those."""
     for holder in (*vars(module).values(), getattr(type(module), "config", None)):
         for each in (holder, *getattr(holder, "__dict__", {}).values()):
             if hasattr(each, "__dict__") and not isinstance(each, (nn.Module, Tensor, type, FunctionType)):
                 yield from _named_numbers(each)
 
 
-def _own(module: nn.Module) -> list[Tensor]:
-    return [tensor for tensor in module._parameters.values() if tensor is not None]
+def _matrices(modules: Iterable[nn.Module]) -> list[Tensor]:
+    own = (tensor for module in modules for tensor in module._parameters.values())
+    return [tensor for tensor in own if tensor is not None and tensor.dim() == 2]

@@ -1,8 +1,8 @@
 """Find the routing sites of a model from its structure, not from a list of model names.
 
-A router is the innermost module that selects experts for its tokens. Where a module's own code uses a selecting
-call, or experts hang on it, it is run once on tensors without data, and what it ranked tells the rest. A model that
-appears tomorrow with an ordinary router is found without an edit here.
+A router is the innermost module that selects experts for its tokens. A module that holds experts, or whose own code
+uses a selecting call, is run once on tensors without data, and its rankings show how it routes. New models with an
+ordinary router need no change here.
 """
 
 from __future__ import annotations
@@ -36,6 +36,10 @@ from moe_plugin.errors import AttachError
 def survey(model: nn.Module, adapters: Sequence[Adapter] = ()) -> Findings:
     """Find every router of the model, and every block of experts without one.
 
+    Args:
+        model: Any model.
+        adapters: The user's, which come before our own.
+
     Raises:
         AttachError: If modules of the model have no parameters yet.
     """
@@ -58,7 +62,7 @@ def survey(model: nn.Module, adapters: Sequence[Adapter] = ()) -> Findings:
                 )
         elif uses(type(module), NAMES) or experts_of(module) or has_gate_for_a_stack(module):
             around = Surroundings.of(model, name)
-            key = structure(around)
+            key = _structure(around)
             if key not in styles:
                 styles[key] = understand(around)
             _note(findings, name, around, styles[key])
@@ -82,7 +86,7 @@ def _note(findings: Findings, name: str, around: Surroundings, style: RoutingSty
 
 
 def _note_strangers(model: nn.Module, doubts: Sequence[str], findings: Findings) -> None:
-    """Note blocks of experts without a router, and leave modules out that may be such blocks."""
+    """Note blocks of experts without a router, and refuse modules that may be such blocks."""
     blocks = [name for name, module in model.named_modules() if experts_of(module)]
     holders = {
         *blocks,
@@ -102,7 +106,7 @@ def _note_strangers(model: nn.Module, doubts: Sequence[str], findings: Findings)
 
 
 def _note_siblings(model: nn.Module, unseen: Sequence[str], findings: Findings) -> None:
-    """Leave modules out that are of a router's class, but were not seen to select, as gates inside gates."""
+    """Refuse modules of a router's class that were not seen to select, such as gates inside gates."""
     kinds = {type(found.module): name for name, found in reversed(findings.routers.items())}
     for name in unseen:
         kind = type(model.get_submodule(name))
@@ -113,8 +117,8 @@ def _note_siblings(model: nn.Module, unseen: Sequence[str], findings: Findings) 
             )
 
 
-def structure(around: Surroundings) -> Any:
-    """Return equal for modules that are built and placed alike, such as the routers of a model's layers."""
+def _structure(around: Surroundings) -> Any:
+    """Return a key, equal for modules that are built and placed alike, such as the routers of a model's layers."""
     kinds = tuple(type(module) for module in around.modules)
     numbers = tuple(
         (name, value)
@@ -122,11 +126,8 @@ def structure(around: Surroundings) -> Any:
         for name, value in vars(module).items()
         if isinstance(value, (int, float, str)) and "layer" not in name
     )
-    shapes = tuple(
-        (key, tuple(getattr(owner, name).shape)) for key, (owner, name) in around.tensors().items()
-    )
+    shapes = tuple((key, getattr(*place).shape) for key, place in around.tensors().items())
     last = [name.rpartition(".")[2] for name, _ in around.path]
-    places = tuple(
-        "" if part.isdigit() else part for part in last
-    )  # layers are alike, a block's parts are not
+    # Layers are alike, a block's parts are not.
+    places = tuple("" if part.isdigit() else part for part in last)
     return kinds, places, numbers, shapes, tuple(around.widths()), frozenset(around.expert_counts())

@@ -9,7 +9,7 @@ import re
 from collections.abc import Iterator, Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from moe_plugin.attach.discovery.code_names import TOP_K, uses
 from moe_plugin.attach.discovery.probing.input_guesses import NUM_TOKENS, Input, inputs
@@ -24,39 +24,27 @@ EXPERT_COUNT_NAMES = (
     *("moe_num_experts", "num_moe_experts", "total_experts", "router_num_experts"),
 )
 TOP_K_NAMES = (
-    *(
-        "top_k",
-        "num_experts_per_tok",
-        "topk",
-        "n_expert_per_token",
-        "experts_per_token",
-        "num_experts_per_token",
-    ),
+    *("top_k", "num_experts_per_tok", "topk", "n_expert_per_token", "experts_per_token"),
+    "num_experts_per_token",
     *("moe_k", "moe_topk", "moe_top_k", "num_selected_experts", "top_k_experts", "n_activated_experts"),
 )
 BIAS_NAMES = ("e_score_correction_bias", "expert_bias", "balancing_biases", "score_bias", "correction_bias")
 GROUP_COUNT_NAMES = (
-    "num_groups",
-    "num_group",
-    "n_group",
-    "num_expert_groups",
-    "num_expert_group",
-    "n_groups",
+    *("num_groups", "num_group", "n_group", "num_expert_groups", "num_expert_group", "n_groups"),
 )
 _LIKE_A_BIAS = re.compile(r".+_bias(es)?|bias(es)?_.+|.*(correction|balanc|static).*")
 _KINDS = (("topk",), ("sort", "argsort"), ("argmax",), ("max",), ("argmin",), ("min",))
-
 _STACK = "stack."
 
 Owners = Mapping[str, tuple[nn.Module, str]]
 
 
 def understand(around: Surroundings) -> RoutingStyle | NoStyle | None:
-    """Return how the innermost module of ``around`` routes; None if it does not, or nobody can tell."""
+    """Return how the innermost module of ``around`` routes; None if it does not, or if that is unknown."""
     if not (around.has_experts() or around.expert_counts() or around.configured_counts()):
         return None
     owners = around.tensors()
-    followed = {key: getattr(owner, name) for key, (owner, name) in owners.items()}
+    followed = {key: getattr(*place) for key, place in owners.items()}
     followed |= {
         f"{_STACK}{n}.{i}": tensor
         for n, stack in enumerate(around.stacks())
@@ -89,20 +77,19 @@ def _by_run(around: Surroundings, owners: Owners, seen: Seen) -> RoutingStyle | 
         if chosen:
             return _style(around, owners, seen, chosen)
     if any(ranking.compared for ranking in rankings):
-        return NoStyle("selects experts by comparing scores with the k-th largest, which is no ranking", True)
+        return NoStyle(
+            "selects experts by comparing scores with the k-th largest, which is not a ranking", True
+        )
     for name, scores in seen.unsteerable:
         if any(scores.numel() == NUM_TOKENS * size for size in around.expert_counts()):
             return NoStyle(f"selects experts by {name}, which leaves no place for a bias", True)
     if any(_is_expert_choice(around, ranking) for ranking in seen.rankings):
-        return NoStyle(
-            "lets its experts choose their tokens (expert choice), so that their load is equal by construction",
-            False,
-        )
+        return NoStyle("lets its experts choose their tokens (expert choice), so their load is equal", False)
     return None
 
 
 def _whole(rankings: list[Ranking]) -> list[Ranking]:
-    """Return the rankings of all tokens; of those made for some tokens at a time the last."""
+    """Return the rankings of all tokens, and the last of each group that together ranks all tokens."""
     found, parts = [], {}
     for ranking in rankings:
         call = ranking.call
@@ -117,31 +104,26 @@ def _whole(rankings: list[Ranking]) -> list[Ranking]:
 
 
 def _selects(ranking: Ranking, last: Ranking) -> bool:
-    """Whether the ids of the ranking were used. If the run broke off, those of the last may have been used later."""
+    """Return whether the ranking's ids were used. If the run broke off, those of the last may be used later."""
     may_be = ranking is last and not (ranking.ended or ranking.compared)
     return ranking.k > 0 and (ranking.ids_used or may_be)
 
 
 def _style(around: Surroundings, owners: Owners, seen: Seen, chosen: list[Ranking]) -> RoutingStyle | NoStyle:
     ranking = chosen[-1]
-    num_experts = ranking.call.num_items
+    num_experts, kind = ranking.call.num_items, ranking.call.kind
     chosen = [each for each in chosen if each.call.num_items == num_experts]
     different = {id(each.call.scores): each for each in chosen}
     later = {each.number for each in different.values() if each.after & {other.number for other in chosen}}
-    if later or (ranking.call.kind == "argmax" and len(different) > 1):
+    if later or (kind == "argmax" and len(different) > 1):
         in_rounds = len(later) == len(different) - 1 and len(different) == len(chosen)
         if not in_rounds or any(each.k != 1 for each in chosen):
-            return NoStyle(
-                f"selects experts by {len(chosen)} calls of {ranking.call.kind}, one after another", True
-            )
+            return NoStyle(f"selects experts by {len(chosen)} calls of {kind}, one after another", True)
         return _made(around, owners, seen, ranking, top_k=len(chosen), use=Use(k=1, rounds=len(chosen)))
     stated = _stated_k(around.modules[0], {other.k for other in chosen})
-    again = [
-        each
-        for each in seen.rankings
-        if each.call.num_items == num_experts and each.call.kind == ranking.call.kind
-    ]
-    only = ranking.call.k if len(_whole(again)) > 1 else stated
+    alike = [each for each in seen.rankings if each.call.kind == kind]
+    again = _whole([each for each in alike if each.call.num_items == num_experts])
+    only = ranking.call.k if len(again) > 1 else stated
     return _made(around, owners, seen, ranking, top_k=stated or ranking.k, use=ranking.use._replace(k=only))
 
 
@@ -164,7 +146,7 @@ def _made(
 
 
 def _stated_k(module: nn.Module, seen: set[int]) -> int | None:
-    """Return what the router itself says K is, if no selection seen agrees: its first real forward will then tell."""
+    """Return the router's declared K, if no observed selection matches it: its first real forward checks it."""
     stated = [getattr(module, name) for name in TOP_K_NAMES if isinstance(getattr(module, name, None), int)]
     return stated[0] if stated and not seen & set(stated) else None
 
@@ -172,8 +154,8 @@ def _stated_k(module: nn.Module, seen: set[int]) -> int | None:
 def _is_of_experts(around: Surroundings, ranking: Ranking) -> bool:
     """Return whether as many items were ranked as there are experts.
 
-    A stack that nobody named after experts must not have made the scores itself: a classifier of two layers that
-    takes the larger of two logits has no experts.
+    A stack not named after experts must not have produced the scores: a classifier of two layers that takes the larger
+    of two logits has no experts.
     """
     size = ranking.call.num_items
     if ranking.k > size:
@@ -194,8 +176,8 @@ def _is_expert_choice(around: Surroundings, ranking: Ranking) -> bool:
 
 
 def _bias(owners: Owners, seen: Seen, ranking: Ranking, num_experts: int) -> str | None:
-    """The tensor that moves the ranking and nothing else: what is added to the scores, but not in what is returned."""
-    keys = [key for key in owners if key in ranking.added and _tensor(owners, key).numel() == num_experts]
+    """Return the tensor that moves only the ranking: added to the scores, and not part of the output."""
+    keys = [key for key in owners if key in ranking.added and getattr(*owners[key]).numel() == num_experts]
     known = [key for key in keys if owners[key][1] in BIAS_NAMES]
     if known:
         return known[0]
@@ -206,24 +188,17 @@ def _bias(owners: Owners, seen: Seen, ranking: Ranking, num_experts: int) -> str
 
 
 def _by_names(around: Surroundings, owners: Owners) -> RoutingStyle | None:
-    """Return what attribute names say, for modules that cannot be run on their own."""
+    """Return how attribute names indicate that a module routes which cannot be run on its own."""
     num_experts, top_k = around.number(EXPERT_COUNT_NAMES), around.number(TOP_K_NAMES)
     near = Surroundings(around.path[:2])
-    if (
-        num_experts is None
-        or top_k is None
-        or not (near.has_experts() and uses(type(near.modules[0]), TOP_K))
-    ):
+    if num_experts is None or top_k is None:
         return None
-    fitting = [key for key in owners if _tensor(owners, key).numel() == num_experts]
+    if not (near.has_experts() and uses(type(near.modules[0]), TOP_K)):
+        return None
+    fitting = [key for key in owners if getattr(*owners[key]).numel() == num_experts]
     return RoutingStyle(
         num_experts=num_experts,
         top_k=top_k,
         bias=next((key for key in fitting if owners[key][1] in BIAS_NAMES), None),
         zeros_masked=(around.number(GROUP_COUNT_NAMES) or 1) > 1,
     )
-
-
-def _tensor(owners: Owners, key: str) -> Tensor:
-    owner, name = owners[key]
-    return getattr(owner, name)

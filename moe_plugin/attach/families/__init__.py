@@ -1,1 +1,1 @@
-"""Adapters of routers that cannot be understood from their structure, one file each, in the form users write too."""
+"""Adapters of routers whose structure does not show how they route, written as users write theirs; one per file."""

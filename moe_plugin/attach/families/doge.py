@@ -11,7 +11,7 @@ from moe_plugin.attach.adapter import Adapter, Replaced
 
 
 def route(block: Any, select: Any, *args: Any, **kwargs: Any) -> Any:
-    """Return the block's forward; with the halves left in their order, a pair's position is its expert's id."""
+    """Keep the halves in order, so a pair's position is its expert's id; see `Adapter` for the arguments."""
 
     def rank(scores: Tensor, k: int, dim: int = -1) -> Any:
         if k == scores.shape[-1]:

@@ -7,13 +7,11 @@ from torch import nn
 from moe_plugin.attach.adapter import Adapter
 
 
-def has_table_of_experts(module: nn.Module) -> bool:
-    """Return whether the module looks experts up by token id."""
-    return isinstance(getattr(module, "tid2eid", None), nn.Buffer) or type(module).__name__.endswith(
-        "HashRouter"
-    )
+def _has_table_of_experts(module: nn.Module) -> bool:
+    has_table = isinstance(getattr(module, "tid2eid", None), nn.Buffer)
+    return has_table or type(module).__name__.endswith("HashRouter")
 
 
 ADAPTER = Adapter(
-    block=has_table_of_experts, refused="looks experts up by token id, so that no bias can move its load"
+    block=_has_table_of_experts, refused="looks experts up by token id, so no bias can move its load"
 )

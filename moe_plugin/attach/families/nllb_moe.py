@@ -11,7 +11,7 @@ from moe_plugin.attach.adapter import Adapter, Replaced
 
 
 def route(block: Any, select: Any, *args: Any, **kwargs: Any) -> Any:
-    """Return the router's forward, with both choices made among probabilities, which is where the bias acts."""
+    """Make both choices among probabilities, to which the bias is added; see `Adapter` for the arguments."""
     is_second = False
 
     def largest(scores: Tensor, dim: int = -1) -> Tensor:

@@ -11,10 +11,10 @@ from moe_plugin.attach.adapter import Adapter, Replaced
 
 
 def route(block: Any, select: Any, *args: Any, **kwargs: Any) -> Any:
-    """Return the router's forward with its picks biased.
+    """Bias each pick of the router; see `Adapter` for the arguments.
 
-    Per pick it calls ``max`` up to three times: for the threshold below which experts are masked, to sample, and, in
-    training, to see whether the sample was the most likely expert. The first two decide.
+    A pick calls ``max`` up to three times: for the threshold below which experts are masked, to sample, and, in
+    training, to check whether the sample was the most likely expert. The first two decide.
     """
     calls, per_pick = 0, 3 if block.training else 1
 

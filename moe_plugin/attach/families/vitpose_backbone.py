@@ -1,4 +1,4 @@
-"""ViTPose++: the caller says which expert an image goes to, by its dataset."""
+"""ViTPose++: the caller chooses an image's expert by its dataset."""
 
 from __future__ import annotations
 

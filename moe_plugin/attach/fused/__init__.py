@@ -1,1 +1,1 @@
-"""`experts="fused"`: computing a host model's own stacked experts with ours."""
+"""`experts="fused"`: computing a host model's stacked experts by our kernels."""

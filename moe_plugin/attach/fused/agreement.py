@@ -1,7 +1,7 @@
-"""Prove that the fused experts compute what a host's own forward does, before they take its place.
+"""Prove that the fused experts compute what a host's own forward does, before they replace it.
 
-The host's code is run on two experts of its sizes, with random weights in fp64 on the CPU. So a model may be on the
-meta device, sharded or quantised to bf16, weights of zero prove nothing wrong, and rounding hides nothing.
+The host's code is run on two experts of its sizes, with random weights in fp64 on the CPU. So the model may be on the
+meta device, sharded or in bf16, its weights may be zero, and rounding hides no difference.
 
 Shape legend: T tokens, D model width, E experts, K experts selected per token.
 """
@@ -19,14 +19,19 @@ from moe_plugin.attach.fused.projections import Projections
 
 _TOKENS, _EXPERTS = 8, 2
 _SCALES = (1.0, 1e6)
-"""Of the activations: at the first another activation shows, at the second a limit on them."""
+"""Of the activations: the first shows another activation function, the second a limit on activations."""
 _TOLERANCE = 1e-5
-"""Largest difference over largest value; hosts may compute in fp32 inside."""
+"""Largest difference over largest value; hosts may compute in fp32 internally."""
 _FAILURES = (RuntimeError, TypeError, ValueError, AttributeError, LookupError, AssertionError, ImportError)
 
 
 def disagreement(experts: nn.Module, projections: Projections) -> str:
-    """Return why the fused experts would not give what this layer gives, outputs and gradients; '' if they do."""
+    """Return why the fused experts would not give what this layer gives, outputs and gradients; '' if they do.
+
+    Args:
+        experts: The layer.
+        projections: How it holds its projections.
+    """
     generator = torch.Generator().manual_seed(0)
     modes = torch.inference_mode(False), torch.enable_grad(), torch.autocast("cpu", enabled=False)
     with torch.random.fork_rng([]), modes[0], modes[1], modes[2]:
@@ -49,7 +54,7 @@ def disagreement(experts: nn.Module, projections: Projections) -> str:
 
 
 def _sample(experts: nn.Module, projections: Projections, generator: torch.Generator) -> nn.Module:
-    """Return the layer once more with two experts, all else the same."""
+    """Return a copy of the layer with two random experts, all else the same."""
     kind = type(experts)
     sample = kind.__new__(kind)
     parameters = {
@@ -61,14 +66,14 @@ def _sample(experts: nn.Module, projections: Projections, generator: torch.Gener
         vars(sample)["num_experts"] = min(_EXPERTS, len(next(experts.parameters())))
     config = getattr(experts, "config", None)
     if hasattr(config, "_experts_implementation"):
-        # Its other kernels promise to compute the same, but not on every device and in every dtype.
+        # Its other kernels compute the same, but not on every device and in every dtype.
         vars(sample)["config"] = copy.copy(config)
         vars(sample)["config"]._experts_implementation = "eager"
     return sample
 
 
 def _random(shape: torch.Size, width: int, generator: torch.Generator) -> Tensor:
-    """Return projections of the first experts that keep the scale of inputs of this width."""
+    """Return random projections that keep the scale of inputs of this width."""
     sizes = (min(_EXPERTS, shape[0]), *shape[1:])
     drawn = torch.randn(sizes, generator=generator, dtype=torch.float64, device="cpu")
     return drawn.mul_(width**-0.5)
@@ -89,7 +94,7 @@ def _inputs(
 
 
 def _results(kind: Any, sample: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-    """Return output, and gradients of hidden states and gate weights."""
+    """Return the output and the gradients of hidden states and gate weights."""
     x_TD, _, weights_TK = inputs
     y_TD = kind.forward(sample, *inputs)
     return y_TD.detach(), *torch.autograd.grad(y_TD.square().sum(), (x_TD, weights_TK))

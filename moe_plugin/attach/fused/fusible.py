@@ -1,4 +1,4 @@
-"""Decide for a whole model, before anything is changed, whether the fused experts can take the place of its own."""
+"""Decide, before a model is changed, whether the fused experts can replace its own."""
 
 from __future__ import annotations
 
@@ -19,6 +19,10 @@ def find_fusible(
 ) -> dict[str, tuple[nn.Module, Projections]]:
     """Return the layers of experts of these routers by name, each proven to be computed by the fused experts.
 
+    Args:
+        model: The model.
+        routers: Its routers.
+
     Raises:
         AttachError: If a router has no such layer.
     """
@@ -32,8 +36,8 @@ def find_fusible(
             reasons.setdefault(verdict, []).append(name)
     if reasons:
         raise AttachError(
-            f"experts='fused' must be able to replace the experts of every router, and cannot here: "
-            f"{_listed(reasons)}. Leave 'experts' out, or these routers by 'sites'."
+            "experts='fused' must be able to replace the experts of every router, and cannot here: "
+            f"{_listed(reasons)}. Leave 'experts' out, or leave these routers out with 'sites'."
         )
     return {
         name: (layers[name], projections)
@@ -63,7 +67,7 @@ def _listed(reasons: Mapping[str, Sequence[str]]) -> str:
 
 
 def _is_alike(one: nn.Module, other: nn.Module) -> bool:
-    """Whether two modules differ in nothing but the values of their parameters, so that one proof holds for both."""
+    """Return whether two modules differ only in the values of their parameters, so one proof holds for both."""
     if type(one) is not type(other) or _shapes(one) != _shapes(other):
         return False
     mine, theirs = _attributes(one), _attributes(other)
@@ -81,7 +85,7 @@ def _shapes(module: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 
 def _attributes(module: nn.Module) -> dict[str, Any]:
-    """Return what its forward may go by: buffers, and all that is not an attribute of every module."""
+    """Return what its forward may depend on: buffers, and attributes that not every module has."""
     return vars(module)["_buffers"] | {k: v for k, v in vars(module).items() if k not in _OF_EVERY_MODULE}
 
 

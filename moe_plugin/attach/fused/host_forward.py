@@ -25,9 +25,9 @@ class Fusion:
 
     Attributes:
         projections: How it holds its projections.
-        leaves_out_zeros: Whether pairs of gate weight 0 take no room and no time: those that a router whose tokens use
-            different numbers of experts does not use. Finding them waits for the device.
-        has_run: Whether it has, outside of compiled code.
+        leaves_out_zeros: Whether pairs of gate weight 0 are skipped: if tokens use different numbers of experts, those
+            are not used. Finding them waits for the device.
+        has_run: Whether it has run outside of compiled code.
     """
 
     projections: Projections
@@ -36,7 +36,7 @@ class Fusion:
 
 
 class FusedHostExperts(Mixin):
-    """The forward of a layer of stacked experts whose projections are as its `Projections` says."""
+    """The forward of a layer of stacked experts with the shapes that its `Projections` describes."""
 
     _moe_fusion: Fusion
 
@@ -54,7 +54,7 @@ class FusedHostExperts(Mixin):
         if not torch.compiler.is_compiling():
             self._moe_fusion.has_run = True
         projections = self._moe_fusion.projections
-        # Asked for by name each time: sharding and adapters put other tensors there for a forward.
+        # Looked up by name each time: sharding and adapters replace these tensors during a forward.
         gate_up: Tensor = getattr(self, projections.gate_up)
         down: Tensor = getattr(self, projections.down)
         if not projections.input_first:
@@ -66,7 +66,7 @@ class FusedHostExperts(Mixin):
 
 
 def fuse_(experts: nn.Module, fusion: Fusion) -> None:
-    """Let the fused experts compute this layer."""
+    """Let the fused experts compute this layer; see `Fusion`."""
     vars(experts)[_ATTRIBUTE] = fusion
     swap_(experts, FusedHostExperts)
 

@@ -1,4 +1,4 @@
-"""Find the experts that hang on a model's routers, and tell by their shapes how they hold SwiGLU projections.
+"""Find the experts of a model's routers, and read from their shapes how they hold SwiGLU projections.
 
 Shape legend: D model width, H hidden width, E experts.
 """
@@ -19,7 +19,7 @@ from moe_plugin.experts import GroupedExperts
 from moe_plugin.experts.stacks import has_experts_in_weights
 
 ARGUMENTS = ("hidden_states", "top_k_index", "top_k_weights")
-"""What a layer of experts is called with, as transformers has it."""
+"""The arguments of a layer of experts in transformers."""
 _DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -30,7 +30,7 @@ class Projections:
     Attributes:
         gate_up: Name of the gate and up projections.
         down: Name of the down projections.
-        input_first: Whether they are (E, D, 2H) and (E, H, D), and not (E, 2H, D) and (E, D, H).
+        input_first: Whether they are (E, D, 2H) and (E, H, D) instead of (E, 2H, D) and (E, D, H).
     """
 
     gate_up: str
@@ -41,9 +41,13 @@ class Projections:
 def experts_of_routers(
     model: nn.Module, routers: Sequence[FoundRouter]
 ) -> tuple[dict[str, nn.Module], list[str]]:
-    """Return the layers of stacked experts that hang on these routers, by name, and the routers without one.
+    """Return the layers of stacked experts of these routers, by name, and the routers without one.
 
-    A router's are the nearest modules that hold 3-D parameters with one entry per expert.
+    A router's layers are the nearest modules that hold 3-D parameters with one entry per expert.
+
+    Args:
+        model: The model.
+        routers: Its routers.
     """
     layers: dict[str, nn.Module] = {}
     without = []
@@ -89,7 +93,7 @@ def projections_of(experts: nn.Module) -> Projections | str:
 def _projections(
     gate_up: tuple[str, tuple[int, ...]], down: tuple[str, tuple[int, ...]]
 ) -> Projections | None:
-    """Return the shapes leave no choice: at most one order of the two, and of their dimensions, fits."""
+    """Return the projections if their shapes fit: at most one order of the two and of their dimensions does."""
     (gate_up_name, gate_up_shape), (down_name, down_shape) = gate_up, down
     if len(gate_up_shape) != 3 or len(down_shape) != 3:
         return None

@@ -1,1 +1,1 @@
-"""Watching a found router, and steering what it selects."""
+"""Watching found routers, and steering what they select."""

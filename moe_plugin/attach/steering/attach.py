@@ -1,4 +1,4 @@
-"""Turn a router that was found into a balanced site, and back."""
+"""Turn a found router into a balanced site, and back."""
 
 from __future__ import annotations
 
@@ -7,13 +7,7 @@ from torch.distributed.tensor import DTensor
 
 from moe_plugin.attach.discovery.routing_style import BiasPlace, FoundRouter
 from moe_plugin.attach.site import Site
-from moe_plugin.attach.steering.bias import (
-    OWN_NAME,
-    add_own_bias_,
-    keep_fp32_,
-    release_fp32_,
-    remove_own_bias_,
-)
+from moe_plugin.attach.steering import bias
 from moe_plugin.attach.steering.router import unwatch_, watch_
 from moe_plugin.attach.token_mask import TokenMask
 from moe_plugin.errors import AttachError
@@ -31,24 +25,24 @@ def attach_(found: FoundRouter, token_mask: TokenMask) -> Site:
     """
     place = found.bias
     if place is None:
-        place = BiasPlace(found.module, OWN_NAME)
+        place = BiasPlace(found.module, bias.OWN_NAME)
         device = next((tensor.device for tensor in found.module.parameters()), torch.device("cpu"))
-        add_own_bias_(found.module, found.style.num_experts, device)
+        bias.add_own_bias_(found.module, found.style.num_experts, device)
     else:
         _refuse_sharded(found.name, place)
-        keep_fp32_(place.owner, place.name)
+        bias.keep_fp32_(place.owner, place.name)
     site = Site(found, place, token_mask)
     watch_(site)
     return site
 
 
 def detach_(site: Site) -> None:
-    """Undo `attach_`. A bias that the model owns keeps the values it has learnt."""
+    """Undo `attach_`. A bias that the model owns keeps its learnt values."""
     unwatch_(site.router)
     if site.host_owns_bias:
-        release_fp32_(site.bias_place.owner, site.bias_place.name)
+        bias.release_fp32_(site.bias_place.owner, site.bias_place.name)
     else:
-        remove_own_bias_(site.bias_place.owner)
+        bias.remove_own_bias_(site.bias_place.owner)
 
 
 def _refuse_sharded(router: str, place: BiasPlace) -> None:

@@ -1,4 +1,4 @@
-"""The selection bias of a routing site: the host's own tensor where it has one, else a buffer of ours.
+"""The selection bias of a routing site: the host's own tensor if it has one, else our buffer.
 
 Shape legend: E experts.
 """
@@ -36,7 +36,13 @@ class Fp32Bias(Mixin):
 
 
 def add_own_bias_(module: nn.Module, num_experts: int, device: torch.device) -> None:
-    """Register a zero fp32 bias (E,) that no checkpoint of the model sees, and keep it fp32."""
+    """Register a zero fp32 bias (E,) that is in no checkpoint of the model, and keep it fp32.
+
+    Args:
+        module: The router.
+        num_experts: E.
+        device: Where the router is.
+    """
     bias_E = torch.zeros(num_experts, dtype=torch.float32, device=device)
     module.register_buffer(OWN_NAME, bias_E, persistent=False)
     keep_fp32_(module, OWN_NAME)
@@ -49,7 +55,12 @@ def remove_own_bias_(module: nn.Module) -> None:
 
 
 def keep_fp32_(module: nn.Module, name: str) -> None:
-    """Cast the module's tensor ``name`` to fp32 and keep it there."""
+    """Cast a tensor to fp32 and keep it there.
+
+    Args:
+        module: The module that owns it.
+        name: The tensor's attribute.
+    """
     tensor = getattr(module, name)
     tensor.data = tensor.data.float()
     names = module.__dict__.get("_moe_bias_names", ())
@@ -59,7 +70,7 @@ def keep_fp32_(module: nn.Module, name: str) -> None:
 
 
 def release_fp32_(module: nn.Module, name: str) -> None:
-    """Undo `keep_fp32_`, except for the dtype."""
+    """Undo `keep_fp32_`, except for the dtype; arguments as `keep_fp32_`."""
     left = list(module.__dict__["_moe_bias_names"])
     left.remove(name)
     module.__dict__["_moe_bias_names"] = tuple(left)

@@ -13,7 +13,7 @@ from torch import nn
 
 
 class Mixin:
-    """Base of what can be mixed in; knows how to pickle a class that no module defines."""
+    """Base of the mixins; pickles instances of classes that no module defines."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple:
         """Pickle as the mixins, the host's class and the instance's state."""
@@ -23,12 +23,17 @@ class Mixin:
 
 
 def swap_(module: nn.Module, mixin: type[Mixin]) -> None:
-    """Put ``mixin`` in front of the module's class."""
+    """Put a mixin in front of a module's class.
+
+    Args:
+        module: The instance.
+        mixin: The mixin.
+    """
     module.__class__ = _mixed(mixin, type(module))
 
 
 def unswap_(module: nn.Module, mixin: type[Mixin]) -> None:
-    """Undo `swap_`, whatever was put in since."""
+    """Undo `swap_`, also below later mixins; arguments as `swap_`."""
     mixins, base = _unmix(type(module))
     assert mixin in mixins, f"{type(module)} has no {mixin}"
     module.__class__ = _mixed_all(tuple(each for each in mixins if each is not mixin), base)

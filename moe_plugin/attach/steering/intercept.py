@@ -1,4 +1,4 @@
-"""See, and where the host has no bias of its own also steer, the call that selects experts.
+"""Watch the call that selects experts, and steer it if the host has no bias.
 
 Shape legend: T tokens, K experts selected per token, E experts.
 """
@@ -20,10 +20,10 @@ from moe_plugin.attach.selection import Selection
 class Intercept(TorchFunctionMode):
     """Intercepts the calls of one kind that rank ``num_experts`` scores inside a router's forward.
 
-    Without a bias the call is only seen. With one, experts are ranked by ``scores + bias`` while the values handed
-    back are the unbiased scores of the chosen experts, so that gate weights and their gradients never see the bias;
-    with a zero bias values, ids and gradients are bit-identical to the plain call. Where the smallest are chosen, the
-    bias is subtracted: it always draws tokens.
+    Without a bias the call is only watched. With one, experts are ranked by ``scores + bias``, and the values returned
+    are the unbiased scores of the chosen experts, so gate weights and their gradients never see the bias; with a zero
+    bias values, ids and gradients are bit-identical to the plain call. If the smallest scores are chosen, the bias is
+    subtracted, so it always attracts tokens.
     """
 
     def __init__(
@@ -37,9 +37,9 @@ class Intercept(TorchFunctionMode):
 
         Args:
             style: How the router selects.
-            bias_E: fp32 bias to add for the ranking; None to only see the call.
-            seen: Receives the selections. A list of the caller's, since compiled code cannot read an attribute of
-                the mode after leaving it.
+            bias_E: fp32 bias to add for the ranking; None to only watch the call.
+            seen: The caller's list, which receives the selections: compiled code cannot read an attribute of the mode
+                after leaving it.
             guard: Called before a biased ranking.
         """
         super().__init__()
@@ -76,13 +76,13 @@ class Intercept(TorchFunctionMode):
     def _ranked(self, call: Call, bias_E: Tensor, draws_largest: bool) -> Tensor:
         zeros_masked = self.style.zeros_masked
         if draws_largest:
-            ranked_TE = biased(call.scores, bias_E, call.dim, zeros_masked)
+            ranked_TE = _biased(call.scores, bias_E, call.dim, zeros_masked)
         else:
-            ranked_TE = -biased(-call.scores, bias_E, call.dim, zeros_masked)
+            ranked_TE = -_biased(-call.scores, bias_E, call.dim, zeros_masked)
         return ranked_TE if self.style.use.rounds == 1 else self._left_by_earlier_rounds(call, ranked_TE)
 
     def _left_by_earlier_rounds(self, call: Call, ranked_TE: Tensor) -> Tensor:
-        """Experts chosen in earlier rounds cannot be chosen again: hosts that zero them leave them in the ranking."""
+        """Exclude experts chosen in earlier rounds: hosts that set their scores to zero leave them in the ranking."""
         rounds = self.style.use.rounds
         for earlier in self.seen[len(self.seen) // rounds * rounds :]:
             ids = earlier.expert_ids_TK.movedim(-1, call.dim)
@@ -90,7 +90,7 @@ class Intercept(TorchFunctionMode):
         return ranked_TE
 
     def _see(self, call: Call, result: Any, draws_largest: bool) -> None:
-        """Note what was chosen."""
+        """Record what was chosen."""
         if call.kind == "topk" and not self.style.use.cut:
             values, ids = result
         else:
@@ -100,13 +100,12 @@ class Intercept(TorchFunctionMode):
         if self.seen and self.seen[-1].ranked_TE is scores:  # ranked once more, for a loss
             return
         chosen = (scores, values, ids)
-        last = call.scores.dim() - 1
-        self.seen.append(
-            Selection(*(chosen if call.dim == last else (t.movedim(call.dim, -1) for t in chosen)))
-        )
+        if call.dim != call.scores.dim() - 1:
+            chosen = tuple(tensor.movedim(call.dim, -1) for tensor in chosen)
+        self.seen.append(Selection(*chosen))
 
     def _cut(self, call: Call, ids: Tensor) -> Tensor:
-        """Return those that the host uses of the ids returned."""
+        """Return the ids that the host uses."""
         if ids.dim() < call.scores.dim():
             return ids.unsqueeze(call.dim)
         size = ids.shape[call.dim]
@@ -116,13 +115,19 @@ class Intercept(TorchFunctionMode):
 
 
 def select(scores_TE: Tensor, k: int, bias_E: Tensor) -> Selection:
-    """Return the ``k`` experts with the largest score plus bias, with their unbiased scores."""
-    ids_TK = torch.topk(biased(scores_TE, bias_E, scores_TE.dim() - 1, False), k, dim=-1).indices
+    """Select experts by score plus bias, with their unbiased scores.
+
+    Args:
+        scores_TE: Unbiased scores.
+        k: K.
+        bias_E: fp32 bias.
+    """
+    ids_TK = torch.topk(_biased(scores_TE, bias_E, scores_TE.dim() - 1, False), k, dim=-1).indices
     return Selection(scores_TE, scores_TE.gather(-1, ids_TK), ids_TK)
 
 
-def biased(scores: Tensor, bias_E: Tensor, dim: int, zeros_masked: bool) -> Tensor:
-    """Return scores to rank by: without gradient, with the bias along ``dim``, closed groups kept closed."""
+def _biased(scores: Tensor, bias_E: Tensor, dim: int, zeros_masked: bool) -> Tensor:
+    """Return the scores to rank by: without gradient, with the bias along ``dim``, closed groups kept closed."""
     ranked = scores.detach()
     if zeros_masked:
         ranked = ranked.masked_fill(ranked == 0, float("-inf"))

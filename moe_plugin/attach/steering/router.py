@@ -1,4 +1,4 @@
-"""Make a host's router report what it selects, by a swap of its class or of the callable it carries itself."""
+"""Make a host's router report what it selects, by swapping its class or the callable on the instance."""
 
 from __future__ import annotations
 
@@ -20,42 +20,34 @@ from moe_plugin.attach.steering.intercept import Intercept, select
 from moe_plugin.errors import EffectError
 
 
-class BalancedRouter(Mixin):
+class _BalancedRouter(Mixin):
     """Runs the host's own forward and reports to the site what it selected."""
 
     _moe_site: Site
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the host's forward, with its expert selection seen and biased."""
         return _watched(self, super().forward, args, kwargs)  # pyright: ignore
 
 
-class BalancedForward:
-    """Stands in for a ``forward`` that the instance itself carries, as hooks of other libraries leave it.
-
-    The class's forward is not called for such an instance, so that swapping its class would change nothing.
-    """
+class _BalancedForward:
+    """Replaces a ``forward`` on the instance, as hooks of other libraries leave it: its class's is not called."""
 
     def __init__(self, module: nn.Module, forward: Callable[..., Any]) -> None:
-        """Wrap the callable found on the instance."""
         self.module = module
         self.forward = forward
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the instance's forward, with its expert selection seen and biased."""
         return _watched(self.module, self.forward, args, kwargs)
 
 
-class AdaptedMethod:
-    """Stands in for a block's routing method where an adapter says how the block routes."""
+class _AdaptedMethod:
+    """Replaces a block's routing method by the routing of its adapter."""
 
     def __init__(self, module: nn.Module, adapter: Adapter) -> None:
-        """Route this block by the adapter."""
         self.module = module
         self.adapter = adapter
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the adapter's routing, with every selection counted."""
         site: Site = self.module._moe_site  # pyright: ignore[reportAssignmentType]
         seen: list[Selection] = []
 
@@ -76,24 +68,24 @@ def watch_(site: Site) -> None:
     module, adapter = site.router, site.style.adapter
     module.__dict__["_moe_site"] = site
     if adapter is not None:
-        module.__dict__[adapter.method] = AdaptedMethod(module, adapter)
+        module.__dict__[adapter.method] = _AdaptedMethod(module, adapter)
     elif "forward" in module.__dict__:
-        module.__dict__["forward"] = BalancedForward(module, module.__dict__["forward"])
+        module.__dict__["forward"] = _BalancedForward(module, module.__dict__["forward"])
     else:
-        swap_(module, BalancedRouter)
+        swap_(module, _BalancedRouter)
 
 
 def unwatch_(module: nn.Module) -> None:
     """Undo `watch_`."""
     for name, value in list(module.__dict__.items()):
-        if isinstance(value, AdaptedMethod):
+        if isinstance(value, _AdaptedMethod):
             del module.__dict__[name]
             break
-        if isinstance(value, BalancedForward):
+        if isinstance(value, _BalancedForward):
             module.__dict__[name] = value.forward
             break
     else:
-        unswap_(module, BalancedRouter)
+        unswap_(module, _BalancedRouter)
     del module.__dict__["_moe_site"]
 
 
@@ -111,15 +103,15 @@ def _watched(module: Any, forward: Callable[..., Any], args: tuple, kwargs: dict
         output = forward(*args, **kwargs)
     if closely and (bias._version != version or site.bias_place.tensor() is not bias):
         raise EffectError(
-            f"Router {site.name!r} updates its own {site.bias_place.name!r} during forward, which conflicts with balancing. "
-            "Switch the model's own balancing off, or leave the router out with 'sites'."
+            f"Router {site.name!r} updates its own {site.bias_place.name!r} during forward, which conflicts with "
+            "balancing. Switch the model's own balancing off, or leave the router out with 'sites'."
         )
     site.record_(seen, output, training=module.training, compiling=compiling)
     return output
 
 
 def _refuse_to_be_recomputed() -> None:
-    """Refuse a selection that activation checkpointing would make again in backward, where nothing is intercepted.
+    """Refuse a selection that activation checkpointing would repeat in backward, where it is not intercepted.
 
     Raises:
         EffectError: If the router checkpoints the part of its own forward that selects.
@@ -128,29 +120,26 @@ def _refuse_to_be_recomputed() -> None:
     while frame is not None and frame.f_code is not _watched.__code__:
         if frame.f_code.co_filename == checkpoint.__file__:
             raise EffectError(
-                "A router checkpoints the part of its own forward that selects experts, so that it would select others "
-                "when that is recomputed. Checkpoint the whole block from outside, or write an Adapter for its "
-                "selecting method and pass it in 'adapters', or leave it out with 'sites'."
+                "A router checkpoints the part of its own forward that selects experts, so it would select others when "
+                "that part is recomputed. Checkpoint the whole block from outside, write an Adapter for its selecting "
+                "method and pass it in 'adapters', or leave it out with 'sites'."
             )
         frame = frame.f_back
 
 
 def _proving(site: Site, forward: Callable[..., Any]) -> Callable[..., Any]:
-    """Return the forward, which once checks that the host's own bias reaches its selection."""
+    """Return the forward with a check that the host's own bias reaches its selection."""
 
     def proving(*args: Any, **kwargs: Any) -> Any:
         trace = Trace({"bias": site.bias_place.tensor()})
         with trace:
             output = forward(*args, **kwargs)
-        if (
-            site.host_owns_bias
-            and trace.rankings
-            and not any("bias" in each.added for each in trace.rankings)
-        ):
+        is_added = any("bias" in each.added for each in trace.rankings)
+        if site.host_owns_bias and trace.rankings and not is_added:
             raise EffectError(
-                f"Router {site.name!r} owns {site.bias_place.name!r}, but does not add it to the scores by which it selects "
-                "experts, so that balancing would have no effect. Write an Adapter for it and pass it in 'adapters', "
-                "or leave it out with 'sites'."
+                f"Router {site.name!r} owns {site.bias_place.name!r}, but does not add it to the scores by which it "
+                "selects experts, so balancing would have no effect. Write an Adapter for it and pass it in "
+                "'adapters', or leave it out with 'sites'."
             )
         site.is_proven = True
         return output

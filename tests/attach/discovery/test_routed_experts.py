@@ -50,5 +50,7 @@ class TestFindRoutedExperts:
 
     def test_missing_top_k_names_the_fix(self):
         model = nn.ModuleDict({"mlp": Host(nn.Linear(8, 6), Stacked(6))})
-        with pytest.raises(ConfigError, match=r"'mlp\.experts' must have .* Set 'top_k' on its router"):
+        with pytest.raises(
+            ConfigError, match=r"'mlp\.experts' must have .*, got None\. Set 'top_k' on its router"
+        ):
             find_routed_experts(model)

@@ -1,4 +1,4 @@
-"""What a module may be called with, when nobody says: hidden states of many shapes, images, token ids.
+"""Guesses of what a module is called with: hidden states of many shapes, images, token ids.
 
 Shape legend: B batch, S sequence, T tokens, D model width or channels, H, W height and width.
 """
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 NUM_TOKENS = 97
-"""How many tokens a guess holds: a number that no model has as one of its sizes."""
+"""Tokens in a guess: a number that is not a size of a model, so it can be recognised in shapes."""
 _FEW = 2
 
 Input = Callable[[], Tensor]
@@ -22,10 +22,10 @@ Input = Callable[[], Tensor]
 def inputs(
     widths: Sequence[int], channels_1d: Sequence[int], channels_2d: Sequence[int], **kind: Any
 ) -> Iterator[Input]:
-    """Yield first arguments, each of which makes `NUM_TOKENS` rows of scores in a router of some kind.
+    """Yield first arguments, each of which makes `NUM_TOKENS` rows of scores in some kind of router.
 
-    Those are (B, S, D) and (T, D) hidden states, sequences with one choice each, signals and images with one choice
-    per position or for the whole, and token ids.
+    These are (B, S, D) and (T, D) hidden states, sequences with one choice each, signals and images with one choice per
+    position or in total, and token ids.
 
     Args:
         widths: Guesses of D.
@@ -42,7 +42,12 @@ def inputs(
 
 
 def others(module: nn.Module, x: Tensor) -> Iterator[list[Any]]:
-    """Yield values for the arguments without a default after the first: nothing, a condition like ``x``, a number."""
+    """Yield values for the further arguments without a default: None, a condition like the first one, a number.
+
+    Args:
+        module: The module to call.
+        x: The first argument.
+    """
     missing = _missing(module)
     yield [None] * missing
     if missing:

@@ -1,4 +1,4 @@
-"""Run a module once on tensors without data, to see how it routes, and leave no trace in it.
+"""Run a module once on tensors without data to see how it routes, and restore it.
 
 Shape legend: T tokens, D model width.
 """
@@ -32,8 +32,8 @@ _WRONG_CALL = (
 class Seen(NamedTuple):
     """What a probe saw in the module: its rankings, and the followed tensors on which its output depends.
 
-    ``returned`` is None if the forward did not come to its end; ``used`` are those that went on after the last ranking.
-    ``unsteerable`` are calls that may select without ranking: their names, and what they select from.
+    ``returned`` is None if the forward did not finish; ``used`` are those used after the last ranking. ``unsteerable``
+    are calls that may select without ranking: their names, and what they select from.
     """
 
     rankings: list[Ranking]
@@ -47,7 +47,7 @@ class _Done(BaseException):
 
 
 class _Answers(TorchFunctionMode):
-    """Answers questions about data, of which there is none, so that code that asks them goes on."""
+    """Answers questions about data, which fake tensors do not have, so the code continues."""
 
     def __init__(self, answer: bool) -> None:
         super().__init__()
@@ -59,7 +59,7 @@ class _Answers(TorchFunctionMode):
             return func(*args, **(kwargs or {}))
         self.asked += 1
         if self.asked > MAX_QUESTIONS:
-            raise RuntimeError("a loop that goes on until data says otherwise")
+            raise RuntimeError("a loop that only data would end")
         return self.answer
 
 
@@ -68,8 +68,8 @@ def probes(
 ) -> Iterator[Seen]:
     """See how ``module`` ranks, by running hosts on all kinds of inputs.
 
-    Everything runs on fake tensors: no memory, no arithmetic, no random numbers, and no change to the modules. Those
-    that are compiled run as they are written.
+    Everything runs on fake tensors: no memory, no arithmetic, no random numbers, and no change to the modules. Compiled
+    modules run eagerly.
 
     Args:
         module: The module of interest.
@@ -78,7 +78,7 @@ def probes(
         followed: Tensors to follow, by name.
 
     Yields:
-        What was seen in each run that came as far as a selection in the module, or to its end.
+        What was seen in each run that reached a selection in the module, or its end.
     """
     inputs = list(inputs)
     for host in hosts:
@@ -108,7 +108,7 @@ def _run(module: nn.Module, host: nn.Module, make: Input, followed: Mapping[str,
 def _watch(
     module: nn.Module, host: nn.Module, args: tuple, answers: _Answers, followed: Mapping[str, Tensor]
 ) -> Seen | None:
-    """Call ``host``, and tell what ``module`` did; None if it did not select anything nor come to its end."""
+    """Call ``host`` and return what ``module`` did; None if it neither selected nor returned."""
     trace, seen, entered = Trace(followed), [], False
 
     def enter(*_: Any) -> None:
@@ -137,17 +137,17 @@ def _watch(
 
 
 def _clear_hooks_(root: nn.Module) -> None:
-    """Take the hooks of all modules off: they belong to real forwards. FSDP's would set up its sharding for good."""
+    """Remove the hooks of all modules: they belong to real forwards. FSDP's would set up sharding permanently."""
     for module in root.modules():
         for hooks in (module._forward_pre_hooks, module._forward_hooks):
             hooks.clear()
 
 
 def _make_whole_(root: nn.Module) -> dict[int, Tensor]:
-    """Put fake tensors of full size in place of sharded parameters, which do not mix with the fake inputs.
+    """Replace sharded parameters, which do not mix with fake inputs, by fake tensors of full size.
 
     Returns:
-        The new parameters, by the ``id`` of those whose place they take.
+        The new parameters, by the ``id`` of those that they replace.
     """
     whole: dict[int, Tensor] = {}
     for module in root.modules():
@@ -161,7 +161,7 @@ def _make_whole_(root: nn.Module) -> dict[int, Tensor]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep torch from logging the errors that wrong guesses raise, and from warning of them."""
+    """Keep torch from logging the errors that wrong guesses raise, and from warning about them."""
     logger = logging.getLogger("torch._subclasses.fake_tensor")
     before, logger.disabled = logger.disabled, True
     try:
@@ -174,7 +174,7 @@ def _quiet() -> Iterator[None]:
 
 @contextmanager
 def _unchanged(root: nn.Module) -> Iterator[None]:
-    """Give every attribute and every container of the modules back as it was."""
+    """Restore every attribute and every container of the modules afterwards."""
     saved = [
         (module, {name: (value, _copy(value)) for name, value in vars(module).items()})
         for module in root.modules()

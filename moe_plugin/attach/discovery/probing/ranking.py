@@ -1,4 +1,4 @@
-"""What becomes of the results of ranking calls: which ids are used, and how.
+"""How the results of ranking calls are used: which ids, and in what way.
 
 Shape legend: T tokens, K experts selected per token.
 """
@@ -14,26 +14,16 @@ from moe_plugin.attach.discovery.probing.ranking_calls import Call, Use
 
 SAME_VALUES = frozenset(
     (
-        *(
-            "view",
-            "view_as",
-            "reshape",
-            "flatten",
-            "squeeze",
-            "unsqueeze",
-            "expand",
-            "expand_as",
-            "broadcast_to",
-        ),
+        *("view", "view_as", "reshape", "flatten", "squeeze", "unsqueeze"),
+        *("expand", "expand_as", "broadcast_to"),
         *("to", "type", "type_as", "float", "double", "half", "bfloat16", "detach", "contiguous", "clone"),
         *("movedim", "transpose", "t", "permute", "repeat", "select", "narrow", "__getitem__", "__get__"),
     )
 )
 
-
 _COMPARISONS = frozenset({"ge", "gt", "le", "lt", "__ge__", "__gt__", "__le__", "__lt__"})
 _LOOKS = frozenset({"__get__", "size", "dim", "numel", "stride"})
-"""Calls that say something about a tensor and use none of its entries."""
+"""Calls that describe a tensor without using its entries."""
 
 
 @dataclass
@@ -41,17 +31,17 @@ class Ranking:
     """A ranking call as traced.
 
     Attributes:
-        number: How many were before it.
+        number: How many rankings came before it.
         call: What was ranked.
-        added: Names of the followed tensors that were added to the scores, and nothing else, on the way here.
+        added: Names of the followed tensors that were only added to the scores on the way here.
         depends: Names of all followed tensors on which the scores depend.
         after: Numbers of the rankings on whose result the scores depend.
         slices: Where the slices taken of the ids start and end.
         columns: The same of single columns.
-        whole_used: Whether the ids were used whole.
-        ids_used: Whether the ids were used, or any part of them.
+        whole_used: Whether all ids were used together.
+        ids_used: Whether any ids were used.
         compared: Whether the values returned were compared with other scores.
-        ended: Whether the module returned, so that all use was seen.
+        ended: Whether the module returned, so all use was seen.
     """
 
     number: int
@@ -81,7 +71,7 @@ class Ranking:
 
     @property
     def _extent(self) -> tuple[int, int]:
-        """Which of the ids returned are in use; of a sort none, unless it was cut."""
+        """The range of the returned ids in use; none of a sort unless it was cut."""
         full = self.call.k or self.call.num_items
         parts = self.slices | (self.columns if self.ended else set())
         if not parts or (self.call.k and self.whole_used):
@@ -91,10 +81,10 @@ class Ranking:
 
 
 class Fates:
-    """Follows the ids and the values that rankings have returned."""
+    """Follows the ids and the values that rankings return."""
 
     def __init__(self) -> None:
-        """Nothing was ranked yet. Whoever notes calls keeps their tensors alive: an id is only good that long."""
+        """Start without rankings. The caller keeps all tensors alive: an ``id`` is valid only that long."""
         self.rankings: list[Ranking] = []
         self._ids: dict[int, tuple[Ranking, Tensor]] = {}
         self._parts: dict[int, Ranking] = {}
@@ -103,13 +93,13 @@ class Fates:
         self._hard: set[int] = set()
 
     def are_scores(self, tensor: Tensor) -> bool:
-        """Whether a bias could move the tensor's order: not where it is made of comparisons or ids, as a mask is."""
+        """Return whether a bias could move the tensor's order: not if it is made of comparisons or ids, like a mask."""
         return tensor.is_floating_point() and id(tensor) not in self._hard
 
     def add_(
         self, call: Call, added: frozenset[str], depends: frozenset[str], values: Tensor | None, ids: Tensor
     ) -> None:
-        """Note a ranking and what it returned."""
+        """Note a ranking, see `Ranking`, and the values and ids that it returned."""
         after = self._after.get(id(call.scores), frozenset())
         ranking = Ranking(len(self.rankings), call, added, depends, after)
         self._ids[id(ids)] = (ranking, ids)
@@ -120,13 +110,19 @@ class Fates:
         self.rankings.append(ranking)
 
     def note_returned_(self, tensors: Iterable[Tensor]) -> None:
-        """Note the end of the module, which returned these: who called it uses them."""
+        """Note that the module returned these tensors, which its caller uses."""
         self._note_use(tensors)
         for ranking in self.rankings:
             ranking.ended = True
 
     def note_(self, name: str, given: list[Tensor], results: list[Tensor]) -> None:
-        """Note a call of the function of this name."""
+        """Note a function call.
+
+        Args:
+            name: The function's name.
+            given: The tensors among its arguments.
+            results: The tensors that it returned.
+        """
         if given and not any(map(self.are_scores, given)):
             self._hard.update(map(id, results))
         after = frozenset().union(*(self._after.get(id(tensor), ()) for tensor in given))

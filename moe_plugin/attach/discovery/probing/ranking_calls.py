@@ -19,7 +19,7 @@ class Call(NamedTuple):
     Attributes:
         kind: topk, sort, argsort, argmax, max, argmin or min.
         scores: What was ranked.
-        k: How many of the ranked items are returned; 0 where all are, in order.
+        k: How many of the ranked items are returned; 0 if all are, in order.
         dim: Along which dimension, not negative.
         keepdim: Whether the result has that dimension.
         largest: Whether the largest come first.
@@ -42,10 +42,10 @@ class Use(NamedTuple):
     """How a router uses its selecting calls.
 
     Attributes:
-        k: The k of the call; None where any will do, since the router ranks its experts by one call only.
+        k: The k of the call; None if any will do, since the router ranks its experts in one call only.
         cut: Whether only some of what the call returns are selected: all of a sort, or a candidate more than needed.
-        from_end: Whether those are the last and not the first.
-        rounds: How many calls select for one token, each among the experts that those before it have left.
+        from_end: Whether those are the last instead of the first.
+        rounds: How many calls select for one token, each among the experts that earlier ones left.
     """
 
     k: int | None = None
@@ -55,11 +55,17 @@ class Use(NamedTuple):
 
 
 _Read = tuple[str, Tensor, int, Any, bool, bool, dict[str, Any]]
-"""The fields of a call, its dimension as it was given, and arguments that are not known."""
+"""The fields of a call, its dimension as it was given, and unknown arguments."""
 
 
 def read_call(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Call | None:
-    """Return what a call of one of `SELECTING` ranks; None if it does not rank along one dimension."""
+    """Return what a call ranks; None if it does not rank along one dimension.
+
+    Args:
+        func: One of `SELECTING`.
+        args: Positional arguments of the call.
+        kwargs: Named arguments of the call.
+    """
     kind, scores, k, dim, keepdim, largest, rest = _READERS[func](*args, **kwargs)
     num_dims = scores.dim()
     if rest or not isinstance(dim, int) or not num_dims:
@@ -67,13 +73,13 @@ def read_call(func: Callable, args: tuple, kwargs: dict[str, Any]) -> Call | Non
     return Call(kind, scores, k, dim % num_dims, keepdim, largest)
 
 
-# The readers have torch's own parameters, so that Python tells positional from named ones.
+# The readers have torch's own parameters, so Python matches positional and named arguments.
 
 
 def _topk(
     input: Tensor, k: int, dim: int = -1, largest: bool = True, sorted: bool = True, **rest: Any
 ) -> _Read:
-    number = k if isinstance(k, int) else operator.index(k)  # numpy's integers are none of Python's
+    number = k if isinstance(k, int) else operator.index(k)  # NumPy integers are not Python ints
     return "topk", input, number, dim, True, largest, rest
 
 
@@ -121,12 +127,12 @@ SELECTING = frozenset(_READERS)
 NAMES = frozenset(_FUNCTIONS) - {"min"}
 """Names in the code of modules that may select; ``min`` is in too many others."""
 KINDS = (("topk",), ("sort", "argsort"), ("argmax", "max"), ("argmin", "min"))
-"""Kinds of calls that a router may use together, those that only select before those with other uses too."""
+"""Kinds of calls that a router may use together. Those with no other use than selecting come first."""
 FUNCTIONS: dict[str, frozenset[Callable]] = {
     kind: frozenset(function for each in kinds for function in _FUNCTIONS[each])
     for kinds in KINDS
     for kind in kinds
 } | {"adapter": frozenset()}
-"""By kind, the functions with which a host of that kind selects: argmax gives the ids, max also their values."""
+"""By kind, the functions with which such a host selects: argmax gives the ids, max also their values."""
 UNSTEERABLE = frozenset({"kthvalue", "multinomial", "gumbel_softmax"})
-"""Names of calls that select experts in a way that leaves no place for a bias."""
+"""Names of calls that select experts without a place for a bias."""

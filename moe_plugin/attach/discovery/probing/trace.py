@@ -27,10 +27,10 @@ class Trace(TorchFunctionMode):
         self._marks: dict[int, dict[str, str]] = {
             id(tensor): {name: "raw"} for name, tensor in followed.items()
         }
-        self._alive: list[Any] = [followed]  # an id is only good while its tensor lives
+        self._alive: list[Any] = [followed]  # an id is valid only while its tensor lives
         self._fates = Fates()
         self.used: set[str] = set()
-        """Names of followed tensors on which something depends that was used after the last ranking."""
+        """Followed tensors, by name, that something used after the last ranking depends on."""
         self.unsteerable: list[tuple[str, Tensor]] = []
         """Calls by which experts may be selected without a bias: their names, and what they select from."""
 
@@ -49,7 +49,7 @@ class Trace(TorchFunctionMode):
         return {name for tensor in tensors_in(values) for name in self._marks.get(id(tensor), ())}
 
     def note_returned_(self, values: Any) -> None:
-        """The module has come to its end and returned this."""
+        """Note that the module returned these values."""
         self._fates.note_returned_(tensors_in(values))
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
@@ -103,7 +103,7 @@ def tensors_in(values: Any) -> Iterator[Tensor]:
 
 
 def _after(name: str, how: str) -> str:
-    """Return how a result depends on a tensor on which an argument of ``name`` depends in the way ``how``."""
+    """Return how the result of ``name`` depends on a tensor, if an argument depends on it in the way ``how``."""
     if how != "raw" or name in SAME_VALUES:
         return how
     return "added" if name in _ADDITIONS else "mixed"
