@@ -29,7 +29,7 @@ class ConfigError(MoEPluginError):
         fix: What to do, in whole sentences; "" if the rule says so.
     """
 
-    def __init__(self, name: str, rule: str = "", value: object = Value.NOT_SHOWN, fix: str = "") -> None:
+    def __init__(self, name: str, rule: str, value: object = Value.NOT_SHOWN, fix: str = "") -> None:
         """Take the parts of the message."""
         super().__init__(name, rule, value, fix)  # what unpickling calls the class with
         self.name = name
@@ -39,8 +39,6 @@ class ConfigError(MoEPluginError):
 
     def __str__(self) -> str:
         """Return the message in one line."""
-        if not self.rule:  # being converted
-            return self.name
         got = "" if self.value is Value.NOT_SHOWN else f", got {self.value!r}"
         return f"'{self.name}' {self.rule}{got}.{' ' if self.fix else ''}{self.fix}"
 

@@ -63,9 +63,6 @@ def locate(error: Exception, config: DictConfig, near: str) -> ConfigError:
         found = re.search(r"full_key: (\S+)", str(error))
         near = found[1] if found else near
         error = error.__cause__ if isinstance(error.__cause__, Exception) else error
-    if isinstance(error, ConfigError) and not error.rule:  # being converted
-        found = re.match(r"'([\w.]+)':? (.*?)\.?$", one_line(error.name))
-        error = ConfigError(found[1], found[2]) if found else ValueError(error.name)
     if not isinstance(error, ConfigError):
         return ConfigError(near, f"cannot be used: {one_line(str(error)).removesuffix('.')}")
     keys = [key for key in _leaves(config) if f".{key}".endswith(f".{error.name}")]

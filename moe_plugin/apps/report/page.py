@@ -21,6 +21,7 @@ from moe_plugin.apps.report.environment import read_environment
 from moe_plugin.apps.report.expert_use import ground_rules, profiles, read_expert_use, used_view
 from moe_plugin.apps.report.summary import CONFIG_FILE, SUMMARY_FILE
 from moe_plugin.apps.report.svg_charts import COLORS, Line, line_chart, scatter_chart
+from moe_plugin.callbacks.monitor.load_over_time import spread
 from moe_plugin.metrics import dead_experts, max_violation
 from moe_plugin.plots.colors import load_colors, load_octaves
 from moe_plugin.plots.run_data import RunData, read_run
@@ -54,7 +55,7 @@ TITLES = {
     "active_flops_per_token": "FLOPs per token",
 }
 """Heading of each measure of `RunSummary` that is shown."""
-FRAMES = 10
+FRAMES = 16
 
 
 @dataclass(frozen=True)
@@ -212,10 +213,10 @@ class Frame:
 
 
 def _strip(run: RunData) -> list[Frame]:
-    """Return the load at up to ten windows from the first to the last, then on the validation set."""
+    """Return the load at every window that was drawn, evenly chosen if there are many, then on the validation set."""
     loads = run.counts.get("load", [])
-    places = {round(place * (len(loads) - 1) / (FRAMES - 1)) for place in range(FRAMES if loads else 0)}
-    frames = [_frame(f"step {loads[place][0] + 1}", loads[place][1]) for place in sorted(places)]
+    shown = [loads[place] for place in spread(len(loads), FRAMES)]
+    frames = [_frame(f"step {step + 1}", tokens_LE) for step, tokens_LE in shown]
     return frames + [_frame("validation", tokens_LE) for _, tokens_LE in run.counts.get("val", [])[-1:]]
 
 
