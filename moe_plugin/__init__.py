@@ -39,19 +39,13 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-_HOMES = {
+_RULES = ("Momentum", "Multiplicative", "PID", "PrimalDual", "Proportional", "Quantile", "Sign")
+_HOMES = dict.fromkeys(_RULES, "moe_plugin.balancing.rules") | {
     "Adapter": "moe_plugin.attach.adapter",
     "Calibration": "moe_plugin.callbacks.calibration",
     "LoadMonitor": "moe_plugin.callbacks.load_monitor",
     "LossFreeBalancing": "moe_plugin.callbacks.loss_free",
-    "Momentum": "moe_plugin.balancing.rules",
-    "Multiplicative": "moe_plugin.balancing.rules",
-    "PID": "moe_plugin.balancing.rules",
-    "PrimalDual": "moe_plugin.balancing.rules",
-    "Proportional": "moe_plugin.balancing.rules",
-    "Quantile": "moe_plugin.balancing.rules",
     "RateSchedule": "moe_plugin.balancing.schedule",
-    "Sign": "moe_plugin.balancing.rules",
     "balance_": "moe_plugin.attach.balance",
     "shard_": "moe_plugin.sharding",
 }

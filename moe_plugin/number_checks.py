@@ -54,12 +54,7 @@ def check_positive(name: str, value: object, allowed: str = "a number > 0") -> N
 
 
 def check_not_negative(name: str, value: object, allowed: str = "a number >= 0") -> None:
-    """Check that a number is finite and >= 0.
-
-    Args:
-        name: The setting.
-        value: What was given.
-        allowed: What to call the numbers that are allowed.
+    """Check that a number is finite and >= 0; arguments and errors as `check_positive` has them.
 
     Raises:
         ConfigError: If it is not.
@@ -69,12 +64,7 @@ def check_not_negative(name: str, value: object, allowed: str = "a number >= 0")
 
 
 def check_fraction(name: str, value: object, *, with_one: bool = False) -> None:
-    """Check that a number is >= 0 and < 1.
-
-    Args:
-        name: The setting.
-        value: What was given.
-        with_one: Whether 1 is allowed too.
+    """Check that a number is >= 0 and < 1, or also 1 `with_one`; see `check_positive`.
 
     Raises:
         ConfigError: If it is not.

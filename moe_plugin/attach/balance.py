@@ -43,13 +43,16 @@ def balance_(
 
     Args:
         model: Any module that holds MoE blocks.
-        rule: How biases follow the load, such as ``Sign(rate=0.001)``, or a mapping from glob to rule; None observes.
+        rule: How biases follow the load, such as ``Sign(rate=0.001)``; a mapping from glob on the router's name to rule
+            gives each router the first that matches; None only observes the load.
         sites: Which routers to balance: a glob, several, or a predicate on the module name; None takes all.
         schedule: Factor on the rate by update number; None keeps it constant.
         mask: Forward argument that marks real tokens (B, S); None counts every token.
         adapters: Adapters for blocks whose routing is not found automatically.
-        frozen_routers: 'balance' or 'keep' the bias of a frozen router, or 'auto'; see `BalanceSettings`.
-        experts: 'fused' computes the model's stacked SwiGLU experts by our kernels; None keeps its own code.
+        frozen_routers: What to do with the bias of a router that is frozen now: 'balance' it, 'keep' it, or 'auto':
+            keep it if the model owns one that is not zero, balance it otherwise.
+        experts: 'fused' computes the experts of these routers by `moe_plugin.experts`, on the same parameters; all must
+            be SwiGLU in stacked 3-D weights. None keeps the model's own code.
         process_group: The data-parallel ranks; None is all ranks of the default group.
 
     Raises:

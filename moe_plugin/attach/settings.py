@@ -23,19 +23,7 @@ DEFAULT_RULE = Proportional()
 
 @dataclass(frozen=True)
 class BalanceSettings:
-    """How to balance a model.
-
-    Attributes:
-        rule: How biases follow the load; a mapping from glob on the router's name to rule gives each router the first
-            that matches; None only observes the load.
-        sites: Which routers to balance: a glob, several, or a predicate on the module name; None takes all.
-        schedule: Factor on the rate by update number; None keeps the rate constant.
-        mask: Forward argument that marks real tokens (B, S); None counts every token.
-        adapters: Adapters for blocks whose routing is not found automatically.
-        frozen_routers: What to do with the bias of a router that is frozen now: 'balance' it, 'keep' it, or 'auto':
-            keep it if the model owns one that is not zero, balance it otherwise.
-        experts: 'fused' computes the experts of these routers by `moe_plugin.experts`, on the same parameters; all must
-            be SwiGLU in stacked 3-D weights. None keeps the model's own code.
+    """How to balance a model; the attributes are arguments of `balance_`.
 
     Raises:
         ConfigError: If 'frozen_routers' or 'experts' is not one of these, or 'fused' has kernels that cannot run.

@@ -9,12 +9,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from moe_plugin.attach.discovery.routing_style import BiasPlace, FoundRouter, RoutingStyle
+from moe_plugin.attach.discovery.routing_style import BiasPlace, FoundRouter
 from moe_plugin.attach.selection import Selection, as_one
 from moe_plugin.attach.site_counters import SiteCounters
 from moe_plugin.attach.token_mask import TokenMask
+from moe_plugin.balancing.budget import count_slack_
+from moe_plugin.balancing.gaps import count_gaps_, gaps_of
 from moe_plugin.errors import EffectError
 from moe_plugin.types import AllocatesExperts, Allocation, Routing
 
@@ -27,7 +29,7 @@ class Site:
     """Where a model selects experts.
 
     Attributes:
-        found: The router and how it selects.
+        found: The router, with its `name`, `router` (the module) and `style` (how it selects).
         bias_place: Where the selection bias is.
         token_mask: Which tokens count.
         counters: What was counted since the last update.
@@ -46,6 +48,7 @@ class Site:
             token_mask: The mask of the model's forward.
         """
         self.found = found
+        self.name, self.router, self.style = found.name, found.module, found.style
         self.bias_place = bias_place
         self.token_mask = token_mask
         self.is_proven = found.style.proven or found.bias is None
@@ -56,29 +59,14 @@ class Site:
         self.counters = SiteCounters(self.num_experts, self.top_k, self.allocation)
 
     @property
-    def name(self) -> str:
-        """The router's module name in the model."""
-        return self.found.name
-
-    @property
-    def router(self) -> nn.Module:
-        """The router."""
-        return self.found.module
-
-    @property
-    def style(self) -> RoutingStyle:
-        """How it selects."""
-        return self.found.style
-
-    @property
     def num_experts(self) -> int:
         """E."""
-        return self.found.style.num_experts
+        return self.style.num_experts
 
     @property
     def top_k(self) -> int:
         """K, the most experts of a token if their number varies."""
-        return self.found.style.top_k
+        return self.style.top_k
 
     @property
     def allocation(self) -> Allocation | None:
@@ -177,9 +165,10 @@ class Site:
         if not training:
             return
         if counters.gaps_EG is not None and self.top_k < self.num_experts:
-            counters.count_gaps_(self.unbiased(selection.ranked_TE.detach()) + self.bias, valid_T)
+            biased_TE = self.unbiased(selection.ranked_TE.detach()) + self.bias
+            count_gaps_(counters.gaps_EG, gaps_of(biased_TE, self.top_k), valid_T)
         if counters.budget_1G is not None and output.slack_TK is not None:
-            counters.count_slack_(output.slack_TK, valid_T)
+            count_slack_(counters.budget_1G, output.slack_TK, valid_T)
 
     def _refuse_unseen(self) -> None:
         how = "its adapter's select" if self.style.adapter is not None else f"torch.{self.style.kind}"

@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from moe_plugin.attach.selection import Selection
-from moe_plugin.balancing.budget import count_slack_, new_budget
+from moe_plugin.balancing.budget import new_budget
 from moe_plugin.balancing.counts import count_, expert_counts, num_tokens
-from moe_plugin.balancing.gaps import count_gaps_, gaps_of, new_gaps
+from moe_plugin.balancing.gaps import new_gaps
 from moe_plugin.balancing.tally import Tally
 from moe_plugin.types import Allocation
 
@@ -100,26 +100,6 @@ class SiteCounters:
         selected_TK = selection.selected_TK.detach() if training else None
         what = {"scores_TE": scores_TE, "valid_T": valid_T, "used_TK": used_TK}
         count_(tally.slots_S, ids_TK, selected_TK, **what, training=training)
-
-    def count_gaps_(self, biased_TE: Tensor, valid_T: Tensor | None) -> None:
-        """Count how far scores of a training forward are from being selected; `measure_gaps_` comes first.
-
-        Args:
-            biased_TE: Scores plus bias.
-            valid_T: bool, True for tokens that count; None when all do.
-        """
-        assert self.gaps_EG is not None, "gaps are not measured"
-        count_gaps_(self.gaps_EG, gaps_of(biased_TE, self._top_k), valid_T)
-
-    def count_slack_(self, slack_TK: Tensor, valid_T: Tensor | None) -> None:
-        """Count how far experts of a training forward are from being left out.
-
-        Args:
-            slack_TK: See `moe_plugin.types.Routing`.
-            valid_T: bool, True for tokens that count; None when all do.
-        """
-        assert self.budget_1G is not None, "only routers with a level have a budget"
-        count_slack_(self.budget_1G, slack_TK, valid_T)
 
     def discard_(self) -> None:
         """Forget what training forwards have counted since the last update."""

@@ -7,7 +7,6 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
-from torch.optim import Optimizer
 
 from moe_plugin.attach.balance import balance_as_set_
 from moe_plugin.attach.balanced_model import BalancedModel
@@ -22,7 +21,7 @@ class Attachment(Callback):
         """Take how to balance."""
         self._settings = settings
         self._balanced: BalancedModel | None = None
-        self._clock = StepClock(self._update, self._discard)
+        self._clock = StepClock(self._update, lambda: self.balanced.discard_counts_())
 
     @property
     def balanced(self) -> BalancedModel:
@@ -55,9 +54,7 @@ class Attachment(Callback):
         routers = [parameter for site in self.balanced.values() for parameter in site.router.parameters()]
         self._clock.start_(optimizer_of(routers, trainer.optimizers))
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Count steps from here on."""
         self._clock.batch_starts()
 
@@ -65,15 +62,11 @@ class Attachment(Callback):
         """Reject the step if the loss is NaN or infinite, without waiting for it."""
         self.balanced.reject_if_(~loss.detach().isfinite().all())
 
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Expect a step, unless the gradient scaler prevents it."""
         self._clock.step_is_due()
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Ignore steps outside of a batch."""
         self._clock.batch_ends()
 
@@ -89,9 +82,6 @@ class Attachment(Callback):
         if found_inf is not None:
             self.balanced.reject_if_(found_inf > 0)
         self.balanced.update()
-
-    def _discard(self) -> None:
-        self.balanced.discard_counts_()
 
 
 def builds_itself(pl_module: LightningModule) -> bool:

@@ -7,7 +7,6 @@ from typing import Any
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.trainer.states import TrainerFn
 from torch import Tensor
-from torch.optim import Optimizer
 
 from moe_plugin.attach.balanced_model import BalancedModel, find_balanced
 from moe_plugin.attach.settings import BalanceSettings
@@ -89,11 +88,6 @@ class LoadMonitor(Callback):
         """The load of each layer in the last validation run."""
         return self.validation.load
 
-    @property
-    def bias_ranges(self) -> dict[str, float]:
-        """The range of each layer's bias when it was last logged."""
-        return self.training.bias_ranges
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         """Observe the routers unless they are counted already.
 
@@ -110,28 +104,22 @@ class LoadMonitor(Callback):
         self._observer.on_train_start(trainer, pl_module)
         self.training.start_(trainer, pl_module, _balanced(pl_module))
 
-    def on_train_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *given: Any) -> None:
         """Count steps from here on."""
-        self._observer.on_train_batch_start(trainer, pl_module, batch, batch_idx)
+        self._observer.on_train_batch_start(trainer, pl_module, *given)
         self.training.batch_starts(trainer, _balanced(pl_module))
 
     def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Tensor) -> None:
         """Leave out the load of a step whose loss is not finite."""
         self._observer.on_before_backward(trainer, pl_module, loss)
 
-    def on_before_optimizer_step(
-        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
-    ) -> None:
+    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *given: Any) -> None:
         """Expect a step, unless the gradient scaler prevents it."""
-        self._observer.on_before_optimizer_step(trainer, pl_module, optimizer)
+        self._observer.on_before_optimizer_step(trainer, pl_module, *given)
 
-    def on_train_batch_end(
-        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
-    ) -> None:
+    def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *given: Any) -> None:
         """Take in the optimizer step of this batch, if it made one."""
-        self._observer.on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        self._observer.on_train_batch_end(trainer, pl_module, *given)
         self.training.batch_ends(trainer, _balanced(pl_module))
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:

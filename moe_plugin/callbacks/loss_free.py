@@ -86,7 +86,7 @@ class LossFreeBalancing(Attachment):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         """Ignore steps outside of a batch; calibrate after the last one."""
-        super().on_train_batch_end(trainer, pl_module, outputs, batch, batch_idx)
+        super().on_train_batch_end(trainer, pl_module)
         if self._calibration is not None:
             self._calibration.take(trainer, pl_module, self.balanced, batch)
 

@@ -1,7 +1,5 @@
 """The mixture-of-experts layer: routed experts, shared experts, and the block that composes them."""
 
-from __future__ import annotations
-
 from moe_plugin.experts.block import MoEBlock
 from moe_plugin.experts.expert_choice import ExpertChoiceBlock
 from moe_plugin.experts.grouped import GroupedExperts

@@ -1,7 +1,5 @@
 """Auxiliary losses: the baselines that loss-free balancing is compared with, and what may be added to it."""
 
-from __future__ import annotations
-
 from moe_plugin.losses.auxiliary_loss import AuxiliaryLoss
 from moe_plugin.losses.global_batch import GlobalBatchLoss
 from moe_plugin.losses.load_balancing import LoadBalancingLoss

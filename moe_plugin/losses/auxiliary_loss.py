@@ -5,12 +5,16 @@ Shape legend: B sequences, E experts.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from moe_plugin.losses.statistics import LoadStatistics
+from moe_plugin.number_checks import check_not_negative
 
 
 class AuxiliaryLoss(Protocol):
@@ -25,6 +29,29 @@ class AuxiliaryLoss(Protocol):
 
     def start_window_(self) -> None:
         """Begin the micro-batches of the next optimizer step; most losses need not know."""
+
+
+@dataclass(frozen=True)
+class LayerLoss(AuxiliaryLoss):
+    """A loss that is `coefficient` times the sum of what each layer gives.
+
+    Attributes:
+        coefficient: Weight next to the cross-entropy.
+    """
+
+    coefficient: float
+
+    def __post_init__(self) -> None:
+        """Check the coefficient."""
+        check_not_negative("coefficient", self.coefficient)
+
+    @abstractmethod
+    def of_layer(self, layer: LoadStatistics) -> Tensor:
+        """Return what a layer gives; a scalar, fp32."""
+
+    def __call__(self, layers: Sequence[LoadStatistics]) -> Tensor:
+        """Return the loss, see `AuxiliaryLoss`."""
+        return self.coefficient * torch.stack([self.of_layer(layer) for layer in layers]).sum()
 
 
 def load_times_probability(counts_BE: Tensor, probability_BE: Tensor) -> Tensor:

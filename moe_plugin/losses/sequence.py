@@ -2,19 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
-from moe_plugin.losses.auxiliary_loss import AuxiliaryLoss, load_times_probability
+from moe_plugin.losses.auxiliary_loss import LayerLoss, load_times_probability
 from moe_plugin.losses.statistics import LoadStatistics
-from moe_plugin.number_checks import check_not_negative
 
 
 @dataclass(frozen=True)
-class SequenceLoss(AuxiliaryLoss):
+class SequenceLoss(LayerLoss):
     """`coefficient * sum_e f_e * P_e` of each sequence, mean over sequences: DeepSeek-V3, arXiv 2412.19437.
 
     Equations 17 to 20, with `f_e = E / (K S) * selections of e in the sequence` and P_e the mean over its tokens of the
@@ -27,15 +24,6 @@ class SequenceLoss(AuxiliaryLoss):
 
     coefficient: float = 1e-4
 
-    def __post_init__(self) -> None:
-        """Check the coefficient.
-
-        Raises:
-            ConfigError: It is negative, infinite or NaN.
-        """
-        check_not_negative("coefficient", self.coefficient)
-
-    def __call__(self, layers: Sequence[LoadStatistics]) -> Tensor:
-        """Return the loss, see `AuxiliaryLoss`."""
-        losses = [load_times_probability(s.counts_BE, s.probability_BE).mean() for s in layers]
-        return self.coefficient * torch.stack(losses).sum()
+    def of_layer(self, layer: LoadStatistics) -> Tensor:
+        """Return what a layer gives; a scalar, fp32."""
+        return load_times_probability(layer.counts_BE, layer.probability_BE).mean()

@@ -1,7 +1,5 @@
 """From hidden states to each token's experts and gate weights."""
 
-from __future__ import annotations
-
 from moe_plugin.routing.cuts import Cut, Threshold, TopP
 from moe_plugin.routing.dynamic import DynamicRouter
 from moe_plugin.routing.expert_choice import ExpertChoiceRouter

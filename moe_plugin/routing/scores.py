@@ -67,21 +67,13 @@ class LogSigmoid:
 
 
 @dataclass(frozen=True)
-class SqrtSoftplus:
+class SqrtSoftplus(Sigmoid):
     """Each expert scored on its own, in (0, inf): the square root of the logit's softplus."""
 
     def scores(self, logits_TE: Tensor) -> Tensor:
         """Return square root of the softplus of the logits."""
         # Below about -87 softplus underflows to 0, and there the square root's gradient is infinite.
         return functional.softplus(logits_TE.clamp(min=-80.0)).sqrt()
-
-    def weights(self, selected_scores_TK: Tensor) -> Tensor:
-        """Return the selected scores themselves."""
-        return selected_scores_TK
-
-    def probabilities(self, scores_TE: Tensor) -> Tensor:
-        """Return scores divided by their sum over the experts."""
-        return _normalized(scores_TE)
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """Spreading any model over processes: its layers, their sharding, and parameters without storage."""
 
-from __future__ import annotations
-
 from moe_plugin.sharding.layers import find_layers
 from moe_plugin.sharding.materialize import materialize_
 from moe_plugin.sharding.shard import shard_

@@ -195,7 +195,7 @@ class TestTraining:
             mean_violation(model.chosen["train"][:5])
         )
         assert all(not site.bias.any() for site in find_balanced(model).values())
-        assert monitor.bias_ranges == dict.fromkeys(SIZES, 0.0)
+        assert monitor.training.bias_ranges == dict.fromkeys(SIZES, 0.0)
 
     @pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable.*")
     def test_resumed_run_remembers_how_it_began(self, tmp_path):

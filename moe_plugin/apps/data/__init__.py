@@ -1,7 +1,5 @@
 """Text corpora for language models: sources, tokenizers and a stateful Lightning data module."""
 
-from __future__ import annotations
-
 from moe_plugin.apps.data.documents import Document, Source
 from moe_plugin.apps.data.files import Files
 from moe_plugin.apps.data.hugging_face import HuggingFace

@@ -1,7 +1,5 @@
 """The reference language model, its sizes, and what any model costs."""
 
-from __future__ import annotations
-
 from moe_plugin.apps.models.deepseek import deepseek_v3
 from moe_plugin.apps.models.hugging_face import HuggingFaceModel
 from moe_plugin.apps.models.language_model import LanguageModel, TokenModel

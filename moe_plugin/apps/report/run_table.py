@@ -29,7 +29,7 @@ def run_report(summary: RunSummary, monitor: LoadMonitor) -> Group:
     if monitor.first_record is not None and after:
         before = layer_loads(monitor.first_record.counts)
         window = "validation" if monitor.validation_load else "last training steps"
-        tables.append(balance_table(before, after, monitor.bias_ranges, window))
+        tables.append(balance_table(before, after, monitor.training.bias_ranges, window))
     return Group(*tables, headline_table(summary))
 
 

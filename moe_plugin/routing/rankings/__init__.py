@@ -1,7 +1,5 @@
 """What a router may rank experts by instead of its scores: baselines that need no balancing, or balance at once."""
 
-from __future__ import annotations
-
 from moe_plugin.routing.rankings.random import Random
 from moe_plugin.routing.rankings.ranking import Ranking
 from moe_plugin.routing.rankings.sinkhorn import Sinkhorn

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -83,30 +84,16 @@ def _topk(
     return "topk", input, number, dim, True, largest, rest
 
 
-def _sort(input: Tensor, dim: int = -1, descending: bool = False, stable: bool = False, **rest: Any) -> _Read:
-    return "sort", input, 0, dim, True, descending, rest
-
-
-def _argsort(
-    input: Tensor, dim: int = -1, descending: bool = False, stable: bool = False, **rest: Any
+def _in_order(
+    kind: str, input: Tensor, dim: int = -1, descending: bool = False, stable: bool = False, **rest: Any
 ) -> _Read:
-    return "argsort", input, 0, dim, True, descending, rest
+    return kind, input, 0, dim, True, descending, rest
 
 
-def _argmax(input: Tensor, dim: int | None = None, keepdim: bool = False, **rest: Any) -> _Read:
-    return "argmax", input, 1, dim, keepdim, True, rest
-
-
-def _max(input: Tensor, dim: int | None = None, keepdim: bool = False, **rest: Any) -> _Read:
-    return "max", input, 1, dim, keepdim, True, rest
-
-
-def _argmin(input: Tensor, dim: int | None = None, keepdim: bool = False, **rest: Any) -> _Read:
-    return "argmin", input, 1, dim, keepdim, False, rest
-
-
-def _min(input: Tensor, dim: int | None = None, keepdim: bool = False, **rest: Any) -> _Read:
-    return "min", input, 1, dim, keepdim, False, rest
+def _extreme(
+    kind: str, largest: bool, input: Tensor, dim: int | None = None, keepdim: bool = False, **rest: Any
+) -> _Read:
+    return kind, input, 1, dim, keepdim, largest, rest
 
 
 def _functions(name: str) -> Iterator[Callable]:
@@ -117,9 +104,11 @@ def _functions(name: str) -> Iterator[Callable]:
     yield from (getattr(operators, overload) for overload in operators.overloads())
 
 
-_READ = {
-    **{"topk": _topk, "sort": _sort, "argsort": _argsort, "argmax": _argmax, "max": _max},
-    **{"argmin": _argmin, "min": _min},
+_READ: dict[str, Callable[..., _Read]] = {
+    "topk": _topk,
+    **{kind: partial(_in_order, kind) for kind in ("sort", "argsort")},
+    **{kind: partial(_extreme, kind, True) for kind in ("argmax", "max")},
+    **{kind: partial(_extreme, kind, False) for kind in ("argmin", "min")},
 }
 _FUNCTIONS = {name: tuple(_functions(name)) for name in _READ}
 _READERS = {function: _READ[kind] for kind, functions in _FUNCTIONS.items() for function in functions}
