@@ -99,11 +99,10 @@ class TestInstalled:
         words = ["+balancing=loss_free", "+rule=sign", "--cfg", "job", "--resolve"]
         config = yaml.safe_load(run_app({"config.yaml": "x: 1"}, *words))
         assert config.keys() == {"x", "callbacks", "rule"}
-        assert config["callbacks"]["loss_free"]["rule"] == config["rule"] == sign
+        assert config["callbacks"]["loss_free"]["rule"]["rule"] == config["rule"] == sign
         config = yaml.safe_load(run_app({"config.yaml": "x: 1"}, words[0], *words[2:]))
         assert config.keys() == {"x", "callbacks"}
-        default = {"_target_": "moe_plugin.balancing.rules.Proportional"}
-        assert config["callbacks"]["loss_free"]["rule"] == default
+        assert config["callbacks"]["loss_free"]["rule"]["rule"] is None
 
     def test_app_gets_three_groups_and_no_more(self, run_app: Callable[..., str]) -> None:
         shown = run_app({"config.yaml": "x: 1"}, "--help")

@@ -21,6 +21,11 @@ Experts = Literal["fused"] | None
 DEFAULT_RULE = Proportional()
 
 
+def rule_or_default(rule: Rules) -> Rules:
+    """Return the rule; the default one for None, as in a configuration without an option of the group 'rule'."""
+    return DEFAULT_RULE if rule is None else rule
+
+
 @dataclass(frozen=True)
 class BalanceSettings:
     """How to balance a model; the attributes are arguments of `balance_`.

@@ -7,7 +7,7 @@ import pytest
 
 from moe_plugin import LossFreeBalancing, Proportional, RateSchedule, Sign, balance_
 from moe_plugin.attach.adapter import Adapter
-from moe_plugin.attach.settings import BalanceSettings
+from moe_plugin.attach.settings import BalanceSettings, rule_or_default
 from moe_plugin.errors import AttachError, ConfigError
 from tests.hosts import Host
 
@@ -96,3 +96,10 @@ class TestBalanceSettings:
             0.0,
         ]
         assert [BalanceSettings().rate_factor(step) for step in steps] == [1.0] * 4
+
+
+class TestRuleOrDefault:
+    def test_no_rule_gives_the_default_and_a_rule_itself(self) -> None:
+        assert rule_or_default(None) == inspect.signature(balance_).parameters["rule"].default
+        for rule in (Sign(rate=0.1), {"a.*": Sign(rate=0.1)}):
+            assert rule_or_default(rule) is rule

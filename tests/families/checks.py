@@ -188,7 +188,7 @@ def copies_are_alike(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
         copied, balanced = find_balanced(other), find_balanced(model)
         assert copied is not None
         assert balanced is not None
-        assert [(s.name, s.kind) for s in copied.values()] == [(s.name, s.kind) for s in balanced.values()]
+        assert [(s.name, s.style) for s in copied.values()] == [(s.name, s.style) for s in balanced.values()]
         assert torch.equal(_evaluate(other, inputs), expected), "a copy gives another output"
 
 

@@ -25,7 +25,7 @@ class TestZeroExpertRouter:
         assert 0 < routing.used_TK.sum() < 90
 
     def test_shares_hold_the_target(self):
-        shares = zero_router(target_k=1.5).load_shares_E
+        shares = zero_router(target_k=1.5).allocation().load_shares_E
         assert sum(shares) == pytest.approx(1)
         assert 3 * sum(shares[:5]) == pytest.approx(1.5)
         assert len(set(shares[:5])) == len(set(shares[5:])) == 1

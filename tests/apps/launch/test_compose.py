@@ -50,7 +50,7 @@ class TestComposeJobs:
     def test_every_rule_takes_the_callbacks_place(self) -> None:
         for rule in {path.stem for path in (GROUPS / "rule").glob("*.yaml")} - {"by_layer"}:
             (config,) = compose_jobs([f"rule={rule}"], multirun=False)
-            target = config.callbacks.loss_free.rule._target_
+            target = config.callbacks.loss_free.rule.rule._target_
             assert target.rpartition(".")[2].lower() == rule.replace("_", "")
 
     def test_grid_gives_each_combination(self) -> None:
