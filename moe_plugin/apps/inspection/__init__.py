@@ -1,6 +1,6 @@
 """The routers of a model and how they would be balanced: `moe-inspect`, and `inspect_model` for a model in memory."""
 
 from moe_plugin.apps.inspection.inspection_table import inspection_table
-from moe_plugin.apps.inspection.sites import BiasStatistics, Inspection, RoutingSite, inspect_model
+from moe_plugin.apps.inspection.sites import BiasStatistics, inspect_model
 
-__all__ = ["BiasStatistics", "Inspection", "RoutingSite", "inspect_model", "inspection_table"]
+__all__ = ["BiasStatistics", "inspect_model", "inspection_table"]

@@ -2,18 +2,14 @@
 
 from moe_plugin.apps.models.deepseek import deepseek_v3
 from moe_plugin.apps.models.hugging_face import HuggingFaceModel
-from moe_plugin.apps.models.language_model import LanguageModel, TokenModel
+from moe_plugin.apps.models.language_model import LanguageModel
 from moe_plugin.apps.models.optimizer import AdamWWarmupCosine
-from moe_plugin.apps.models.size import ModelSize, measure, print_size_table, size_table
-from moe_plugin.apps.models.transformer import Transformer
+from moe_plugin.apps.models.size import measure, print_size_table, size_table
 
 __all__ = [
     "AdamWWarmupCosine",
     "HuggingFaceModel",
     "LanguageModel",
-    "ModelSize",
-    "TokenModel",
-    "Transformer",
     "deepseek_v3",
     "measure",
     "print_size_table",
