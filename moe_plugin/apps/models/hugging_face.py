@@ -27,7 +27,7 @@ def native_router() -> None:
 
 
 class HuggingFaceModel(TokenModel):
-    """A language model of transformers with its own router, or with one of ours in its place."""
+    """A language model of transformers with its own router, or with our router in its place."""
 
     def __init__(
         self,
@@ -120,7 +120,7 @@ class HostRouter(nn.Module):
 
 
 def replace_routers_(model: nn.Module, router: partial[Router], experts: ExpertShape) -> None:
-    """Replace each of the model's routers by one of ours, in place.
+    """Replace each router of the model by our own, in place.
 
     The model's are modules named ``...Router`` that return scores, gate weights and expert ids, as in transformers
     since version 5.

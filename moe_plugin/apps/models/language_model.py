@@ -212,7 +212,7 @@ class LanguageModel(TokenModel):
             ConfigError: A size is out of range, or sizes do not fit together.
         """
         if router is None:
-            raise ConfigError("router", "must be one of ours for this model", "native", "Take sigmoid_top_k.")
+            raise ConfigError("router", "must be our own for this model", "native", "Take sigmoid_top_k.")
         if dense_hidden_dim is None:
             dense_hidden_dim = (experts.top_k + experts.num_shared) * experts.hidden_dim
         check_positive_integers(vocab_size=vocab_size, context_length=context_length, dim=dim)

@@ -5,5 +5,5 @@ from __future__ import annotations
 from moe_plugin.attach.adapter import Adapter
 
 ADAPTER = Adapter(
-    block="VitPoseNaiveMoe", refused="is told by 'dataset_index' which expert to use: there is no router"
+    block="VitPoseNaiveMoe", refused="takes its expert from 'dataset_index': there is no router"
 )

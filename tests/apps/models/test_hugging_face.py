@@ -175,7 +175,7 @@ class TestHuggingFaceModel:
             assert 4 * LENGTH == record.tokens[name] <= counts_E.sum() < 8 * record.tokens[name]
 
     def test_native_router_of_our_own_model_is_an_error(self):
-        message = r"'router' must be one of ours for this model, got 'native'\. Take sigmoid_top_k"
+        message = r"'router' must be our own for this model, got 'native'\. Take sigmoid_top_k"
         with refused(message):
             instantiate(compose("tiny", "native").model)
 
