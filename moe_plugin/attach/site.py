@@ -33,6 +33,8 @@ class Site:
         bias_place: Where the selection bias is.
         token_mask: Which tokens count.
         counters: What was counted since the last update.
+        num_routed: Experts that compute something: the first ones, all of them in most models.
+        target_k: Experts that a token should use on average, if their number varies.
         is_proven: Whether the host's own bias was seen to reach its selection.
         is_interpreted: Whether a forward that counted ran outside of compiled code.
         observer: Receives each selection instead of counting it; None counts as usual.
@@ -56,7 +58,11 @@ class Site:
         self.observer: Observer | None = None
         self.witness: Observer | None = None
         self._is_masked = token_mask.describes(found.name)
-        self.counters = SiteCounters(self.num_experts, self.top_k, self.allocation)
+        self._allocates = isinstance(self.router, AllocatesExperts)  # to ask once: it takes microseconds
+        given = self.allocation
+        self.num_routed = self.num_experts if given is None else given.num_routed
+        self.target_k = None if given is None else given.target_k
+        self.counters = SiteCounters(self.num_experts, self.top_k, given)
 
     @property
     def num_experts(self) -> int:
@@ -70,18 +76,8 @@ class Site:
 
     @property
     def allocation(self) -> Allocation | None:
-        """How experts are allocated, if tokens use different numbers of them."""
-        return self.router.allocation() if isinstance(self.router, AllocatesExperts) else None
-
-    @property
-    def num_routed(self) -> int:
-        """Experts that compute something: the first ones, all of them in most models."""
-        return self.num_experts if self.allocation is None else self.allocation.num_routed
-
-    @property
-    def target_k(self) -> float | None:
-        """Experts that a token should use on average, if their number varies."""
-        return None if self.allocation is None else self.allocation.target_k
+        """How experts are allocated now, if tokens use different numbers of them."""
+        return self.router.allocation() if self._allocates else None  # pyright: ignore[reportCallIssue]
 
     @property
     def level(self) -> Tensor | None:
