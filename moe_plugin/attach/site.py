@@ -29,7 +29,7 @@ class Site:
     """Where a model selects experts.
 
     Attributes:
-        found: The router, with its `name`, `router` (the module) and `style` (how it selects).
+        found: The router as it was found; `name`, `router` and `style` are its parts.
         bias_place: Where the selection bias is.
         token_mask: Which tokens count.
         counters: What was counted since the last update.

@@ -39,8 +39,8 @@ class LoadMonitor(Callback):
 
     Args:
         every_n_steps: Optimizer steps between scalars; None for the trainer's `log_every_n_steps`.
-        image_every_n_steps: Optimizer steps between heatmaps; None for growing intervals (the 1st, 2nd, 4th,
-            8th, ... window), about ten in a run of any length. 0 for no heatmaps.
+        image_every_n_steps: Optimizer steps between heatmaps; None for growing intervals (the first step, the 1st,
+            2nd, 4th, 8th, ... window, and the last), about a dozen in a run of any length. 0 for no heatmaps.
         on_alarm: 'warn' with a `LoadAlarmWarning`, 'raise' a `LoadAlarmError`, or call a function with the `Alarm` on
             the first rank; None turns alarms off.
         alarm_limits: How long a problem must last before it is an alarm.
