@@ -7,6 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from moe_plugin import Sign, balance_
+from moe_plugin.apps.models.size import fixed_experts_per_token
+from moe_plugin.attach.discovery.routed_experts import find_routed_experts
 from moe_plugin.types import AllocatesExperts, Allocation, Routing
 from tests.hosts import Host, OwningRouter, SoftmaxRouter
 
@@ -113,3 +115,13 @@ class TestSite:
         second.bias.add_(1.0)
         assert second.router is twin.layers[0].router
         assert (first.bias.tolist(), second.bias.tolist()) == ([0.0] * 4, [1.0] * 4)
+
+
+class TestSizes:
+    def test_experts_of_an_unknown_router_count_as_it_says(self) -> None:
+        """The first three of four experts compute, and a token uses one of them on average."""
+        block = RoutingBlock(SharesRouter(8, 4, 2), 8)
+        block.experts = block.experts[:3]
+        (routed,) = find_routed_experts(nn.Sequential(block))
+        assert (routed.num_experts, routed.top_k) == (3, 1.0)
+        assert fixed_experts_per_token(nn.Sequential(block)) is None

@@ -15,7 +15,7 @@ from torch import nn
 from moe_plugin.apps.models.flops import attention_flops, matmul_flops
 from moe_plugin.attach.discovery.routed_experts import find_routed_experts
 from moe_plugin.number_checks import check_positive_integers
-from moe_plugin.routing import DynamicRouter, ZeroExpertRouter
+from moe_plugin.types import AllocatesExperts
 
 _ADAM_BYTES = 8  # Two moments in fp32.
 _GIB = 2**30
@@ -115,7 +115,7 @@ def measure(model: nn.Module, *, context_length: int | None = None, num_devices:
 def fixed_experts_per_token(model: nn.Module) -> float | None:
     """Return the routed experts of a token, averaged over layers; None if tokens use different numbers, or none."""
     routed = find_routed_experts(model)
-    varies = any(isinstance(module, DynamicRouter | ZeroExpertRouter) for module in model.modules())
+    varies = any(isinstance(module, AllocatesExperts) for module in model.modules())
     return fmean(experts.top_k for experts in routed) if routed and not varies else None
 
 

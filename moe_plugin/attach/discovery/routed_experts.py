@@ -10,6 +10,7 @@ from torch import nn
 from moe_plugin.attach.discovery.understand import TOP_K_NAMES
 from moe_plugin.errors import ConfigError
 from moe_plugin.experts.stacks import num_experts_in
+from moe_plugin.types import AllocatesExperts
 
 
 @dataclass(frozen=True)
@@ -58,16 +59,22 @@ def find_routed_experts(model: nn.Module) -> list[RoutedExperts]:
 
 def _has_router(block: nn.Module, experts: nn.Module, num_experts: int) -> bool:
     return any(
-        parameter.ndim == 2 and num_experts in (parameter.shape[0], getattr(sibling, "num_routed", None))
+        parameter.ndim == 2 and num_experts in (parameter.shape[0], _num_routed(sibling))
         for sibling in block.children()
         if sibling is not experts
         for parameter in sibling.parameters()
     )
 
 
+def _num_routed(router: nn.Module) -> int | None:
+    return router.allocation().num_routed if isinstance(router, AllocatesExperts) else None
+
+
 def _top_k(block: nn.Module, experts: nn.Module, path: str) -> float:
     for owner in _owners(block, experts):
-        for name in ("target_k", *TOP_K_NAMES):
+        if isinstance(owner, AllocatesExperts):
+            return owner.allocation().target_k
+        for name in TOP_K_NAMES:
             value = getattr(owner, name, None)
             if isinstance(value, int | float):
                 return value
