@@ -1,7 +1,7 @@
-"""Where the experts of a model are: in lists of modules, or stacked in weights with one more dimension than a matrix.
+"""What can hold the experts of any model: a list of modules, or weights with one more dimension than a matrix.
 
-This is the one place that says what holds experts, for any model. Who asks adds what it needs to know: which router
-they belong to, how many a token takes, whether ranks can share them.
+All searches for experts use these definitions. Each adds what it needs to know: which router they belong to, how many a
+token uses, whether ranks can share them.
 """
 
 from __future__ import annotations
