@@ -136,7 +136,9 @@ class Site:
         selection = seen[0] if len(seen) == 1 else as_one(seen, self.style)
         if isinstance(output, Routing) and output.used_TK is not None:
             selection = selection._replace(used_TK=output.used_TK)
-        valid_T = self._valid(selection.expert_ids_TK)
+        ids_TK, valid_T = selection.expert_ids_TK, None
+        if self._is_masked and self.token_mask.mask_BS is not None:
+            valid_T = self.token_mask.for_tokens(ids_TK.numel() // ids_TK.shape[-1], self.name)
         if self.observer is not None:
             self.observer(selection.detached(), valid_T)
             return
@@ -144,22 +146,16 @@ class Site:
             self.is_interpreted = True
             if self.witness is not None:
                 self.witness(selection.detached(), valid_T)
-        self._count_(selection, output, valid_T, training, compiling)
-
-    def _valid(self, ids_TK: Tensor) -> Tensor | None:
-        if not self._is_masked or self.token_mask.mask_BS is None:
-            return None
-        return self.token_mask.for_tokens(ids_TK.numel() // ids_TK.shape[-1], self.name)
-
-    def _count_(
-        self, selection: Selection, output: Any, valid_T: Tensor | None, training: bool, compiling: bool
-    ) -> None:
         counters, scores_TE = self.counters, None
-        if counters.needs_scores(training=training, compiling=compiling):
+        # Compiled code measures in every step: a second graph for the steps between would cost more.
+        if counters.measures_spread and training and (compiling or counters.looks_closely):
             scores_TE = self.unbiased(selection.ranked_TE.detach())
         counters.count_(selection, scores_TE, valid_T, training=training, compiling=compiling)
-        if not training:
-            return
+        if training and (counters.gaps_EG is not None or counters.budget_1G is not None):
+            self._count_distances_(selection, output, valid_T)
+
+    def _count_distances_(self, selection: Selection, output: Any, valid_T: Tensor | None) -> None:
+        counters = self.counters
         if counters.gaps_EG is not None and self.top_k < self.num_experts:
             biased_TE = self.unbiased(selection.ranked_TE.detach()) + self.bias
             count_gaps_(counters.gaps_EG, gaps_of(biased_TE, self.top_k), valid_T)

@@ -64,11 +64,6 @@ class SiteCounters:
             return num_tokens(slots_S)
         return expert_counts(slots_S).sum(-1) // self._top_k
 
-    def needs_scores(self, *, training: bool, compiling: bool) -> bool:
-        """Return whether `count_` takes all scores of this forward; arguments as `count_` has them."""
-        # Compiled code measures in every step: a second graph for the steps between would cost more.
-        return self.measures_spread and training and (compiling or self.looks_closely)
-
     def count_(
         self,
         selection: Selection,
@@ -82,7 +77,7 @@ class SiteCounters:
 
         Args:
             selection: What it selected.
-            scores_TE: Unbiased scores of all experts, if `needs_scores`.
+            scores_TE: Unbiased scores of all experts, to measure their spread; None to leave it out.
             valid_T: bool, True for tokens that count; None when all do.
             training: Whether the router is in training mode.
             compiling: Whether it is being compiled.
