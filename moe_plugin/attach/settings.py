@@ -65,7 +65,8 @@ class BalanceSettings:
 
     def rate_factor(self, step: int) -> float:
         """Return the factor on the rate in update number ``step``; the first is 1."""
-        return 1.0 if self.schedule is None else self.schedule(step)
+        assert self.schedule is not None, "filled in when the settings were made"
+        return self.schedule(step)
 
     def rule_for(self, name: str) -> Rule | None:
         """Return the rule of the router of this name.
