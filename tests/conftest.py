@@ -3,7 +3,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
 
@@ -11,6 +11,16 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+
+LAUNCHERS = {
+    "RANK",
+    "WORLD_SIZE",
+    "LOCAL_RANK",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "NODE_RANK",
+    "TORCHELASTIC_RUN_ID",
+}
 
 
 def pytest_configure() -> None:
@@ -24,6 +34,21 @@ def pytest_configure() -> None:
     # Triton asks once, when it is imported: without a GPU its kernels are interpreted.
     if not torch.cuda.is_available():
         os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_is_left_to_the_next_test() -> Iterator[None]:
+    """Fails the test that leaves a process group or a variable of a launcher, not those that come after it."""
+    before = {name: os.environ.get(name) for name in LAUNCHERS}
+    yield
+    left = {name for name in LAUNCHERS if os.environ.get(name) != before[name]} | (
+        {"process group"} if dist.is_initialized() else set()
+    )
+    if dist.is_initialized():
+        dist.destroy_process_group()
+    for name in LAUNCHERS & left:
+        os.environ.pop(name, None)
+    assert not left
 
 
 def _run_rank(rank: int, world_size: int, port: int, function: Callable, results: Any, args: tuple) -> None:

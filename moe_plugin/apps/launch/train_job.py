@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def train(config: DictConfig) -> None:
         config: A run's resolved configuration; ``paths.output`` is its folder.
     """
     folder, clock = Path(config.paths.output), Throughput()
-    with StopSignals() as signals, quiet():
+    with StopSignals() as signals, quiet(), _ended_process_group():
         seed_everything(config.seed, workers=True, verbose=False)
         data, model = build_data(config), build_model_for(config)
         callbacks = [*build_callbacks(config), clock, RandomState(), StopAtSignal(signals)]
@@ -57,8 +58,22 @@ def train(config: DictConfig) -> None:
             summary = _summarise(config, metrics, clock)
             write_summary(summary, folder)
             _print_report(summary, callbacks, folder)
-        if dist.is_initialized():  # the next job of a sweep may want another group, or none
+
+
+@contextmanager
+def _ended_process_group() -> Iterator[None]:
+    """End the process group that Lightning leaves: a sweep's next job may want another, or none.
+
+    One whose other processes may still wait in a collective is left to the end of this process.
+    """
+    try:
+        yield
+    except BaseException:
+        if dist.is_initialized() and dist.get_world_size() == 1:
             dist.destroy_process_group()
+        raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _fit_and_validate(
