@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any
 
 from torch import nn
@@ -19,6 +20,10 @@ class Adapter:
     ``route`` replaces the block's ``method``. It is called as ``route(block, select, *args, **kwargs)`` and
     returns what the method would. ``select(scores_TE, k)`` takes the place of ``torch.topk``: it ranks by the scores
     plus the bias and returns the unbiased scores of the chosen experts, and their ids.
+
+    If ``scores_TE`` carry noise or leave experts out, pass the router's own scores as well: ``select(scores_TE, k,
+    plain_TE)``. They show how far apart the experts are, which ``rate: auto`` and some rules need. A call that only
+    prepares the selection, as for a threshold, passes ``counts=False``.
 
     Example:
         >>> def route(block, select, x_TD):
@@ -60,6 +65,17 @@ class Adapter:
             return isinstance(module, self.block)
         return self.block(module)
 
+    def places(self, module: nn.Module) -> list[str]:
+        """Return the attributes of this block that ``route`` replaces; [] if the method cannot be reached.
+
+        Hooks put a callable of their own in the method's place, and may keep the method in another attribute, as
+        accelerate does in ``_old_forward``.
+        """
+        own = getattr(type(module), self.method, None)
+        if self.method not in vars(module):
+            return [self.method]
+        return [name for name, value in vars(module).items() if _is_bound(value, own, module)]
+
     def number(self, module: nn.Module, which: str) -> int:
         """Return ``num_experts`` or ``top_k`` of this block.
 
@@ -79,6 +95,10 @@ class Adapter:
             rule = f"must be an integer or name one: {type(module).__name__} has {value!r} there"
             raise ConfigError(which, rule, getattr(self, which), "Correct the Adapter.")
         return value
+
+
+def _is_bound(value: Any, function: Any, module: nn.Module) -> bool:
+    return isinstance(value, MethodType) and value.__func__ is function and value.__self__ is module
 
 
 class Replaced(TorchFunctionMode):

@@ -7,6 +7,7 @@ from typing import Any
 import torch.distributed as dist
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor
+from torch.optim import Optimizer
 
 from moe_plugin.attach.balance import balance_as_set_
 from moe_plugin.attach.balanced_model import BalancedModel
@@ -48,7 +49,11 @@ class Attachment(Callback):
         pl_module.__dict__["configure_model"] = configure_and_attach
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Choose the ranks to sum over and the optimizer to follow, after strategy and checkpoint are set up."""
+        """Choose the ranks to sum over and the optimizer to follow, after strategy and checkpoint are set up.
+
+        Raises:
+            AttachError: If the optimizer does not report its steps.
+        """
         self.balanced.process_group = _data_parallel_group(trainer)
         self.balanced.discard_counts_()
         routers = [parameter for site in self.balanced.values() for parameter in site.router.parameters()]
@@ -62,9 +67,11 @@ class Attachment(Callback):
         """Reject the step if the loss is NaN or infinite, without waiting for it."""
         self.balanced.reject_if_(~loss.detach().isfinite().all())
 
-    def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Expect a step, unless the gradient scaler prevents it."""
-        self._clock.step_is_due()
+    def on_before_optimizer_step(
+        self, trainer: Trainer, pl_module: LightningModule, optimizer: Optimizer
+    ) -> None:
+        """Expect a step if this is the routers' optimizer, unless the gradient scaler prevents it."""
+        self._clock.step_is_due(optimizer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Ignore steps outside of a batch."""

@@ -1,21 +1,24 @@
 """Report when an optimizer step took place.
 
-The optimizer's own post-step hook is the one place that fires once per real step: with accumulation, manual
-optimization, clipping and LBFGS, and before checkpoints of the step are written.
+A step is one of the optimizer that trains the routers, inside a training batch; with several optimizers the steps of
+the others do not count. The optimizer's own post-step hook is the one place that fires once per real step: with
+accumulation, manual optimization, clipping and LBFGS, and before checkpoints of the step are written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from torch.utils.hooks import RemovableHandle
+
+from moe_plugin.callbacks.step_hooks import Hook, accumulates, after_steps
 
 
 class StepClock:
-    """Calls ``on_step`` after each optimizer step inside a training batch, and ``on_skip`` after a skipped one."""
+    """Calls ``on_step`` after each step of one optimizer in a training batch, and ``on_skip`` after a skipped one."""
 
     def __init__(self, on_step: Callable[[Tensor | None], object], on_skip: Callable[[], object]) -> None:
         """Set what is called.
@@ -23,33 +26,42 @@ class StepClock:
         Args:
             on_step: Takes the gradient scaler's verdict, a float scalar above zero for a step that the optimizer
                 itself left out because of infinite gradients; None without a scaler.
-            on_skip: Called at the end of a batch whose step the scaler kept from the optimizer.
+            on_skip: Called for a step that the optimizer was kept from: by the gradient scaler, at the end of the
+                batch, or by DeepSpeed, at once.
         """
         self._on_step = on_step
         self._on_skip = on_skip
-        self._handle: RemovableHandle | None = None
+        self._optimizer: Any = None
+        self._hook: Hook | None = None
         self._in_batch = False
         self._awaiting = False
 
-    def start_(self, optimizer: Optimizer) -> None:
-        """Follow one optimizer."""
+    def start_(self, optimizer: Any) -> None:
+        """Follow one optimizer.
+
+        Raises:
+            AttachError: If it does not report its steps.
+        """
         self.stop_()
-        self._handle = optimizer.register_step_post_hook(self._after_step)
+        self._optimizer, self._hook = optimizer, after_steps(optimizer, self._after_step)
 
     def stop_(self) -> None:
         """Stop following it."""
-        if self._handle is not None:
-            self._handle.remove()
-        self._handle = None
+        if self._hook is not None:
+            self._hook.remove()
+        self._optimizer = self._hook = None
         self._in_batch = self._awaiting = False
 
     def batch_starts(self) -> None:
         """Count steps from here on; outside of batches, restoring a checkpoint makes steps."""
         self._in_batch = True
 
-    def step_is_due(self) -> None:
-        """Expect a step: gradients are ready, and only the gradient scaler can prevent it."""
-        self._awaiting = self._handle is not None
+    def step_is_due(self, optimizer: Any) -> None:
+        """Expect a step if this optimizer is followed: gradients are ready, only the gradient scaler can prevent it."""
+        # Wrappers of an optimizer share its groups.
+        is_followed = self._hook is not None and optimizer.param_groups is self._optimizer.param_groups
+        if is_followed and not accumulates(optimizer):
+            self._awaiting = True
 
     def batch_ends(self) -> None:
         """Ignore steps from here on."""
@@ -57,9 +69,13 @@ class StepClock:
             self._on_skip()
         self._in_batch = self._awaiting = False
 
-    def _after_step(self, optimizer: Optimizer, args: tuple, kwargs: dict) -> None:
-        if self._in_batch:
-            self._awaiting = False
+    def _after_step(self, optimizer: Any) -> None:
+        if not self._in_batch:
+            return
+        self._awaiting = False
+        if getattr(optimizer, "overflow", False):
+            self._on_skip()
+        else:
             self._on_step(getattr(optimizer, "found_inf", None))
 
 

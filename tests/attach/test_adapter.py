@@ -1,10 +1,12 @@
 from __future__ import annotations
 
 import copy
+import functools
 import importlib
 import pickle
 import pkgutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,8 +16,11 @@ from moe_plugin.attach import families
 from moe_plugin.attach.adapter import Adapter
 from moe_plugin.attach.balance import balance_
 from moe_plugin.attach.balanced_model import find_balanced
+from moe_plugin.attach.settings import DEFAULT_RULE
 from moe_plugin.balancing.rules import Sign
 from moe_plugin.errors import AttachError, ConfigError
+from moe_plugin.metrics import max_violation
+from tests.families.models import build
 
 
 class OddBlock(nn.Module):
@@ -140,3 +145,150 @@ class TestDocumentation:
         names["balanced"].remove()
         with pytest.raises(AttachError, match="'0': OddBlock holds experts"):
             balance_(names["model"])
+
+
+def masked_route(block, select, x_TD):
+    """Leave all but the two best experts out, as samplers with a threshold do."""
+    scores_TE = block.gate(x_TD)
+    left_TE = scores_TE.masked_fill(scores_TE < scores_TE.topk(block.k).values[:, -1:], -torch.inf)
+    return select(left_TE, block.k, scores_TE)
+
+
+class TestSpread:
+    """`rate: auto` follows the spread of the router's own scores."""
+
+    def test_it_is_that_of_the_plain_scores(self, model):
+        adapter = Adapter(block=OddBlock, method="choose", route=masked_route, num_experts="n", top_k="k")
+        balanced, x_TD = balance_(model, adapters=[adapter]), torch.randn(20, 8)
+        model[0].choose(x_TD)[0].sum().backward()
+        model[1].choose(x_TD)[0].sum().backward()
+        balanced.update()
+        for name, block in zip(("0", "1"), model, strict=True):
+            expected = block.gate(x_TD).std(-1, correction=0).mean()
+            spread = balanced.state_dict()["sites"][name]["state"]["score_spread"]
+            torch.testing.assert_close(spread, expected, atol=1e-5, rtol=1e-4)
+
+    @pytest.mark.parametrize("jitter", [0.01, 0.0])
+    def test_default_rule_balances_a_router_that_samples_from_masked_scores(self, jitter):
+        control, balanced = (phimoe_violation(rule, jitter) for rule in (None, DEFAULT_RULE))
+        assert control > 1
+        assert balanced < control / 3
+
+
+def phimoe_violation(rule, jitter):
+    """MaxVio of the last 20 of 100 steps."""
+    block = build("phimoe").model.layers[0].mlp
+    block.router.router_jitter_noise = jitter
+    balanced = balance_(block, rule)
+    optimizer = torch.optim.SGD(block.parameters(), lr=1e-3)
+    torch.manual_seed(1)
+    counts = []
+    for _ in range(100):
+        block(torch.randn(2, 24, 64) + 0.5).square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        counts.extend(balanced.update().counts.values())
+    return max_violation(torch.stack(counts[-20:]).sum(0)).item()
+
+
+def wrap_(module, name, keep):
+    """Hook a module as accelerate does: its own callable in the method's place, and the method in ``keep``."""
+    setattr(module, keep, getattr(module, name))
+
+    def hooked(module, *args):
+        module.calls = getattr(module, "calls", 0) + 1
+        return getattr(module, keep)(*args)
+
+    setattr(module, name, functools.partial(hooked, module))
+
+
+def accelerate_(module, name, keep):
+    hooks = pytest.importorskip("accelerate.hooks")
+    assert (name, keep) == ("forward", "_old_forward")
+
+    class Calls(hooks.ModelHook):
+        def pre_forward(self, module, *args, **kwargs):
+            module.calls = getattr(module, "calls", 0) + 1
+            return args, kwargs
+
+    hooks.add_hook_to_module(module, Calls())
+
+
+class ForwardBlock(OddBlock):
+    """Its forward is its routing."""
+
+    def forward(self, x_TD):
+        return self.choose(x_TD)
+
+
+FORWARD = Adapter(block=ForwardBlock, route=route, num_experts="n", top_k="k")
+HOOKS = [
+    pytest.param(wrap_, ADAPTER, "_kept", id="hand-written"),
+    pytest.param(wrap_, FORWARD, "_old_forward", id="hand-written-forward"),
+    pytest.param(accelerate_, FORWARD, "_old_forward", id="accelerate"),
+]
+
+
+@pytest.mark.parametrize(("hook_", "adapter", "keep"), HOOKS)
+class TestInstanceMethod:
+    """A block whose method other libraries have replaced on the instance."""
+
+    def block(self) -> Any:
+        torch.manual_seed(0)
+        return ForwardBlock()
+
+    def test_hook_and_route_run_both(self, hook_, adapter, keep):
+        block = self.block()
+        hook_(block, adapter.method, keep)
+        balanced = balance_(block, adapters=[adapter])
+        balanced[""].bias[3] = 5.0
+        for steered in (block, copy.deepcopy(block)):
+            assert getattr(steered, adapter.method)(torch.randn(20, 8))[1][:, 0].tolist() == [3] * 20
+            assert steered.calls == 1
+            counted = find_balanced(steered)
+            assert counted is not None
+            assert counted[""].counts.sum() == 40
+            steered.calls = 0
+
+    def test_remove_gives_back_the_same_objects(self, hook_, adapter, keep):
+        block = self.block()
+        hook_(block, adapter.method, keep)
+        before = dict(vars(block))
+        balance_(block, adapters=[adapter]).remove()
+        assert vars(block).keys() == before.keys()
+        assert all(vars(block)[name] is value for name, value in before.items())
+
+    def test_hook_set_while_balanced_survives_remove(self, hook_, adapter, keep):
+        block, x_TD = self.block(), torch.randn(20, 8)
+        expected = block.choose(x_TD)
+        balanced = balance_(block, adapters=[adapter])
+        hook_(block, adapter.method, keep)
+        getattr(block, adapter.method)(x_TD)
+        assert balanced[""].counts.sum() == 40
+        balanced.remove()
+        torch.testing.assert_close(getattr(block, adapter.method)(x_TD), expected)
+        assert block.calls == 2
+
+    def test_hook_taken_off_while_balanced_leaves_it_balanced(self, hook_, adapter, keep):
+        block = self.block()
+        hook_(block, adapter.method, keep)
+        original = getattr(block, keep)
+        balanced = balance_(block, adapters=[adapter])
+        setattr(block, adapter.method, getattr(block, keep))
+        delattr(block, keep)
+        getattr(block, adapter.method)(torch.randn(20, 8))
+        assert balanced[""].counts.sum() == 40
+        balanced.remove()
+        assert vars(block)[adapter.method] is original
+
+
+class TestHiddenMethod:
+    @pytest.mark.parametrize("hide", ["closure", "another"])
+    def test_method_that_no_attribute_holds_is_an_error_and_nothing_changes(self, model, hide):
+        method = model[1].choose
+        model[1].choose = (lambda x_TD: method(x_TD)) if hide == "closure" else model[0].choose
+        before = [dict(vars(module)) for module in model]
+        with pytest.raises(AttachError, match=r"'1': something else is in the place of OddBlock\.choose"):
+            balance_(model, adapters=[ADAPTER])
+        assert [dict(vars(module)) for module in model] == before
+        assert list(balance_(model, adapters=[ADAPTER], sites="0")) == ["0"]

@@ -374,3 +374,60 @@ def fit_rank(rank, results, tmp_path):
     x = torch.cat([part.chunk(2)[rank] for part in loader(4, 4)])
     run.fit(module, DataLoader(x, batch_size=2))
     results[rank] = biases(module)
+
+
+class MuonProject(TwoOptimizers):
+    """The routers' optimizer steps in every second batch, the other one in each."""
+
+    routers_come = "last"
+
+    def configure_optimizers(self):
+        others, routers = super().configure_optimizers()
+        return [others, routers] if self.routers_come == "last" else [routers, others]
+
+    def training_step(self, batch, batch_idx):
+        first, second = self.optimizers()
+        routers, others = (second, first) if self.routers_come == "last" else (first, second)
+        loss = self.loss(batch)
+        self.manual_backward(loss * self.factor(batch_idx))
+        if batch_idx % 2 == 1 and self.routers_come == "first":
+            routers.step()
+        others.step()
+        if batch_idx % 2 == 1 and self.routers_come == "last":
+            routers.step()
+        if batch_idx % 2 == 1:
+            routers.zero_grad()
+        others.zero_grad()
+
+    def factor(self, batch_idx):
+        return 1.0
+
+
+class RoutersFirst(MuonProject):
+    routers_come = "first"
+
+
+class TestTwoOptimizers:
+    """A step is one of the optimizer that holds the routers."""
+
+    @pytest.mark.parametrize("project", [MuonProject, RoutersFirst])
+    def test_batches_between_its_steps_are_counted(self, project, tmp_path):
+        module = project()
+        fit(module, tmp_path)
+        batches = list(loader())
+        assert biases(module) == slow_biases(Project, [batches[:2], batches[2:]])
+
+    @pytest.mark.parametrize("project", [MuonProject, RoutersFirst])
+    def test_its_step_skipped_by_the_scaler_discards(self, project, tmp_path, monkeypatch):
+        monkeypatch.setattr(project, "factor", lambda self, batch_idx: 1.0 if batch_idx > 1 else 3e38)
+        module = project()
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+        fit(module, tmp_path, plugins=[MixedPrecision("16-mixed", device="cpu", scaler=scaler)])
+        assert find_balanced(module).step == 1
+        unskipped = project()
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0)
+        good = DataLoader(torch.cat(list(loader())[2:]), batch_size=2)
+        monkeypatch.setattr(project, "factor", lambda self, batch_idx: 1.0)
+        plugin = MixedPrecision("16-mixed", device="cpu", scaler=scaler)
+        fit(unskipped, tmp_path, data=good, plugins=[plugin])
+        assert biases(module) == biases(unskipped)

@@ -35,6 +35,11 @@ def note_adapted(model: nn.Module, adapters: Sequence[Adapter], findings: Findin
         names.append(name)
         if adapter.refused:
             findings.refused[name] = f"{type(module).__name__} {adapter.refused}"
+        elif not adapter.places(module):
+            findings.strangers[name] = (
+                f"something else is in the place of {type(module).__name__}.{adapter.method}, which its adapter "
+                "replaces; balance before it is put there"
+            )
         else:
             num_experts, top_k = adapter.number(module, "num_experts"), adapter.number(module, "top_k")
             style = RoutingStyle(num_experts, top_k, kind="adapter", proven=True, adapter=adapter)
