@@ -34,6 +34,7 @@ def balance_(
     adapters: Sequence[Adapter] = (),
     frozen_routers: FrozenRouters = "auto",
     experts: Experts = None,
+    verify: bool = True,
     process_group: dist.ProcessGroup | None = None,
 ) -> BalancedModel:
     """Balance the experts of ``model`` in place, without an auxiliary loss (arXiv 2408.15664).
@@ -53,6 +54,8 @@ def balance_(
             keep it if the model owns one that is not zero, balance it otherwise.
         experts: 'fused' computes the experts of these routers by `moe_plugin.experts`, on the same parameters; all must
             be SwiGLU in stacked 3-D weights. None keeps the model's own code.
+        verify: Whether the first training forward of each router proves, by running it a few times more, that a bias
+            moves its selection and nothing else.
         process_group: The data-parallel ranks; None is all ranks of the default group.
 
     Raises:
@@ -68,6 +71,7 @@ def balance_(
         adapters=adapters,
         frozen_routers=frozen_routers,
         experts=experts,
+        verify=verify,
     )
     return balance_as_set_(model, settings, process_group)
 
@@ -97,7 +101,7 @@ def balance_as_set_(
     fusible = find_fusible(model, found) if settings.experts == "fused" else {}
     token_mask = TokenMask(settings.mask or "")
     token_mask.watch_(model)
-    sites = [attach_(router, token_mask) for router in found]
+    sites = [attach_(router, token_mask, settings.verify) for router in found]
     moved = [
         None if keeps_bias(site, settings.frozen_routers) else rule
         for site, rule in zip(sites, rules, strict=True)

@@ -42,6 +42,7 @@ class BalanceSettings:
     adapters: Sequence[Adapter] = ()
     frozen_routers: FrozenRouters = "auto"
     experts: Experts = None
+    verify: bool = True
 
     def __post_init__(self) -> None:
         """Check the settings and bring them into one form."""

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moe_plugin.attach.discovery.routing_style import BiasPlace, FoundRouter
+from moe_plugin.attach.discovery.routing_style import BiasPlace, FoundRouter, Plan
 from moe_plugin.attach.selection import Selection, as_one
 from moe_plugin.attach.site_counters import SiteCounters
 from moe_plugin.attach.token_mask import TokenMask
@@ -20,7 +20,7 @@ from moe_plugin.balancing.gaps import count_gaps_, gaps_of
 from moe_plugin.errors import EffectError
 from moe_plugin.types import AllocatesExperts, Allocation, Routing
 
-_FIX = "Write an Adapter for it and pass it in 'adapters', or leave it out with 'sites'."
+FIX = "Write an Adapter for it and pass it in 'adapters', or leave it out with 'sites'."
 Observer = Callable[[Selection, Tensor | None], None]
 """Takes a selection and its bool (T,) mask of real tokens."""
 
@@ -35,7 +35,9 @@ class Site:
         counters: What was counted since the last update.
         num_routed: Experts that compute something: the first ones, all of them in most models.
         target_k: Experts that a token should use on average, if their number varies.
-        is_proven: Whether the host's own bias was seen to reach its selection.
+        plans: What the router's rankings are for, once a real forward has shown it; by whether it is in training mode
+            and whether gradients are recorded.
+        is_verified: Whether it was proven that a bias moves the selection and nothing else, or that is not wanted.
         is_interpreted: Whether a forward that counted ran outside of compiled code.
         observer: Receives each selection instead of counting it; None counts as usual.
         witness: Also receives each counted selection, unless the forward is compiled.
@@ -53,7 +55,8 @@ class Site:
         self.name, self.router, self.style = found.name, found.module, found.style
         self.bias_place = bias_place
         self.token_mask = token_mask
-        self.is_proven = found.style.proven or found.bias is None
+        self.plans: dict[tuple[bool, bool], Plan] = {}
+        self.is_verified = False
         self.is_interpreted = False
         self.observer: Observer | None = None
         self.witness: Observer | None = None
@@ -166,5 +169,5 @@ class Site:
         how = "its adapter's select" if self.style.adapter is not None else f"torch.{self.style.kind}"
         raise EffectError(
             f"Router {self.name!r} selected no experts by {how} over {self.num_experts} scores with k={self.top_k}, so "
-            f"it cannot be balanced. {_FIX}"
+            f"it cannot be balanced. {FIX}"
         )

@@ -49,6 +49,7 @@ class LossFreeTrainerCallback(TrainerCallback):
         adapters: Sequence[Adapter] = (),
         frozen_routers: FrozenRouters = "auto",
         experts: Experts = None,
+        verify: bool = True,
         resume_from: str | Path | None = None,
     ) -> None:
         """Choose how to balance; arguments as `moe_plugin.LossFreeBalancing` has them.
@@ -68,6 +69,7 @@ class LossFreeTrainerCallback(TrainerCallback):
             adapters=adapters,
             frozen_routers=frozen_routers,
             experts=experts,
+            verify=verify,
         )
         self._resume_from = resume_from
 

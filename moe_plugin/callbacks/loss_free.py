@@ -39,6 +39,7 @@ class LossFreeBalancing(Attachment):
         adapters: Sequence[Adapter] = (),
         frozen_routers: FrozenRouters = "auto",
         experts: Experts = None,
+        verify: bool = True,
         calibration: Calibration | None = None,
     ) -> None:
         """Choose how to balance; the defaults suit most models.
@@ -53,6 +54,8 @@ class LossFreeBalancing(Attachment):
             frozen_routers: What to do with the bias of a frozen router, as with LoRA: 'balance' it, 'keep' it, or
                 'auto': keep it if the model owns one that is not zero, balance it otherwise.
             experts: 'fused' computes the model's stacked SwiGLU experts by our kernels; None keeps its own code.
+            verify: Whether the first training forward of each router proves, by running it a few times more, that a
+                bias moves its selection and nothing else.
             calibration: Solves for the biases once more in the last step of training; None does not.
 
         Raises:
@@ -71,6 +74,7 @@ class LossFreeBalancing(Attachment):
                 adapters=adapters,
                 frozen_routers=frozen_routers,
                 experts=experts,
+                verify=verify,
             )
         )
         self._calibration = calibration

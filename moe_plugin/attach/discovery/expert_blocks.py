@@ -15,7 +15,8 @@ from moe_plugin.experts.stacks import LISTS, own_stacks
 def may_route(module: nn.Module) -> bool:
     """Return whether it looks like a block of experts, although it was not seen to select any."""
     named = Surroundings((("", module),)).has_experts()
-    return has_gate_for_a_stack(module) or (named and uses(type(module), TOP_K))
+    selects = uses(type(module), TOP_K) or has_gate_for_a_weight(module)
+    return has_gate_for_a_stack(module) or (named and selects)
 
 
 def experts_of(module: nn.Module) -> list[nn.Module]:
@@ -27,6 +28,12 @@ def experts_of(module: nn.Module) -> list[nn.Module]:
 def has_gate_for_a_stack(module: nn.Module) -> bool:
     """Return whether it has a matrix with one row or column for each module of a list next to it."""
     sizes = {len(child) for child in module.children() if isinstance(child, LISTS)} - {0, 1}
+    return bool(sizes) and any(sizes & set(matrix.shape) for matrix in _matrices(module))
+
+
+def has_gate_for_a_weight(module: nn.Module) -> bool:
+    """Return whether it has a matrix with one row or column for each entry of a 3-D weight next to it."""
+    sizes = {stack.size for stack in own_stacks(module) if stack.is_weight} - {0, 1}
     return bool(sizes) and any(sizes & set(matrix.shape) for matrix in _matrices(module))
 
 

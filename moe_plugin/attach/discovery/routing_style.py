@@ -3,12 +3,43 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import NamedTuple
 
 from torch import Tensor, nn
 
 from moe_plugin.attach.adapter import Adapter
 from moe_plugin.attach.discovery.probing.ranking_calls import Use
+
+
+class Role(Enum):
+    """What a call that ranks the experts is for.
+
+    It selects them; repeats a selection, on the same scores or others; or is for something else.
+    """
+
+    SELECTS = "selects"
+    REPEATS = "repeats"
+    OTHER = "other"
+
+
+class Plan(NamedTuple):
+    """What each call in a forward that ranks the experts is for.
+
+    Attributes:
+        roles: One per call, in order; empty if each call selects for some of the tokens.
+        mixed: Whether calls of several kinds take part.
+        certain: Whether the forward was seen to its end, and whatever repeats a selection was seen to do so.
+    """
+
+    roles: tuple[Role, ...] = ()
+    mixed: bool = False
+    certain: bool = False
+
+    @property
+    def repeats(self) -> bool:
+        """Whether a call repeats a selection."""
+        return Role.REPEATS in self.roles
 
 
 @dataclass(frozen=True)
@@ -24,6 +55,8 @@ class RoutingStyle:
         zeros_masked: Whether groups of experts are ranked first, so an exact zero may mean a closed group.
         proven: Whether the above was seen in a run instead of read from names.
         adapter: Routes instead of the router's own method, for kind 'adapter'.
+        plans: What each ranking in its forward is for, in evaluation and in training mode.
+        tokens_per_entry: T, divided by the size of the first tensor in a call of the router; 0 if unknown.
     """
 
     num_experts: int
@@ -34,6 +67,8 @@ class RoutingStyle:
     zeros_masked: bool = False
     proven: bool = False
     adapter: Adapter | None = None
+    plans: tuple[Plan, Plan] = (Plan(), Plan())
+    tokens_per_entry: float = 0.0
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from moe_plugin.attach.discovery.code_names import uses
 from moe_plugin.attach.discovery.expert_blocks import (
     experts_of,
     has_gate_for_a_stack,
+    has_gate_for_a_weight,
     is_stack,
     may_route,
     without_router,
@@ -60,7 +61,7 @@ def survey(model: nn.Module, adapters: Sequence[Adapter] = ()) -> Findings:
                 findings.refused[name] = (
                     f"{module.original_name} calls topk in TorchScript, where no bias reaches it"
                 )
-        elif uses(type(module), NAMES) or experts_of(module) or has_gate_for_a_stack(module):
+        elif _may_select(module):
             around = Surroundings.of(model, name)
             key = _structure(around)
             if key not in styles:
@@ -73,6 +74,11 @@ def survey(model: nn.Module, adapters: Sequence[Adapter] = ()) -> Findings:
     order = {name: number for number, (name, _) in enumerate(model.named_modules())}
     findings.routers = dict(sorted(findings.routers.items(), key=lambda item: order[item[0]]))
     return findings
+
+
+def _may_select(module: nn.Module) -> bool:
+    holds_experts = experts_of(module) or has_gate_for_a_stack(module) or has_gate_for_a_weight(module)
+    return bool(holds_experts) or uses(type(module), NAMES)
 
 
 def _note(findings: Findings, name: str, around: Surroundings, style: RoutingStyle | NoStyle | None) -> None:

@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from moe_plugin.attach.discovery.code_names import TOP_K, uses
+from moe_plugin.attach.discovery.probing.decision import Decision, decide
 from moe_plugin.attach.discovery.probing.input_guesses import NUM_TOKENS, Input, inputs
 from moe_plugin.attach.discovery.probing.probe import Seen, probes
 from moe_plugin.attach.discovery.probing.ranking import Ranking
-from moe_plugin.attach.discovery.probing.ranking_calls import Use
-from moe_plugin.attach.discovery.routing_style import NoStyle, RoutingStyle
+from moe_plugin.attach.discovery.routing_style import NoStyle, Plan, RoutingStyle
 from moe_plugin.attach.discovery.surroundings import Surroundings
 
 EXPERT_COUNT_NAMES = (
@@ -33,7 +33,6 @@ GROUP_COUNT_NAMES = (
     *("num_groups", "num_group", "n_group", "num_expert_groups", "num_expert_group", "n_groups"),
 )
 _LIKE_A_BIAS = re.compile(r".+_bias(es)?|bias(es)?_.+|.*(correction|balanc|static).*")
-_KINDS = (("topk",), ("sort", "argsort"), ("argmax",), ("max",), ("argmin",), ("min",))
 _STACK = "stack."
 
 Owners = Mapping[str, tuple[nn.Module, str]]
@@ -52,14 +51,19 @@ def understand(around: Surroundings) -> RoutingStyle | NoStyle | None:
     }
     module, *above = around.modules
     hosts = [*above[:1], module, *above[1:]]  # what holds the router may pass it the bias
-    reasons, ended = [], False
+    broken_off, reasons, ended = None, list[NoStyle](), False
     for seen in probes(module, hosts, _inputs(around), followed):
         style = _by_run(around, owners, seen)
-        if isinstance(style, RoutingStyle):
+        if isinstance(style, NoStyle):
+            reasons.append(style)
+        elif style is not None and seen.returned is not None:
             return style
-        reasons += [style] if style is not None else []
+        elif broken_off is None and not any(reason.adaptable for reason in reasons):
+            broken_off = style
         ended = ended or seen.returned is not None
-    return reasons[0] if reasons else None if ended else _by_names(around, owners)
+    if broken_off is not None or not (reasons or ended):
+        return broken_off or _by_names(around, owners)
+    return reasons[0] if reasons else None
 
 
 def _inputs(around: Surroundings) -> Iterator[Input]:
@@ -71,11 +75,14 @@ def _inputs(around: Surroundings) -> Iterator[Input]:
 
 
 def _by_run(around: Surroundings, owners: Owners, seen: Seen) -> RoutingStyle | NoStyle | None:
-    rankings = [ranking for ranking in _whole(seen.rankings) if _is_of_experts(around, ranking)]
-    for kinds in _KINDS:
-        chosen = [each for each in rankings if each.call.kind in kinds and _selects(each, rankings[-1])]
-        if chosen:
-            return _style(around, owners, seen, chosen)
+    rankings = [ranking for ranking in seen.rankings if _is_of_experts(around, ranking)]
+    found = [_bias(owners, seen, each, each.call.num_items) for each in rankings]
+    biases = {key for key in found if key is not None}
+    decision = decide(seen.rankings, rankings, NUM_TOKENS, _stated_k(around.modules[0]), biases)
+    if isinstance(decision, Decision):
+        return _made(around, owners, seen, decision, biases)
+    if decision is not None:
+        return decision
     if any(ranking.compared for ranking in rankings):
         return NoStyle(
             "selects experts by comparing scores with the k-th largest, which is not a ranking", True
@@ -83,72 +90,48 @@ def _by_run(around: Surroundings, owners: Owners, seen: Seen) -> RoutingStyle | 
     for name, scores in seen.unsteerable:
         if any(scores.numel() == NUM_TOKENS * size for size in around.expert_counts()):
             return NoStyle(f"selects experts by {name}, which leaves no place for a bias", True)
-    if any(_is_expert_choice(around, ranking) for ranking in seen.rankings):
+    if any(_is_expert_choice(around, ranking) for ranking in seen.rankings if not ranking.hard):
         return NoStyle("lets its experts choose their tokens (expert choice), so their load is equal", False)
     return None
 
 
-def _whole(rankings: list[Ranking]) -> list[Ranking]:
-    """Return the rankings of all tokens, and the last of each group that together ranks all tokens."""
-    found, parts = [], {}
-    for ranking in rankings:
-        call = ranking.call
-        if call.scores.numel() == NUM_TOKENS * call.num_items:
-            found.append(ranking)
-        else:
-            parts.setdefault((call.kind, call.num_items, ranking.k), []).append(ranking)
-    for (_, size, _), group in parts.items():
-        if sum(part.call.scores.numel() for part in group) == NUM_TOKENS * size:
-            found.append(group[-1])
-    return found
-
-
-def _selects(ranking: Ranking, last: Ranking) -> bool:
-    """Return whether the ranking's ids were used. If the run broke off, those of the last may be used later."""
-    may_be = ranking is last and not (ranking.ended or ranking.compared)
-    return ranking.k > 0 and (ranking.ids_used or may_be)
-
-
-def _style(around: Surroundings, owners: Owners, seen: Seen, chosen: list[Ranking]) -> RoutingStyle | NoStyle:
-    ranking = chosen[-1]
-    num_experts, kind = ranking.call.num_items, ranking.call.kind
-    chosen = [each for each in chosen if each.call.num_items == num_experts]
-    different = {id(each.call.scores): each for each in chosen}
-    later = {each.number for each in different.values() if each.after & {other.number for other in chosen}}
-    if later or (kind == "argmax" and len(different) > 1):
-        in_rounds = len(later) == len(different) - 1 and len(different) == len(chosen)
-        if not in_rounds or any(each.k != 1 for each in chosen):
-            return NoStyle(f"selects experts by {len(chosen)} calls of {kind}, one after another", True)
-        return _made(around, owners, seen, ranking, top_k=len(chosen), use=Use(k=1, rounds=len(chosen)))
-    stated = _stated_k(around.modules[0], {other.k for other in chosen})
-    alike = [each for each in seen.rankings if each.call.kind == kind]
-    again = _whole([each for each in alike if each.call.num_items == num_experts])
-    only = ranking.call.k if len(again) > 1 else stated
-    return _made(around, owners, seen, ranking, top_k=stated or ranking.k, use=ranking.use._replace(k=only))
-
-
 def _made(
-    around: Surroundings, owners: Owners, seen: Seen, ranking: Ranking, *, top_k: int, use: Use
+    around: Surroundings, owners: Owners, seen: Seen, decision: Decision, biases: set[str]
 ) -> RoutingStyle:
+    ranking = decision.ranking
     num_experts = ranking.call.num_items
-    ranks_fewer = any(other.call.num_items < num_experts for other in seen.rankings if other.k)
+    soft = [other for other in seen.rankings if not other.hard]
+    ranks_fewer = any(other.call.num_items < num_experts for other in soft if other.k)
     groups = around.number(GROUP_COUNT_NAMES)
-    draws_largest = ranking.call.largest != use.from_end
     return RoutingStyle(
         num_experts=num_experts,
-        top_k=top_k,
+        top_k=decision.top_k,
         kind=ranking.call.kind,
-        use=use,
-        bias=_bias(owners, seen, ranking, num_experts) if draws_largest else None,
+        use=decision.use,
+        bias=_bias(owners, seen, ranking, num_experts) if ranking.draws_largest else None,
         zeros_masked=groups > 1 if groups else ranks_fewer,
         proven=True,
+        plans=_plans(around, seen, decision, biases),
+        tokens_per_entry=NUM_TOKENS / seen.num_entries if seen.num_entries else 0.0,
     )
 
 
-def _stated_k(module: nn.Module, seen: set[int]) -> int | None:
-    """Return the router's declared K, if no observed selection matches it: its first real forward checks it."""
-    stated = [getattr(module, name) for name in TOP_K_NAMES if isinstance(getattr(module, name, None), int)]
-    return stated[0] if stated and not seen & set(stated) else None
+def _plans(around: Surroundings, seen: Seen, decision: Decision, biases: set[str]) -> tuple[Plan, Plan]:
+    """Return the plans for evaluation and for training; what was seen in one mode only is uncertain in the other."""
+    plan = other = decision.plan
+    rankings = seen.again.rankings if seen.again else []
+    again = decide(rankings, rankings, 2 * NUM_TOKENS, _stated_k(around.modules[0]), biases)
+    if isinstance(again, Decision) and (again.top_k, again.use) == (decision.top_k, decision.use):
+        other = again.plan
+        plan = plan if other.roles else other  # several sequences are ranked one by one
+    else:
+        other = plan._replace(certain=False)
+    return (other, plan) if around.modules[0].training else (plan, other)
+
+
+def _stated_k(module: nn.Module) -> list[int]:
+    """Return the numbers that the router declares as K."""
+    return [getattr(module, name) for name in TOP_K_NAMES if isinstance(getattr(module, name, None), int)]
 
 
 def _is_of_experts(around: Surroundings, ranking: Ranking) -> bool:

@@ -13,12 +13,13 @@ from moe_plugin.attach.token_mask import TokenMask
 from moe_plugin.errors import AttachError
 
 
-def attach_(found: FoundRouter, token_mask: TokenMask) -> Site:
+def attach_(found: FoundRouter, token_mask: TokenMask, verify: bool = True) -> Site:
     """Give the router a bias, unless its model has one, and make it report to a site.
 
     Args:
         found: The router.
         token_mask: The mask of the model's forward.
+        verify: Whether its first training forward is to prove that a bias does what it must.
 
     Raises:
         AttachError: If the model's own bias is sharded over ranks, so it cannot be moved.
@@ -32,6 +33,7 @@ def attach_(found: FoundRouter, token_mask: TokenMask) -> Site:
         _refuse_sharded(found.name, place)
         bias.keep_fp32_(place.owner, place.name)
     site = Site(found, place, token_mask)
+    site.is_verified = not verify
     watch_(site)
     return site
 

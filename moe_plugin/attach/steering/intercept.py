@@ -1,6 +1,6 @@
 """Watch the call that selects experts, and steer it if the host has no bias.
 
-Shape legend: T tokens, K experts selected per token, E experts.
+Shape legend: T tokens, K experts selected per token, E experts, N ranked items that a call returns.
 """
 
 from __future__ import annotations
@@ -12,73 +12,112 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from moe_plugin.attach.discovery.probing.ranking_calls import FUNCTIONS, Call, read_call
-from moe_plugin.attach.discovery.routing_style import RoutingStyle
+from moe_plugin.attach.discovery.probing.ranking_calls import FUNCTIONS, SELECTING, Call, read_call
+from moe_plugin.attach.discovery.routing_style import Plan, Role, RoutingStyle
 from moe_plugin.attach.selection import Selection
+from moe_plugin.attach.steering.rank_op import rank
+
+_RESULTS: dict[str, Callable[..., Any]] = {
+    "topk": torch.return_types.topk,
+    "sort": torch.return_types.sort,
+    "max": torch.return_types.max,
+    "min": torch.return_types.min,
+}
 
 
 class Intercept(TorchFunctionMode):
-    """Intercepts the calls of one kind that rank ``num_experts`` scores inside a router's forward.
+    """Intercepts the calls inside a router's forward that rank its experts.
 
-    Without a bias the call is only watched. With one, experts are ranked by ``scores + bias``, and the values returned
-    are the unbiased scores of the chosen experts, so gate weights and their gradients never see the bias; with a zero
-    bias values, ids and gradients are bit-identical to the plain call. If the smallest scores are chosen, the bias is
-    subtracted, so it always attracts tokens.
+    The selecting call ranks experts by ``scores + bias`` and returns the unbiased scores of the chosen experts, so gate
+    weights and their gradients never see the bias; with a zero bias values, ids and gradients are bit-identical to the
+    plain call. If the smallest scores are chosen, the bias is subtracted, so it always attracts tokens. A call that
+    repeats the choice, on the same scores or others, returns the same experts and its own scores of them wherever the
+    bias has changed the choice. All other rankings are the host's. Without a bias calls are only watched.
     """
 
     def __init__(
         self,
         style: RoutingStyle,
+        plan: Plan,
         bias_E: Tensor | None,
         seen: list[Selection],
+        calls: list[Role],
         guard: Callable[[], None] | None = None,
     ) -> None:
-        """Prepare to intercept.
+        """Prepare to intercept one forward.
 
         Args:
             style: How the router selects.
+            plan: What each of its rankings is for.
             bias_E: fp32 bias to add for the ranking; None to only watch the call.
             seen: The caller's list, which receives the selections: compiled code cannot read an attribute of the mode
                 after leaving it.
+            calls: The same, for what each ranking of the experts was for.
             guard: Called before a biased ranking.
         """
         super().__init__()
-        self.functions = FUNCTIONS[style.kind]
+        self.functions = SELECTING if plan.mixed else FUNCTIONS[style.kind]
         self.style = style
+        self.plan = plan
         self.bias_E = bias_E
         self.seen = seen
         self.guard = guard
+        self.calls = calls
+        self.returned: list[tuple[Tensor, Tensor]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        """Pass every call through, except the expert selection."""
+        """Pass every call through, except rankings of the experts."""
         if func not in self.functions:  # every operation of the router passes here
             return func(*args, **kwargs) if kwargs else func(*args)
         kwargs = kwargs or {}
-        call, style = read_call(func, args, kwargs), self.style
-        if (
-            call is None
-            or call.scores.shape[call.dim] != style.num_experts
-            or (call.k and style.use.k not in (None, call.k))
-        ):
+        call = read_call(func, args, kwargs)
+        if call is None or call.scores.shape[call.dim] != self.style.num_experts:
             return func(*args, **kwargs)
-        draws_largest = call.largest != style.use.from_end
-        if self.bias_E is None:
-            result = func(*args, **kwargs)
-            self._see(call, result, draws_largest)
-            return result
-        if self.guard is not None:
+        role = self._role_of(call)
+        self.calls.append(role)
+        steers = role is Role.SELECTS and self.bias_E is not None
+        if steers and self.guard is not None:
             self.guard()
-        ranked_TE = self._ranked(call, self.bias_E, draws_largest)
-        result = func(ranked_TE, *args[1:], **kwargs) if args else func(**kwargs | {"input": ranked_TE})
-        self._see(call, result, draws_largest)
-        return _unbiased_result(call, result)
-
-    def _ranked(self, call: Call, bias_E: Tensor, draws_largest: bool) -> Tensor:
-        zeros_masked = self.style.zeros_masked
-        if draws_largest:
-            ranked_TE = _biased(call.scores, bias_E, call.dim, zeros_masked)
+        ranked = self._ranked(call) if steers else call.scores
+        if torch.compiler.is_compiling():
+            ids = _rank(call, ranked)
+            result = _unbiased_result(call, ids)
+        elif steers:
+            result = func(ranked, *args[1:], **kwargs) if args else func(**kwargs | {"input": ranked})
+            ids = _ids_in(call, result)
+            result = _unbiased_result(call, ids)
         else:
-            ranked_TE = -_biased(-call.scores, bias_E, call.dim, zeros_masked)
+            result = func(*args, **kwargs)
+            ids = _ids_in(call, result)
+        if role is Role.SELECTS:
+            self._see(call, ids, result)
+        elif role is Role.REPEATS and self.bias_E is not None:
+            return self._repeated(call, ids)
+        return result
+
+    def _repeated(self, call: Call, own_ids: Tensor) -> Any:
+        """Return the selected experts for tokens that the bias sends elsewhere; scores may tie for the others."""
+        ids, moved = self.returned[-1]
+        ids = ids[..., : call.k or None].movedim(-1, call.dim)
+        return _unbiased_result(call, torch.where(moved.movedim(-1, call.dim), ids, own_ids))
+
+    def _role_of(self, call: Call) -> Role:
+        roles = self.plan.roles
+        if not roles:  # each call selects for some of the tokens
+            return Role.SELECTS if not call.k or self.style.use.k in (None, call.k) else Role.OTHER
+        number = len(self.calls)
+        return roles[number] if number < len(roles) else Role.OTHER
+
+    def _draws_largest(self, call: Call) -> bool:
+        return call.largest != self.style.use.from_end
+
+    def _ranked(self, call: Call) -> Tensor:
+        assert self.bias_E is not None
+        zeros_masked = self.style.zeros_masked
+        if self._draws_largest(call):
+            ranked_TE = _biased(call.scores, self.bias_E, call.dim, zeros_masked)
+        else:
+            ranked_TE = -_biased(-call.scores, self.bias_E, call.dim, zeros_masked)
         return ranked_TE if self.style.use.rounds == 1 else self._left_by_earlier_rounds(call, ranked_TE)
 
     def _left_by_earlier_rounds(self, call: Call, ranked_TE: Tensor) -> Tensor:
@@ -89,28 +128,25 @@ class Intercept(TorchFunctionMode):
             ranked_TE = ranked_TE.scatter(call.dim, ids, -torch.inf if call.largest else torch.inf)
         return ranked_TE
 
-    def _see(self, call: Call, result: Any, draws_largest: bool) -> None:
+    def _see(self, call: Call, ids: Tensor, result: Any) -> None:
         """Record what was chosen."""
-        if call.kind == "topk" and not self.style.use.cut:
-            values, ids = result
-        else:
-            ids = self._cut(call, result if isinstance(result, Tensor) else result[1])
-            values = call.scores.gather(call.dim, ids)
-        scores = call.scores if draws_largest else -call.scores
-        if self.seen and self.seen[-1].ranked_TE is scores:  # ranked once more, for a loss
-            return
-        chosen = (scores, values, ids)
+        if self.plan.repeats:
+            moved = (ids != _rank(call, call.scores)).any(call.dim, keepdim=True)
+            self.returned.append((ids.movedim(call.dim, -1), moved.movedim(call.dim, -1)))
+        cut_ids = self._cut(call, ids)
+        is_whole = call.kind == "topk" and cut_ids is ids
+        values = result[0] if is_whole else call.scores.gather(call.dim, cut_ids)
+        chosen = (call.scores if self._draws_largest(call) else -call.scores, values, cut_ids)
         if call.dim != call.scores.dim() - 1:
             chosen = tuple(tensor.movedim(call.dim, -1) for tensor in chosen)
         self.seen.append(Selection(*chosen))
 
     def _cut(self, call: Call, ids: Tensor) -> Tensor:
         """Return the ids that the host uses."""
-        if ids.dim() < call.scores.dim():
-            return ids.unsqueeze(call.dim)
-        size = ids.shape[call.dim]
-        use = self.style.use
+        use, size = self.style.use, ids.shape[call.dim]
         kept = min(self.style.top_k // use.rounds, size)
+        if kept == size or not (use.cut or call.kind != "topk"):
+            return ids
         return ids.narrow(call.dim, size - kept if use.from_end else 0, kept)
 
 
@@ -135,11 +171,21 @@ def _biased(scores: Tensor, bias_E: Tensor, dim: int, zeros_masked: bool) -> Ten
     return ranked + (bias_E.view(-1, *[1] * after) if after else bias_E)
 
 
-def _unbiased_result(call: Call, result: Any) -> Any:
-    """Return the result of the biased ranking with its values replaced by the unbiased scores."""
-    if isinstance(result, Tensor):
-        return result
-    ids = result[1]
-    if call.keepdim:
-        return type(result)((call.scores.gather(call.dim, ids), ids))
-    return type(result)((call.scores.gather(call.dim, ids.unsqueeze(call.dim)).squeeze(call.dim), ids))
+def _rank(call: Call, scores: Tensor) -> Tensor:
+    """Return the ids (..., N, ...) that a call returns for these scores."""
+    return rank(scores.detach(), call.kind, call.k, call.dim, call.largest)
+
+
+def _ids_in(call: Call, result: Any) -> Tensor:
+    """Return the ids (..., N, ...) that a call returned, with the ranked dimension kept."""
+    ids = result if isinstance(result, Tensor) else result[1]
+    return ids if call.keepdim else ids.unsqueeze(call.dim)
+
+
+def _unbiased_result(call: Call, ids: Tensor) -> Any:
+    """Return what the call returns if these ids (..., N, ...) are chosen."""
+    squeezed = ids if call.keepdim else ids.squeeze(call.dim)
+    if call.kind not in _RESULTS:
+        return squeezed
+    values = call.scores.gather(call.dim, ids)
+    return _RESULTS[call.kind]((values if call.keepdim else values.squeeze(call.dim), squeezed))

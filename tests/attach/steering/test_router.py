@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+from typing import Any
 
 import pytest
 import torch
@@ -80,10 +81,19 @@ class NeedsMore(SoftmaxRouter):
         scores_TE = (x_TD @ self.weight.T).sigmoid()
         if scores_TE[0, 0].item() > 2:  # data-dependent
             return None
-        return torch.topk(self.ranked(scores_TE), self.top_k)
+        ids_TK = torch.topk(self.ranked(scores_TE), self.top_k).indices
+        return scores_TE.gather(-1, ids_TK), ids_TK
 
     def ranked(self, scores_TE):
         return scores_TE + self.expert_bias
+
+
+class BiasedWeights(NeedsMore):
+    def forward(self, x_TD):
+        scores_TE = (x_TD @ self.weight.T).sigmoid()
+        if scores_TE[0, 0].item() > 2:
+            return None
+        return torch.topk(self.ranked(scores_TE), self.top_k)
 
 
 class Ignores(NeedsMore):
@@ -100,10 +110,12 @@ class TestProof:
     def test_bias_found_by_name_is_proven_in_the_first_forward(self):
         model = Host(NeedsMore)
         site = balance_(model)["layers.0.router"]
-        assert not site.is_proven
+        assert not site.plans
         assert site.host_owns_bias
         model(tokens())
-        assert site.is_proven
+        assert site.plans.keys() == {(True, True)}
+        model.eval()(tokens())
+        assert site.plans.keys() == {(True, True), (False, True)}
 
     @pytest.mark.parametrize("router", [Ignores, Subtracts])
     def test_bias_that_selection_ignores_is_an_error(self, router):
@@ -111,6 +123,18 @@ class TestProof:
         balance_(model)
         with pytest.raises(EffectError, match="owns 'expert_bias', but does not add it to the scores"):
             model(tokens())
+
+    def test_bias_that_reaches_the_gate_weights_is_an_error(self):
+        model = Host(BiasedWeights)
+        balance_(model)
+        with pytest.raises(EffectError, match="depends on the bias beyond which experts are selected"):
+            model(tokens())
+
+    def test_bias_that_reaches_the_gate_weights_is_not_looked_for_if_unwanted(self):
+        model = Host(BiasedWeights)
+        site = balance_(model, verify=False)["layers.0.router"]
+        model(tokens())
+        assert site.counts.sum() == tokens().numel() * site.top_k
 
     def test_bias_that_selection_ignores_gets_one_of_ours_where_that_can_be_seen(self):
         class Unused(SoftmaxRouter):
@@ -152,3 +176,25 @@ class TestTwoRouters:
         assert all(site.bias.dtype == torch.float32 for site in balanced.values())
         balanced.remove()
         assert type(model) is Pair
+
+
+class TestHookSetWhileBalanced:
+    """accelerate keeps the forward that it replaces in an attribute."""
+
+    def test_it_works_after_remove(self):
+        model, x = Host(), tokens()
+        expected = model(x)
+        balanced = balance_(model)
+        router: Any = model.layers[0].router
+        router._old_forward = router.forward
+        router.forward = lambda *args: router._old_forward(*args)
+        balanced.remove()
+        assert torch.equal(model(x), expected)
+
+    def test_hook_taken_off_while_balanced_does_not_stop_remove(self):
+        model = Host()
+        hook_(model.layers[0].router)
+        balanced = balance_(model)
+        del vars(model.layers[0].router)["forward"]
+        balanced.remove()
+        assert "_moe_site" not in vars(model.layers[0].router)

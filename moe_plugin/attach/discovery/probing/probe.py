@@ -9,17 +9,22 @@ import logging
 import warnings
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from itertools import islice
 from typing import Any, NamedTuple
+from weakref import ref
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.tensor import DTensor
+from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
+from moe_plugin.attach.discovery.probing.host_state import HostState
 from moe_plugin.attach.discovery.probing.input_guesses import Input, others
+from moe_plugin.attach.discovery.probing.leftovers import RecordingFakeMode, refuse_leftovers
 from moe_plugin.attach.discovery.probing.ranking import Ranking
-from moe_plugin.attach.discovery.probing.trace import Trace
+from moe_plugin.attach.discovery.probing.restored import same_random_numbers
+from moe_plugin.attach.discovery.probing.trace import Trace, tensors_in
 
 MAX_QUESTIONS = 100
 # What a forward may raise when called with inputs that are not its own.
@@ -33,13 +38,16 @@ class Seen(NamedTuple):
     """What a probe saw in the module: its rankings, and the followed tensors on which its output depends.
 
     ``returned`` is None if the forward did not finish; ``used`` are those used after the last ranking. ``unsteerable``
-    are calls that may select without ranking: their names, and what they select from.
+    are calls that may select without ranking: their names, and what they select from. ``num_entries`` is the size of
+    the module's first tensor. ``again`` is the same with twice the tokens, in the other mode: training or evaluation.
     """
 
     rankings: list[Ranking]
     returned: set[str] | None
     used: set[str]
     unsteerable: list[tuple[str, Tensor]]
+    num_entries: int
+    again: Seen | None = None
 
 
 class _Done(BaseException):
@@ -68,8 +76,8 @@ def probes(
 ) -> Iterator[Seen]:
     """See how ``module`` ranks, by running hosts on all kinds of inputs.
 
-    Everything runs on fake tensors: no memory, no arithmetic, no random numbers, and no change to the modules. Compiled
-    modules run eagerly.
+    Everything runs on fake tensors: no memory, no arithmetic, and no change to the modules or to what their code
+    reaches. Compiled modules run eagerly.
 
     Args:
         module: The module of interest.
@@ -79,27 +87,46 @@ def probes(
 
     Yields:
         What was seen in each run that reached a selection in the module, or its end.
+
+    Raises:
+        AttachError: If the code of the module keeps tensors of the probe where they are not found.
     """
     inputs = list(inputs)
+    alive: list[ref[Tensor]] = []
     for host in hosts:
+        state = HostState(host)
         for make in inputs:
-            seen = _run(module, host, make, followed)
+            mode = RecordingFakeMode()
+            with _unchanged(host, state), _quiet(), _unvalidated():
+                seen = _run(module, host, make, followed, mode)
+            seen = seen and _without_data(seen)
+            alive += mode.alive
             if seen is not None:
+                refuse_leftovers(module, alive)
                 yield seen
+    refuse_leftovers(module, alive)
 
 
-def _run(module: nn.Module, host: nn.Module, make: Input, followed: Mapping[str, Tensor]) -> Seen | None:
+def _run(
+    module: nn.Module, host: nn.Module, make: Input, followed: Mapping[str, Tensor], mode: RecordingFakeMode
+) -> Seen | None:
     eager = torch.compiler.set_stance("force_eager")  # under fake tensors compiled code crashes
-    with eager, _unchanged(host), _quiet(), FakeTensorMode(allow_non_fake_inputs=True):
+    with eager, mode:
         _clear_hooks_(host)
         whole = _make_whole_(host)
         followed = {name: whole.get(id(tensor), tensor) for name, tensor in followed.items()}
         x = make()
-        for rest in others(host, x):
+        for number, rest in enumerate(others(host, x)):
             for answers in (_Answers(False), _Answers(True)):
                 seen = _watch(module, host, (x, *rest), answers, followed)
                 if seen is not None:
-                    return seen
+                    for each in host.modules():
+                        each.training = not each.training
+                    twice = torch.cat([x, x])
+                    more = next(islice(others(host, twice), number, None))
+                    return seen._replace(
+                        again=_watch(module, host, (twice, *more), _Answers(answers.answer), followed)
+                    )
                 if not answers.asked:
                     break
     return None
@@ -109,11 +136,10 @@ def _watch(
     module: nn.Module, host: nn.Module, args: tuple, answers: _Answers, followed: Mapping[str, Tensor]
 ) -> Seen | None:
     """Call ``host`` and return what ``module`` did; None if it neither selected nor returned."""
-    trace, seen, entered = Trace(followed), [], False
+    trace, seen, entered = Trace(followed), [], []
 
-    def enter(*_: Any) -> None:
-        nonlocal entered
-        entered = True
+    def enter(_module: nn.Module, given: tuple, named: dict[str, Any]) -> None:
+        entered[:] = [next((tensor.numel() for tensor in tensors_in((given, named))), 0)]
         trace.clear_()
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -121,15 +147,16 @@ def _watch(
         seen.append(trace.marks_of(output))
         raise _Done
 
-    handles = module.register_forward_pre_hook(enter), module.register_forward_hook(leave)
+    handles = module.register_forward_pre_hook(enter, with_kwargs=True), module.register_forward_hook(leave)
     try:
-        with trace, answers, torch.random.fork_rng(devices=[]):
+        with trace, answers:
             host(*args)
     except _Done:
-        return Seen(trace.rankings, seen[0], trace.used, trace.unsteerable)
+        return Seen(trace.rankings, seen[0], trace.used, trace.unsteerable, entered[0])
     except _WRONG_CALL:
-        if entered and (trace.rankings or trace.unsteerable):
-            return Seen(trace.rankings, None, trace.used, trace.unsteerable)
+        soft = any(not ranking.hard for ranking in trace.rankings)
+        if entered and (soft or trace.unsteerable):
+            return Seen(trace.rankings, None, trace.used, trace.unsteerable, entered[0])
     finally:
         for handle in handles:
             handle.remove()
@@ -173,29 +200,37 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def _unchanged(root: nn.Module) -> Iterator[None]:
-    """Restore every attribute and every container of the modules afterwards."""
-    saved = [
-        (module, {name: (value, _copy(value)) for name, value in vars(module).items()})
-        for module in root.modules()
-    ]
+def _unchanged(root: nn.Module, state: HostState) -> Iterator[None]:
+    """Restore the state and the random numbers afterwards."""
+    with same_random_numbers(root):
+        try:
+            yield
+        finally:
+            state.restore_()
+
+
+@contextmanager
+def _unvalidated() -> Iterator[None]:
+    """Keep distributions from checking their parameters, which needs data."""
+    before = Distribution._validate_args
+    Distribution.set_default_validate_args(False)
     try:
         yield
     finally:
-        for module, attributes in saved:
-            vars(module).clear()
-            for name, (value, content) in attributes.items():
-                vars(module)[name] = value
-                _refill(value, content)
+        Distribution.set_default_validate_args(before)
 
 
-def _copy(value: Any) -> Any:
-    return value.copy() if isinstance(value, (list, dict, set)) else None
+def _without_data(seen: Seen) -> Seen:
+    """Replace what was ranked by tensors on no device, equal ones by the same one, so no fake tensor is kept."""
+    blank: dict[int, Tensor] = {}
 
+    def blank_of(scores: Tensor) -> Tensor:
+        return blank.setdefault(id(scores), torch.empty(scores.shape, dtype=scores.dtype, device="meta"))
 
-def _refill(value: Any, content: Any) -> None:
-    if isinstance(value, list):
-        value[:] = content
-    elif isinstance(value, (dict, set)):
-        value.clear()
-        value.update(content)
+    fakes = [
+        (ranking.call.scores, ranking.ids) for ranking in seen.rankings
+    ]  # their ids stay in use until the end
+    for ranking, (scores, ids) in zip(seen.rankings, fakes, strict=True):
+        ranking.call, ranking.ids = ranking.call._replace(scores=blank_of(scores)), blank_of(ids)
+    unsteerable = [(name, blank_of(scores)) for name, scores in seen.unsteerable]
+    return seen._replace(unsteerable=unsteerable, again=seen.again and _without_data(seen.again))

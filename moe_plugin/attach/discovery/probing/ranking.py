@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from moe_plugin.attach.discovery.probing.ranking_calls import Call, Use
+from moe_plugin.attach.discovery.probing.tensor_map import TensorMap
 
 SAME_VALUES = frozenset(
     (
@@ -22,6 +23,9 @@ SAME_VALUES = frozenset(
 )
 
 _COMPARISONS = frozenset({"ge", "gt", "le", "lt", "__ge__", "__gt__", "__le__", "__lt__"})
+_SHIFTS = frozenset(
+    {"sub", "sub_", "__sub__", "__rsub__", "rsub", "div", "div_", "__truediv__", "true_divide"}
+)
 _LOOKS = frozenset({"__get__", "size", "dim", "numel", "stride"})
 """Calls that describe a tensor without using its entries."""
 
@@ -36,11 +40,16 @@ class Ranking:
         added: Names of the followed tensors that were only added to the scores on the way here.
         depends: Names of all followed tensors on which the scores depend.
         after: Numbers of the rankings on whose result the scores depend.
+        ids: What was returned.
+        hard: Whether the scores are made of comparisons or ids, like a mask, so no bias could move their order.
         slices: Where the slices taken of the ids start and end.
         columns: The same of single columns.
         whole_used: Whether all ids were used together.
         ids_used: Whether any ids were used.
+        values_used: Whether the values returned were used.
+        values_end: Where the longest slice taken of the values ends; 0 if none was taken.
         compared: Whether the values returned were compared with other scores.
+        shifts: Whether they were subtracted from scores of all items, or divided them, as in a softmax by hand.
         ended: Whether the module returned, so all use was seen.
     """
 
@@ -49,11 +58,16 @@ class Ranking:
     added: frozenset[str]
     depends: frozenset[str]
     after: frozenset[int]
+    ids: Tensor
+    hard: bool
     slices: set[tuple[int, int]] = field(default_factory=set)
     columns: set[tuple[int, int]] = field(default_factory=set)
     whole_used: bool = False
     ids_used: bool = False
+    values_used: bool = False
+    values_end: int = 0
     compared: bool = False
+    shifts: bool = False
     ended: bool = False
 
     @property
@@ -61,6 +75,16 @@ class Ranking:
         """How many of the ranked items are used."""
         start, end = self._extent
         return end - start
+
+    @property
+    def num_used(self) -> int:
+        """How many of the ranked items are used, or only their values are."""
+        return self.k if self.ids_used else self.values_end or self.call.k
+
+    @property
+    def draws_largest(self) -> bool:
+        """Whether the items with the largest scores are used."""
+        return self.call.largest != self.use.from_end
 
     @property
     def use(self) -> Use:
@@ -84,29 +108,29 @@ class Fates:
     """Follows the ids and the values that rankings return."""
 
     def __init__(self) -> None:
-        """Start without rankings. The caller keeps all tensors alive: an ``id`` is valid only that long."""
+        """Start without rankings."""
         self.rankings: list[Ranking] = []
-        self._ids: dict[int, tuple[Ranking, Tensor]] = {}
-        self._parts: dict[int, Ranking] = {}
-        self._values: dict[int, Ranking] = {}
-        self._after: dict[int, frozenset[int]] = {}
-        self._hard: set[int] = set()
+        self._ids: TensorMap[Ranking] = TensorMap()
+        self._parts: TensorMap[Ranking] = TensorMap()
+        self._values: TensorMap[Ranking] = TensorMap()
+        self._after: TensorMap[frozenset[int]] = TensorMap()
+        self._hard: TensorMap[bool] = TensorMap()
 
     def are_scores(self, tensor: Tensor) -> bool:
         """Return whether a bias could move the tensor's order: not if it is made of comparisons or ids, like a mask."""
-        return tensor.is_floating_point() and id(tensor) not in self._hard
+        return tensor.is_floating_point() and tensor not in self._hard
 
     def add_(
         self, call: Call, added: frozenset[str], depends: frozenset[str], values: Tensor | None, ids: Tensor
     ) -> None:
         """Note a ranking, see `Ranking`, and the values and ids that it returned."""
-        after = self._after.get(id(call.scores), frozenset())
-        ranking = Ranking(len(self.rankings), call, added, depends, after)
-        self._ids[id(ids)] = (ranking, ids)
-        self._after[id(ids)] = after | {ranking.number}
+        after, hard = self._after.get(call.scores, frozenset()), not self.are_scores(call.scores)
+        ranking = Ranking(len(self.rankings), call, added, depends, after, ids, hard)
+        self._ids[ids] = ranking
+        self._after[ids] = after | {ranking.number}
         if values is not None:
-            self._values[id(values)] = ranking
-            self._after[id(values)] = after | {ranking.number}
+            self._values[values] = ranking
+            self._after[values] = after | {ranking.number}
         self.rankings.append(ranking)
 
     def note_returned_(self, tensors: Iterable[Tensor]) -> None:
@@ -124,33 +148,46 @@ class Fates:
             results: The tensors that it returned.
         """
         if given and not any(map(self.are_scores, given)):
-            self._hard.update(map(id, results))
-        after = frozenset().union(*(self._after.get(id(tensor), ()) for tensor in given))
+            for result in results:
+                self._hard[result] = True
+        after = frozenset().union(*(self._after.get(tensor, frozenset()) for tensor in given))
         if after:
             for tensor in (*results, *(given[:1] if name.endswith("_") else ())):
-                self._after[id(tensor)] = after | self._after.get(id(tensor), frozenset())
+                self._after[tensor] = after | self._after.get(tensor, frozenset())
         if not given or name in _LOOKS:
             return
         if name in SAME_VALUES and len(results) == 1:
             self._note_same(given, results[0])
         else:
-            for tensor in given if name in _COMPARISONS and len(given) > 1 else ():
-                if id(tensor) in self._values:
-                    self._values[id(tensor)].compared = True
+            self._note_meeting(name, given)
             self._note_use(given)
 
+    def _note_meeting(self, name: str, given: list[Tensor]) -> None:
+        for tensor in given if len(given) > 1 else ():
+            if tensor in self._values:
+                ranking = self._values[tensor]
+                ranking.compared = ranking.compared or name in _COMPARISONS
+                if name in _SHIFTS and any(other.shape == ranking.call.scores.shape for other in given):
+                    ranking.shifts = True
+
     def _note_same(self, given: list[Tensor], result: Tensor) -> None:
-        source = id(given[0])
+        source = given[0]
         if source in self._values:
-            self._values[id(result)] = self._values[source]
-        is_slice = source in self._ids and self._note_slice(*self._ids[source], result)
+            ranking = self._values[result] = self._values[source]
+            dim = ranking.call.dim
+            if (
+                result.dim() == source.dim() == ranking.call.scores.dim()
+                and result.shape[dim] < source.shape[dim]
+            ):
+                ranking.values_end = max(ranking.values_end, result.shape[dim])
+        is_slice = source in self._ids and self._note_slice(self._ids[source], source, result)
         self._note_use(given[1:] if is_slice else given)
 
     def _note_slice(self, ranking: Ranking, ids: Tensor, result: Tensor) -> bool:
         """Note which part of the ids a slice is; False if it is none."""
         dim, full = ranking.call.dim, ranking.call.k or ranking.call.num_items
         if result.shape == ids.shape:
-            self._ids[id(result)] = (ranking, result)
+            self._ids[result] = ranking
             return True
         if ids.dim() < ranking.call.scores.dim():
             return False
@@ -161,13 +198,15 @@ class Fates:
             ranking.columns.add((start, start + 1))
         else:
             return False
-        self._parts[id(result)] = ranking
+        self._parts[result] = ranking
         return True
 
     def _note_use(self, tensors: Iterable[Tensor]) -> None:
         for tensor in tensors:
-            if id(tensor) in self._ids:
-                ranking = self._ids[id(tensor)][0]
+            if tensor in self._ids:
+                ranking = self._ids[tensor]
                 ranking.whole_used = ranking.ids_used = True
-            elif id(tensor) in self._parts:
-                self._parts[id(tensor)].ids_used = True
+            elif tensor in self._parts:
+                self._parts[tensor].ids_used = True
+            elif tensor in self._values:
+                self._values[tensor].values_used = True

@@ -14,6 +14,7 @@ from torch.overrides import TorchFunctionMode
 
 from moe_plugin.attach.discovery.probing.ranking import SAME_VALUES, Fates, Ranking
 from moe_plugin.attach.discovery.probing.ranking_calls import SELECTING, UNSTEERABLE, Call, read_call
+from moe_plugin.attach.discovery.probing.tensor_map import TensorMap
 
 _ADDITIONS = frozenset({"add", "add_", "__add__", "__radd__", "__iadd__"})
 
@@ -24,10 +25,9 @@ class Trace(TorchFunctionMode):
     def __init__(self, followed: Mapping[str, Tensor]) -> None:
         """Follow these tensors."""
         super().__init__()
-        self._marks: dict[int, dict[str, str]] = {
-            id(tensor): {name: "raw"} for name, tensor in followed.items()
-        }
-        self._alive: list[Any] = [followed]  # an id is valid only while its tensor lives
+        self._marks: TensorMap[dict[str, str]] = TensorMap()
+        for name, tensor in followed.items():
+            self._marks[tensor] = {name: "raw"}
         self._fates = Fates()
         self.used: set[str] = set()
         """Followed tensors, by name, that something used after the last ranking depends on."""
@@ -36,7 +36,7 @@ class Trace(TorchFunctionMode):
 
     @property
     def rankings(self) -> list[Ranking]:
-        """The rankings so far."""
+        """The rankings so far, those of masks too."""
         return self._fates.rankings
 
     def clear_(self) -> None:
@@ -46,7 +46,7 @@ class Trace(TorchFunctionMode):
 
     def marks_of(self, values: Any) -> set[str]:
         """Return names of the followed tensors on which any of these values depends."""
-        return {name for tensor in tensors_in(values) for name in self._marks.get(id(tensor), ())}
+        return {name for tensor in tensors_in(values) for name in self._marks.get(tensor, {})}
 
     def note_returned_(self, values: Any) -> None:
         """Note that the module returned these values."""
@@ -58,28 +58,28 @@ class Trace(TorchFunctionMode):
         # Read before the call: an in-place one changes the marks of its input.
         call = read_call(func, args, kwargs) if func in SELECTING else None
         result = func(*args, **kwargs)
-        self._alive.append(result)
         name = getattr(func, "__name__", "")
         self._fates.note_(name, list(tensors_in((args, kwargs))), list(tensors_in(result)))
-        if call is not None and self._fates.are_scores(call.scores):
+        if call is not None:
             self._note_ranking(call, result)
         elif name in UNSTEERABLE and args and isinstance(args[0], Tensor):
             self.unsteerable.append((name, args[0]))
-        self._mark(func, args, kwargs, result)
+        self._mark(func, args, kwargs, result, call)
         return result
 
     def _note_ranking(self, call: Call, result: Any) -> None:
-        marks = self._marks.get(id(call.scores), {})
+        marks = self._marks.get(call.scores, {})
         added = frozenset(name for name, how in marks.items() if how == "added")
         values, ids = (None, result) if isinstance(result, Tensor) else result
         self._fates.add_(call, added, frozenset(marks), values, ids)
-        self.used.clear()
+        if self._fates.are_scores(call.scores):
+            self.used.clear()
 
-    def _mark(self, func: Any, args: tuple, kwargs: dict, result: Any) -> None:
+    def _mark(self, func: Any, args: tuple, kwargs: dict, result: Any, call: Call | None) -> None:
         name = getattr(func, "__name__", "")
         marks: dict[str, str] = {}
         for tensor in tensors_in((args, kwargs.values())):
-            for followed, how in self._marks.get(id(tensor), {}).items():
+            for followed, how in self._marks.get(tensor, {}).items():
                 marks[followed] = _combined(marks.get(followed), _after(name, how))
         if not marks:
             return
@@ -87,8 +87,8 @@ class Trace(TorchFunctionMode):
             self.used |= set(marks)
         changed = [args[0]] if name.endswith("_") and args and isinstance(args[0], Tensor) else []
         for tensor in (*tensors_in(result), *changed):
-            if tensor.is_floating_point() and not (func in SELECTING and tensor is args[0]):
-                self._marks[id(tensor)] = self._marks.get(id(tensor), {}) | marks
+            if tensor.is_floating_point() and not (call is not None and tensor is call.scores):
+                self._marks[tensor] = self._marks.get(tensor, {}) | marks
 
 
 def tensors_in(values: Any) -> Iterator[Tensor]:
