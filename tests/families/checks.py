@@ -1,4 +1,4 @@
-"""Checks that must pass for every family, one function each.
+"""Checks that must pass for every family: the battery for any model, and what is about transformers.
 
 Shape legend: E experts.
 """
@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import copy
 import inspect
-import io
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,12 +20,20 @@ from transformers import PreTrainedModel
 from moe_plugin.attach.balance import balance_
 from moe_plugin.attach.balanced_model import BalancedModel, find_balanced
 from moe_plugin.attach.site import Site
+from moe_plugin.attach.verification.battery import CHECKS, CheckResult, verify_model
 from moe_plugin.balancing.rules import Sign
 from tests.families import odd_gates
 from tests.families.gates import explained
 from tests.families.inputs import inputs_of, tokens_at
 
 LARGE = 100.0
+# Slow here; test_usage.py compiles some families. The inputs have too few tokens for a rule.
+LEFT_OUT = {"compile", "default_rule_balances", "checkpointing", "inference_mode", "functional_call"}
+# What a check may find besides that it passes: in which families, and the table's note.
+LIMITS = {
+    ("bf16", "skipped"): (["inkling2", "inkling2_loop"], "transformers cannot cast it to bf16"),
+    ("unbiased_gates", "skipped"): (["doge"], ""),  # `odd_gates` computes its gate weights
+}
 
 
 @dataclass(frozen=True)
@@ -41,57 +48,47 @@ class Verified:
 
 
 def verify(model: PreTrainedModel) -> Verified:
-    """Run every check; the model comes back untouched.
+    """Run every check; the model comes back untouched, except for what its first forward sets.
 
     Raises:
         AssertionError: If something does not hold.
     """
     inputs = inputs_of(model)
+    labelled = _with_labels(model, inputs)
+    results = verify_model(model, lambda copied: copied(**labelled), checks=CHECKS.keys() - LEFT_OUT)
     _evaluate(model, inputs)  # some hosts set attributes in their first forward
-    exact, in_bf16, checkpoints = (
-        _reloads_exactly(model, inputs),
-        _runs_in_bf16(model, inputs),
-        _checkpoints(model, inputs),
-    )
-    untouched = {name: (type(part), set(vars(part))) for name, part in model.named_modules()}
-    keys = list(model.state_dict())
-    zero_bias_changes_nothing(model, inputs)
-    balanced = balance_(model, Sign(rate=0.5))
-    assert list(model.state_dict()) == keys, "state_dict has other keys"
-    counts_are_exact(model, balanced, inputs)
-    counts_are_exact_under_checkpointing(model, inputs, checkpoints)
-    gates = large_bias_draws_every_token(model, balanced, inputs)
-    bias_that_changes_no_selection_changes_nothing(model, balanced, inputs)
-    update_moves_bias(model, balanced, inputs)
-    copies_are_alike(model, inputs)
-    notes = bias_survives_saving(model, balanced, inputs if exact else None)
-    bias_stays_fp32_in_bf16(model, inputs if in_bf16 else None)
-    notes += _limits_of_the_host(model, in_bf16, checkpoints)
-    described = _described(balanced, gates, notes)
-    balanced.remove()
-    assert {name: (type(part), set(vars(part))) for name, part in model.named_modules()} == untouched, (
-        "remove()"
-    )
-    return described
+    exact, checkpoints = _reloads_exactly(model, inputs), _checkpoints(model, inputs)
+    copied = copy.deepcopy(model)
+    balanced = balance_(copied, Sign(rate=0.5))
+    counts_are_exact(copied, balanced, inputs)
+    counts_are_exact_under_checkpointing(copied, inputs, checkpoints)
+    gates = gate_weights(copied, balanced, inputs)
+    update_moves_bias(copied, balanced, inputs)
+    notes = bias_survives_saving(copied, balanced, inputs if exact else None)
+    notes += _limits_of(results, model.config.model_type) + _limits_of_checkpointing(model, checkpoints)
+    return _described(balanced, gates, notes)
 
 
-def zero_bias_changes_nothing(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
-    """Check that outputs, loss and gradients are bit-identical with a bias of zero."""
-    inputs = _with_labels(model, inputs)
-    results = []
-    for attach in (False, True):
-        copied = copy.deepcopy(model)
-        if attach:
-            balance_(copied)
-        torch.manual_seed(0)
-        output = _step(copied, inputs)
-        grads = {name: p.grad for name, p in copied.named_parameters() if p.grad is not None}
-        results.append((output, grads))
-    (plain, plain_grads), (ours, our_grads) = results
-    assert torch.equal(plain, ours), "outputs differ at zero bias"
-    assert plain_grads.keys() == our_grads.keys(), "other gradients at zero bias"
-    wrong = [name for name, grad in plain_grads.items() if not torch.equal(grad, our_grads[name])]
-    assert not wrong, f"gradients differ at zero bias: {wrong}"
+def default_rule_balances(model: PreTrainedModel) -> None:
+    """Check that the default rule balances the model, on more tokens than the other checks need.
+
+    Raises:
+        AssertionError: If it does not.
+    """
+    many = inputs_of(model, batch=16, length=32)
+    (result,) = verify_model(model, lambda copied: copied(**many), checks=["default_rule_balances"])
+    assert result.status != "failed", result
+
+
+def _limits_of(results: list[CheckResult], family: str) -> list[str]:
+    """Return what the battery found, for the table; every check passes except for known limits."""
+    notes = []
+    for result in results:
+        if result.status != "passed":
+            families, note = LIMITS.get((result.name, result.status), ([], ""))
+            assert family in families, f"{family}: {result}"
+            notes += [note] if note else []
+    return notes
 
 
 def counts_are_exact(model: PreTrainedModel, balanced: BalancedModel, inputs: dict[str, Any]) -> None:
@@ -121,13 +118,11 @@ def counts_are_exact_under_checkpointing(
             assert site.counts.sum() == expected, f"{name} counted {site.counts.tolist()} when checkpointed"
 
 
-def large_bias_draws_every_token(
-    model: PreTrainedModel, balanced: BalancedModel, inputs: dict[str, Any]
-) -> str:
-    """Check that every token selects an expert with a large bias, with gate weights from unbiased scores.
+def gate_weights(model: PreTrainedModel, balanced: BalancedModel, inputs: dict[str, Any]) -> str:
+    """Check that gate weights follow from unbiased scores while a large bias draws every token.
 
     Returns:
-        The formulas of the gate weights.
+        Their formulas.
     """
     found: dict[str, list[str]] = {name: [] for name in balanced}
     before = {name: site.bias.clone() for name, site in balanced.items()}
@@ -149,26 +144,6 @@ def large_bias_draws_every_token(
     return ", ".join(dict.fromkeys(formula for formulas in found.values() for formula in formulas))
 
 
-def bias_that_changes_no_selection_changes_nothing(
-    model: PreTrainedModel, balanced: BalancedModel, inputs: dict[str, Any]
-) -> None:
-    """Check that outputs are bit-identical while every token keeps its experts: no gate weight sees the bias."""
-    before = {name: site.bias.clone() for name, site in balanced.items()}
-    plain, chosen = _selections(model, balanced, inputs)
-    generator = torch.Generator().manual_seed(2)
-    kept = False
-    for size in (1e-3, 1e-4, 1e-5, 1e-6):
-        for name, site in balanced.items():
-            site.bias.copy_(before[name] + size * torch.randn(before[name].shape, generator=generator))
-        biased, chosen_now = _selections(model, balanced, inputs)
-        if chosen_now == chosen:
-            kept = True
-            assert torch.equal(plain, biased), "the output depends on the bias beyond the selection"
-    assert kept, "no bias was small enough to leave the selection alone"
-    for name, site in balanced.items():
-        site.bias.copy_(before[name])
-
-
 def update_moves_bias(model: PreTrainedModel, balanced: BalancedModel, inputs: dict[str, Any]) -> None:
     """Check that an update moves every site's bias."""
     before = {name: site.bias.clone() for name, site in balanced.items()}
@@ -176,20 +151,6 @@ def update_moves_bias(model: PreTrainedModel, balanced: BalancedModel, inputs: d
     balanced.update()
     for name, site in balanced.items():
         assert not torch.equal(site.bias, before[name]), f"{name}: the update moved nothing"
-
-
-def copies_are_alike(model: PreTrainedModel, inputs: dict[str, Any]) -> None:
-    """Check that a deepcopy and a pickle select as the model does."""
-    expected = _evaluate(model, inputs)
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    for other in (copy.deepcopy(model), torch.load(buffer, weights_only=False)):
-        copied, balanced = find_balanced(other), find_balanced(model)
-        assert copied is not None
-        assert balanced is not None
-        assert [(s.name, s.style) for s in copied.values()] == [(s.name, s.style) for s in balanced.values()]
-        assert torch.equal(_evaluate(other, inputs), expected), "a copy gives another output"
 
 
 def bias_survives_saving(
@@ -224,34 +185,12 @@ def bias_survives_saving(
     return notes
 
 
-def bias_stays_fp32_in_bf16(model: PreTrainedModel, inputs: dict[str, Any] | None) -> None:
-    """Check that the model runs in bf16 with its biases unchanged."""
-    cast = copy.deepcopy(model).bfloat16()
-    balanced, before = find_balanced(cast), find_balanced(model)
-    assert balanced is not None
-    assert before is not None
-    if inputs is not None:
-        counts_are_exact(cast, balanced, inputs)
-    for name, site in balanced.items():
-        assert site.bias.dtype == torch.float32
-        assert torch.equal(site.bias, before[name].bias), f"{name}: the cast changed the bias"
-
-
 def _reloads_exactly(model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
     """Return whether the host without balancing gives the same outputs when saved and loaded."""
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
         loaded = type(model).from_pretrained(folder).train()
     return torch.allclose(_evaluate(model, inputs), _evaluate(loaded, inputs), rtol=1e-4, atol=1e-5)
-
-
-def _runs_in_bf16(model: PreTrainedModel, inputs: dict[str, Any]) -> bool:
-    """Return whether the host without balancing can be cast to bf16."""
-    try:
-        _step(copy.deepcopy(model).bfloat16(), inputs)
-    except RuntimeError:
-        return False
-    return True
 
 
 def _checkpoints(model: PreTrainedModel, inputs: dict[str, Any]) -> list[bool]:
@@ -268,13 +207,10 @@ def _checkpoints(model: PreTrainedModel, inputs: dict[str, Any]) -> list[bool]:
     return working
 
 
-def _limits_of_the_host(model: PreTrainedModel, in_bf16: bool, checkpoints: list[bool]) -> list[str]:
-    notes = [] if in_bf16 else ["transformers cannot cast it to bf16"]
-    if model.supports_gradient_checkpointing and len(checkpoints) < 2:
-        notes.append(
-            f"transformers cannot train it with {'either kind of' if not checkpoints else 'one'} checkpointing"
-        )
-    return notes
+def _limits_of_checkpointing(model: PreTrainedModel, checkpoints: list[bool]) -> list[str]:
+    if not model.supports_gradient_checkpointing or len(checkpoints) == 2:
+        return []
+    return [f"transformers cannot train it with {'one' if checkpoints else 'either kind of'} checkpointing"]
 
 
 def _holds_bias(tensor: Tensor, site: Site) -> bool:
@@ -299,17 +235,12 @@ def _evaluate(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
     return output
 
 
-def _selections(
-    model: PreTrainedModel, balanced: BalancedModel, inputs: dict[str, Any]
-) -> tuple[Tensor, list[list[int]]]:
-    """Return the model's output, and the experts of every token at every site."""
-    chosen: list[list[int]] = []
-    for site in balanced.values():
-        site.observer = lambda selection, _valid: chosen.append(selection.expert_ids_TK.flatten().tolist())
-    output = _evaluate(model, inputs)
-    for site in balanced.values():
-        site.observer = None
-    return output, chosen
+def _evaluate(model: PreTrainedModel, inputs: dict[str, Any]) -> Tensor:
+    model.eval()
+    torch.manual_seed(0)
+    output = model(**inputs)[0]
+    model.train()
+    return output
 
 
 def _with_labels(model: PreTrainedModel, inputs: dict[str, Any]) -> dict[str, Any]:

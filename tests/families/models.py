@@ -18,8 +18,8 @@ from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
+from moe_plugin.apps.inspection.shrink import shrink
 from tests.families.overrides import MODEL_CLASSES, OVERRIDES
-from tests.families.shrink import shrink
 
 _MODELS = Path(transformers.__path__[0]) / "models"
 _FIELD_OF_EXPERTS = re.compile(r"^\s+[\"']?\w*experts\w*[\"']?\s*[:=]", re.MULTILINE)

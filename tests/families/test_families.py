@@ -9,6 +9,7 @@ import pytest
 
 pytest.importorskip("transformers")
 
+from tests.families.__main__ import check_the_default_rule
 from tests.families.models import families
 from tests.families.survey import surveyed
 
@@ -19,6 +20,12 @@ class TestFamilies:
     @pytest.mark.parametrize("family", families())
     def test_family_is_verified_or_refused_as_the_table_says(self, family):
         assert str(surveyed(family)) in TABLE.read_text().splitlines()
+
+    @pytest.mark.parametrize(
+        "family", ["deepseek_v3", "nllb_moe", "phimoe"]
+    )  # `python -m tests.families`: all
+    def test_default_rule_balances_the_family(self, family):
+        check_the_default_rule(family)
 
     def test_table_holds_every_family_and_all_but_one_are_verified(self):
         page = TABLE.read_text()

@@ -2,6 +2,9 @@
 
 WHAT is a checkpoint of a run (RUN/checkpoints/last.ckpt), a model type of transformers (mixtral), a folder with a
 config.json, a name on the hub, or package.module:function that returns a model.
+
+With --verify every check of moe_plugin.attach.verification runs on copies of the model: the function's own, with inputs
+if it returns (model, inputs); of transformers a small model with random weights. Nothing is downloaded then.
 """
 
 from __future__ import annotations
@@ -10,30 +13,57 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-WRONG_USE, NOTHING_TO_BALANCE = 2, 1
+WRONG_USE, NOTHING_TO_BALANCE, CHECK_FAILED = 2, 1, 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Print what was found; return 0 if the model can be balanced, 1 if not, 2 after one line for a wrong word."""
+    """Print what was found; return 0 if the model can be balanced, 1 if not, 2 after one line for a wrong word.
+
+    With ``--verify`` 0 means that no check failed.
+    """
     parser = argparse.ArgumentParser(
         prog="moe-inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", metavar="WHAT")
     parser.add_argument("--every-layer", action="store_true", help="a line for each router, even if alike")
+    parser.add_argument(
+        "--verify", action="store_true", help="run the model and check what balancing does to it"
+    )
     options = parser.parse_args(arguments)
+    from moe_plugin.errors import ConfigError
+
+    try:
+        return _verify(options.what) if options.verify else _inspect(options.what, options.every_layer)
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return WRONG_USE
+
+
+def _inspect(what: str, every_layer: bool) -> int:
     from rich.console import Console
 
     from moe_plugin.apps.inspection.inspect_source import inspect_source
     from moe_plugin.apps.inspection.inspection_table import inspection_table
-    from moe_plugin.errors import ConfigError
+
+    inspection = inspect_source(what)
+    Console().print(inspection_table(inspection, every_layer=every_layer))
+    return 0 if inspection.sites and not inspection.strangers else NOTHING_TO_BALANCE
+
+
+def _verify(what: str) -> int:
+    from rich.console import Console
+
+    from moe_plugin.apps.inspection.verification_table import verification_table
+    from moe_plugin.apps.inspection.verify_source import verify_source
+    from moe_plugin.errors import AttachError
 
     try:
-        inspection = inspect_source(options.what)
-    except ConfigError as error:
+        results = verify_source(what)
+    except AttachError as error:
         print(f"error: {error}", file=sys.stderr)
-        return WRONG_USE
-    Console().print(inspection_table(inspection, every_layer=options.every_layer))
-    return 0 if inspection.sites and not inspection.strangers else NOTHING_TO_BALANCE
+        return NOTHING_TO_BALANCE
+    Console().print(verification_table(results))
+    return CHECK_FAILED if any(result.status == "failed" for result in results) else 0
 
 
 if __name__ == "__main__":

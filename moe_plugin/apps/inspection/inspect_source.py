@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import pickle
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -72,16 +72,27 @@ def saved_biases(checkpoint: Mapping[str, Any], inspection: Inspection) -> dict[
     return biases
 
 
-def _from_function(word: str) -> nn.Module:
+def function_named(word: str) -> Callable[[], Any]:
+    """Return the function that `package.module:function` names.
+
+    Raises:
+        ConfigError: If it cannot be imported.
+    """
     module, _, name = word.partition(":")
     try:
-        build = getattr(importlib.import_module(module), name)
+        return getattr(importlib.import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ConfigError(
             "WHAT", "must name a function that can be imported", word, _reason(error)
         ) from error
+
+
+def _from_function(word: str) -> nn.Module:
+    build = function_named(word)
     with torch.device("meta"):
         model = build()
+    if isinstance(model, tuple) and len(model) == 2:  # the model and its inputs, for --verify
+        model = model[0]
     if not isinstance(model, nn.Module):
         fix = f"It returned {type(model).__name__}."
         raise ConfigError("WHAT", "must name a function that returns a module", word, fix)
@@ -90,16 +101,10 @@ def _from_function(word: str) -> nn.Module:
 
 def _of_transformers(word: str) -> Inspection:
     """Inspect a model of transformers from its configuration, with the biases of a folder's safetensors files."""
-    try:
-        from transformers import AutoModel, AutoModelForCausalLM
-    except ImportError as error:
-        fix = "Install transformers: pip install 'moe_plugin[hf]'."
-        raise ConfigError("WHAT", "must be a checkpoint or package.module:function", word, fix) from error
-    config = _config(word)
-    kind = AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
+    config = config_of(word)
     try:
         with torch.device("meta"):
-            model = kind.from_config(config)
+            model = model_kind(config).from_config(config)
     except ValueError as error:
         raise ConfigError("WHAT", "must have a model class in transformers", word, _reason(error)) from error
     inspection = inspect_model(model)
@@ -107,13 +112,32 @@ def _of_transformers(word: str) -> Inspection:
     return inspection.with_biases(_stored_biases(folder, inspection)) if folder.is_dir() else inspection
 
 
-def _config(word: str) -> Any:
-    from transformers import CONFIG_MAPPING, AutoConfig
+def model_kind(config: Any) -> Any:
+    """Return the class of transformers that builds a model of this configuration."""
+    from transformers import AutoModel, AutoModelForCausalLM
 
+    return AutoModelForCausalLM if type(config) in AutoModelForCausalLM._model_mapping else AutoModel
+
+
+def config_of(word: str, *, local_files_only: bool = False) -> Any:
+    """Return a configuration of transformers.
+
+    Args:
+        word: A folder, a `config.json`, a model type, or a name on the hub.
+        local_files_only: Download nothing.
+
+    Raises:
+        ConfigError: If there is none, or transformers is not installed.
+    """
+    try:
+        from transformers import CONFIG_MAPPING, AutoConfig
+    except ImportError as error:
+        fix = "Install transformers: pip install 'moe_plugin[hf]'."
+        raise ConfigError("WHAT", "must be a checkpoint or package.module:function", word, fix) from error
     if word in CONFIG_MAPPING:
         return AutoConfig.for_model(word)
     try:
-        return AutoConfig.from_pretrained(word)
+        return AutoConfig.from_pretrained(word, local_files_only=local_files_only)
     except (OSError, ValueError) as error:
         known = "a .ckpt file, package.module:function, or a folder, config.json, model type or name of transformers"
         raise ConfigError("WHAT", f"must be {known}", word, _reason(error)) from error

@@ -153,7 +153,7 @@ def _attached(model: nn.Module, balanced: BalancedModel) -> tuple[RoutingSite, .
             if site.host_owns_bias
             else "our bias, balanced now",
             bias_key=_key(model, site.bias_place) if site.host_owns_bias else None,
-            is_proven=site.is_proven,
+            is_proven=site.style.proven or bool(site.plans),
             bias=None if site.bias.is_meta else BiasStatistics.of(site.bias),
         )
         for name, site in balanced.items()
