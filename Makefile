@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo compare picture bench test test-all lint types clean
+.PHONY: help demo compare picture bench test test-faults test-all lint types clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -37,6 +37,9 @@ bench: $(VENV)/.dev ## speed of everything, as ratios to named peers; CASES="rou
 
 test: $(VENV)/.dev ## the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
+
+test-faults: $(VENV)/.dev ## 2,000 drawn routers, each balanced right or refused by name
+	GENERATED_ROUTERS=2000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 0 tests/attach/generated
 
 test-all: $(VENV)/.dev ## the tests, slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
