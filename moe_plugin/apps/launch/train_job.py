@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,6 +37,9 @@ from moe_plugin.apps.report import RunSummary, run_report, tensorboard_command, 
 from moe_plugin.apps.report.environment import describe_environment, write_environment
 from moe_plugin.callbacks.load_monitor import LoadMonitor
 
+_OF_LAUNCHERS = ("LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""Variables by which Lightning tells a process that a launcher has started it."""
+
 
 def train(config: DictConfig) -> None:
     """Train and validate; the first process leaves checkpoints, logs and ``summary.json`` in the run's folder.
@@ -62,16 +66,21 @@ def train(config: DictConfig) -> None:
 
 @contextmanager
 def _ended_process_group() -> Iterator[None]:
-    """End the process group that Lightning leaves: a sweep's next job may want another, or none.
+    """End what Lightning leaves, a process group and variables: a sweep's next job may want others, or none.
 
-    One whose other processes may still wait in a collective is left to the end of this process.
+    A group whose other processes may still wait in a collective is left to the end of this process.
     """
+    before = {name: os.environ.get(name) for name in _OF_LAUNCHERS}
     try:
         yield
     except BaseException:
         if dist.is_initialized() and dist.get_world_size() == 1:
             dist.destroy_process_group()
         raise
+    finally:
+        for name in _OF_LAUNCHERS:
+            if before[name] is None:
+                os.environ.pop(name, None)
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -103,7 +103,9 @@ def learn(trial: Trial) -> Plan | None:
         return None
     if isinstance(decision, NoStyle):
         raise EffectError(f"Router {site.name!r} {decision.reason}, so it cannot be balanced. {FIX}")
-    if (decision.top_k, decision.use.rounds) != (style.top_k, style.use.rounds):
+    # Some routers select fewer experts in evaluation, which only counts.
+    top_k = decision.top_k if site.router.training else style.top_k
+    if (top_k, decision.use.rounds) != (style.top_k, style.use.rounds):
         raise EffectError(
             f"Router {site.name!r} must select {_described(style.top_k, style.use.rounds)}, as it was found to, but "
             f"its forward selects {_described(decision.top_k, decision.use.rounds)}. {FIX}"

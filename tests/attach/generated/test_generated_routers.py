@@ -108,9 +108,14 @@ class TestSabotage:
         "spec",
         [
             RouterSpec(),
-            RouterSpec(select="end of sort", stacked=True, place="block"),
-            RouterSpec(experts=6, k=1, select="max", combine="loop", mode="checkpoint"),
-            RouterSpec(mode="compiled"),
+            *(
+                pytest.param(spec, marks=pytest.mark.slow)
+                for spec in (
+                    RouterSpec(select="end of sort", stacked=True, place="block"),
+                    RouterSpec(experts=6, k=1, select="max", combine="loop", mode="checkpoint"),
+                    RouterSpec(mode="compiled"),
+                )
+            ),
         ],
         ids=repr,
     )

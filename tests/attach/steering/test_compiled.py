@@ -164,6 +164,7 @@ class TestBreaks:
 
 
 class TestParts:
+    @pytest.mark.slow
     @pytest.mark.parametrize("part", PARTS)
     @pytest.mark.parametrize(
         ("assigned", "warm", "backend"),
@@ -177,6 +178,7 @@ class TestParts:
         for _ in range(3):
             assert_alike(model, call, plain)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("part", PARTS)
     @pytest.mark.parametrize("assigned", [False, True], ids=["in place", "assigned"])
     def test_part_compiled_before_balancing_trains_as_uncompiled_one(self, part, assigned):
