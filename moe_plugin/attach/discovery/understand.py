@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -57,13 +58,19 @@ def understand(around: Surroundings) -> RoutingStyle | NoStyle | None:
         if isinstance(style, NoStyle):
             reasons.append(style)
         elif style is not None and seen.returned is not None:
-            return style
+            return _in_doubt(style) if any(reason.adaptable for reason in reasons) else style
         elif broken_off is None and not any(reason.adaptable for reason in reasons):
             broken_off = style
         ended = ended or seen.returned is not None
     if broken_off is not None or not (reasons or ended):
         return broken_off or _by_names(around, owners)
     return reasons[0] if reasons else None
+
+
+def _in_doubt(style: RoutingStyle) -> RoutingStyle:
+    """Return the style for the first real forward to decide: with inputs of another shape it could not be steered."""
+    evaluation, training = (plan._replace(certain=False) for plan in style.plans)
+    return replace(style, plans=(evaluation, training))
 
 
 def _inputs(around: Surroundings) -> Iterator[Input]:
