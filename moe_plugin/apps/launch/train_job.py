@@ -70,7 +70,7 @@ def _ended_process_group() -> Iterator[None]:
 
     A group whose other processes may still wait in a collective is left to the end of this process.
     """
-    before = {name: os.environ.get(name) for name in _OF_LAUNCHERS}
+    absent = [name for name in _OF_LAUNCHERS if name not in os.environ]
     try:
         yield
     except BaseException:
@@ -78,9 +78,8 @@ def _ended_process_group() -> Iterator[None]:
             dist.destroy_process_group()
         raise
     finally:
-        for name in _OF_LAUNCHERS:
-            if before[name] is None:
-                os.environ.pop(name, None)
+        for name in absent:
+            os.environ.pop(name, None)
     if dist.is_initialized():
         dist.destroy_process_group()
 

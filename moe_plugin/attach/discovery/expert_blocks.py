@@ -27,14 +27,18 @@ def experts_of(module: nn.Module) -> list[nn.Module]:
 
 def has_gate_for_a_stack(module: nn.Module) -> bool:
     """Return whether it has a matrix with one row or column for each module of a list next to it."""
-    sizes = {len(child) for child in module.children() if isinstance(child, LISTS)} - {0, 1}
-    return bool(sizes) and any(sizes & set(matrix.shape) for matrix in _matrices(module))
+    return _has_matrix_of(module, {len(child) for child in module.children() if isinstance(child, LISTS)})
 
 
 def has_gate_for_a_weight(module: nn.Module) -> bool:
     """Return whether it has a matrix with one row or column for each entry of a 3-D weight next to it."""
-    sizes = {stack.size for stack in own_stacks(module) if stack.is_weight} - {0, 1}
-    return bool(sizes) and any(sizes & set(matrix.shape) for matrix in _matrices(module))
+    return _has_matrix_of(module, {stack.size for stack in own_stacks(module) if stack.is_weight})
+
+
+def _has_matrix_of(module: nn.Module, sizes: set[int]) -> bool:
+    """Return whether a matrix in it has one of these sizes, which must be two or more."""
+    several = sizes - {0, 1}
+    return bool(several) and any(several & set(matrix.shape) for matrix in _matrices(module))
 
 
 def _matrices(module: nn.Module) -> Iterator[Tensor]:

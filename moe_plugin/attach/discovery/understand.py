@@ -54,12 +54,12 @@ def understand(around: Surroundings) -> RoutingStyle | NoStyle | None:
     hosts = [*above[:1], module, *above[1:]]  # what holds the router may pass it the bias
     broken_off, reasons, ended = None, list[NoStyle](), False
     for seen in probes(module, hosts, _inputs(around), followed):
-        style = _by_run(around, owners, seen)
+        style, doubted = _by_run(around, owners, seen), any(reason.adaptable for reason in reasons)
         if isinstance(style, NoStyle):
             reasons.append(style)
         elif style is not None and seen.returned is not None:
-            return _in_doubt(style) if any(reason.adaptable for reason in reasons) else style
-        elif broken_off is None and not any(reason.adaptable for reason in reasons):
+            return _in_doubt(style) if doubted else style
+        elif broken_off is None and not doubted:
             broken_off = style
         ended = ended or seen.returned is not None
     if broken_off is not None or not (reasons or ended):

@@ -124,7 +124,7 @@ def _watched(module: Any, forward: Callable[..., Any], args: tuple, kwargs: dict
     guard = _refuse_to_be_recomputed if closely else None
     with Intercept(site.style, plan, None if site.host_owns_bias else bias, seen, calls, guard):
         output = forward(*args, **kwargs)
-    if len(calls) != len(plan.roles) and plan.roles:
+    if calls and plan.roles and len(calls) != len(plan.roles):
         _refuse_other_calls(site, len(plan.roles), len(calls))
     if closely and (bias._version != version or site.bias_place.tensor() is not bias):
         raise EffectError(
@@ -213,9 +213,11 @@ def _refuse_replica(site: Site) -> None:
 
 
 def _refuse_other_calls(site: Site, expected: int, seen: int) -> None:
-    """Refuse a forward with more or fewer rankings than the router had when it was looked at."""
-    if seen == 0 or expected == 0:
-        return
+    """Refuse a forward with more or fewer rankings than the router had when it was looked at.
+
+    Raises:
+        EffectError: Always.
+    """
     raise EffectError(
         f"Router {site.name!r} must rank its experts {expected} times in a forward, as in its first one in this mode, "
         f"but it did {seen} times, so it is not known which of them select. {FIX}"

@@ -52,10 +52,9 @@ class Subject:
         """
         self._original = copy.deepcopy(model)
         self._run = run
-        self._settings: dict[str, Any] = {"adapters": adapters, "sites": sites, "frozen_routers": "balance"}
-        self._settings["verify"] = (
-            False  # what a router's first forward proves is checked here by other means
-        )
+        # What a router's first forward proves is checked here by other means.
+        own: dict[str, Any] = {"frozen_routers": "balance", "verify": False}
+        self._settings = {"adapters": adapters, "sites": sites, **own}
         self.evaluate(self._original)
 
     def plain(self) -> nn.Module:

@@ -61,13 +61,6 @@ class Snapshot:
 
 
 @contextmanager
-def restored(root: nn.Module, *more: object) -> Iterator[None]:
-    """Restore what calls of a module change, see `Snapshot`."""
-    with Snapshot(root, *more).restoring():
-        yield
-
-
-@contextmanager
 def same_random_numbers(root: nn.Module) -> Iterator[None]:
     """Restore the random states of torch on the CPU and on the module's devices, of Python and of NumPy."""
     devices = {tensor.device for tensor in (*root.parameters(), *root.buffers())}

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_plugin.attach.discovery.probing.restored import restored
+from moe_plugin.attach.discovery.probing.restored import Snapshot
 from tests.attach.discovery.probing import filing_routers as routers
 from tests.attach.discovery.wild_block import D
 
@@ -37,7 +37,7 @@ class TestRestored:
     def test_buffers_and_plain_tensors_have_their_values(self):
         model = Changing()
         before = {name: value.clone() for name, value in model.state_dict().items()}
-        with restored(model):
+        with Snapshot(model).restoring():
             model(torch.randn(T, D))
             assert not torch.equal(model.norm.running_mean, before["norm.running_mean"])
         assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
@@ -47,13 +47,13 @@ class TestRestored:
     def test_next_forward_draws_the_same_numbers(self):
         model, x = Changing().eval(), torch.randn(T, D)
         model.dropout.train()
-        with restored(model):
+        with Snapshot(model).restoring():
             first = model(x)
         assert torch.equal(model(x), first)
 
     def test_filed_losses_are_gone(self):
         model, before = Changing(), len(routers.InManager.filed())
-        with restored(model):
+        with Snapshot(model).restoring():
             model(torch.randn(T, D))
             assert len(routers.InManager.filed()) == before + 1
         assert len(routers.InManager.filed()) == before
@@ -62,7 +62,7 @@ class TestRestored:
         model = Changing()
 
         def fail():
-            with restored(model):
+            with Snapshot(model).restoring():
                 model.total += 1
                 model(torch.randn(T, D + 1))
 
@@ -74,7 +74,7 @@ class TestRestored:
         model = Changing()
         weight = torch.ones(D, requires_grad=True)
         loss = (weight * model.total).sum()
-        with restored(model):
+        with Snapshot(model).restoring():
             model.total = torch.ones(D)
         loss.backward()
         assert weight.grad.abs().sum() == 0
