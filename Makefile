@@ -38,8 +38,8 @@ bench: $(VENV)/.dev ## speed of everything, as ratios to named peers; CASES="rou
 test: $(VENV)/.dev ## the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"
 
-test-faults: $(VENV)/.dev ## 2,000 drawn routers, each balanced right or refused by name
-	GENERATED_ROUTERS=2000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n 0 tests/attach/generated
+test-faults: $(VENV)/.dev ## faults: damaged and hostile files, signals, full disks, wrong command lines; 2,000 drawn routers
+	GENERATED_ROUTERS=2000 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) tests/faults tests/attach/generated
 
 test-all: $(VENV)/.dev ## the tests, slow ones too
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS)
