@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo compare picture bench test test-faults test-all lint types clean
+.PHONY: help demo compare picture bench test test-faults test-all lint types package try-package clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,6 +50,19 @@ lint: $(VENV)/.dev ## ruff: rules and format
 
 types: $(VENV)/.dev ## pyright
 	$(BIN)/pyright
+
+package: $(VENV)/.dev ## build the wheel and the source archive into dist/, and check both
+	rm -rf dist
+	$(BIN)/python -m build --no-isolation --outdir dist . > /dev/null
+	$(BIN)/twine check --strict dist/*
+	$(BIN)/validate-pyproject pyproject.toml
+	$(BIN)/check-wheel-contents dist/*.whl
+	$(BIN)/pyroma --min 9 --skip-tests AuthorEmail .  # the project has no address
+
+try-package: package ## install the wheel into an environment of its own, and train 20 steps with it
+	rm -rf build/try && $(PYTHON) -m venv build/try
+	build/try/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt dist/*.whl
+	cd build/try && bin/moe-train experiment=smoke trainer.max_steps=20 data=stdlib
 
 clean: ## remove the environment and caches; runs stay
 	rm -rf $(VENV) build dist *.egg-info .cache .pytest_cache .ruff_cache .hypothesis

@@ -4,13 +4,10 @@ from setuptools import find_namespace_packages, setup
 
 setup(
     packages=[
-        *find_namespace_packages(include=["moe_plugin", "moe_plugin.*", "hydra_plugins"]),
+        *find_namespace_packages(include=["moe_plugin", "moe_plugin.*", "hydra_plugins", "hydra_plugins.*"]),
         "moe_plugin.conf",
+        *(f"moe_plugin.conf.{group}" for group in find_namespace_packages("conf")),
     ],
     package_dir={"moe_plugin.conf": "conf"},
-    package_data={
-        "hydra_plugins": ["moe_plugin_groups/*/*.yaml"],
-        "moe_plugin.conf": ["*.yaml", "**/*.yaml"],
-        "moe_plugin.apps.report": ["*.html"],
-    },
+    package_data={"": ["*.yaml"], "moe_plugin": ["py.typed"], "moe_plugin.apps.report": ["*.html"]},
 )
