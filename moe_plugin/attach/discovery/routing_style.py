@@ -28,12 +28,12 @@ class Plan(NamedTuple):
 
     Attributes:
         roles: One per call, in order; empty if each call selects for some of the tokens.
-        mixed: Whether calls of several kinds take part.
+        kind: The kind of call that takes part, ``"any"`` if several do; None for that of the style.
         certain: Whether the forward was seen to its end, and whatever repeats a selection was seen to do so.
     """
 
     roles: tuple[Role, ...] = ()
-    mixed: bool = False
+    kind: str | None = None
     certain: bool = False
 
     @property

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from moe_plugin.attach.discovery.probing.ranking_calls import FUNCTIONS, SELECTING, Call, read_call
+from moe_plugin.attach.discovery.probing.ranking_calls import FUNCTIONS, Call, read_call
 from moe_plugin.attach.discovery.routing_style import Plan, Role, RoutingStyle
 from moe_plugin.attach.selection import Selection
 from moe_plugin.attach.steering.rank_op import rank
@@ -56,7 +56,7 @@ class Intercept(TorchFunctionMode):
             guard: Called before a biased ranking.
         """
         super().__init__()
-        self.functions = SELECTING if plan.mixed else FUNCTIONS[style.kind]
+        self.functions = FUNCTIONS[plan.kind or style.kind]
         self.style = style
         self.plan = plan
         self.bias_E = bias_E

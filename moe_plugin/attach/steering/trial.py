@@ -103,13 +103,7 @@ def learn(trial: Trial) -> Plan | None:
         return None
     if isinstance(decision, NoStyle):
         raise EffectError(f"Router {site.name!r} {decision.reason}, so it cannot be balanced. {FIX}")
-    # Some routers select fewer experts in evaluation, which only counts.
-    top_k = decision.top_k if site.router.training else style.top_k
-    if (top_k, decision.use.rounds) != (style.top_k, style.use.rounds):
-        raise EffectError(
-            f"Router {site.name!r} must select {_described(style.top_k, style.use.rounds)}, as it was found to, but "
-            f"its forward selects {_described(decision.top_k, decision.use.rounds)}. {FIX}"
-        )
+    _check_as_found(site, decision)
     if site.host_owns_bias and not style.proven and not any("bias" in each.added for each in rankings):
         raise EffectError(
             f"Router {site.name!r} owns {site.bias_place.name!r}, but does not add it to the scores by which it "
@@ -117,6 +111,24 @@ def learn(trial: Trial) -> Plan | None:
         )
     num_ranked = decision.ranking.call.scores.numel() // style.num_experts
     return decision.plan._replace(certain=not decision.plan.repeats or num_ranked >= _FEW)
+
+
+def _check_as_found(site: Site, decision: Decision) -> None:
+    """Check that a decision selects as many experts, from the same end of its ranking, as the router's style says."""
+    style, use = site.style, decision.use
+    # Some routers select fewer experts in evaluation, which only counts.
+    top_k = decision.top_k if site.router.training else style.top_k
+    if (top_k, use.rounds) != (style.top_k, style.use.rounds):
+        raise EffectError(
+            f"Router {site.name!r} must select {_described(style.top_k, style.use.rounds)}, as it was found to, but "
+            f"its forward selects {_described(decision.top_k, use.rounds)}. {FIX}"
+        )
+    cuts_otherwise = decision.ranking.call.kind == "topk" and use.cut != style.use.cut
+    if cuts_otherwise or use.from_end != style.use.from_end:
+        raise EffectError(
+            f"Router {site.name!r} must use the part of its ranking that it was found to use, but its forward uses "
+            f"another. {FIX}"
+        )
 
 
 def _decision(

@@ -5,6 +5,7 @@ Shape legend: E experts, T tokens, D model width.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from typing import Any
 
@@ -74,7 +75,8 @@ class Trial:
         return out.detach(), [x.grad, *(parameter.grad for parameter in model.parameters())]
 
     def check_unbiased(self) -> None:
-        _assert_same(self.two_steps(self.model), self.expected, "with a zero bias")
+        alike = _close if self.spec.mode == "compiled by aot" else torch.equal
+        _assert_same(self.two_steps(self.model), self.expected, "with a zero bias", alike)
         assert _take_effects(self.model) == self.effects, "forwards left other things behind than plain ones"
         totals = [int(site.counts.sum()) for site in self.balanced.values()]
         expected = [2 * self.spec.tokens * layer.spec.k for layer in self.plain.layers]
@@ -151,11 +153,18 @@ def _difference(dtype: str, out: Tensor, counts_E: Tensor, right: Expected) -> s
     )
 
 
-def _assert_same(found: list, expected: list, when: str) -> None:
+def _close(grad: Tensor, right: Tensor) -> bool:
+    """Return whether gradients differ by no more than rounding: this compiler adds them up in another order."""
+    return torch.allclose(grad, right, rtol=1e-5, atol=1e-6 * float(right.abs().amax()))
+
+
+def _assert_same(
+    found: list, expected: list, when: str, alike: Callable[[Tensor, Tensor], bool] = torch.equal
+) -> None:
     for number, ((out, grads), (right_out, right_grads)) in enumerate(zip(found, expected, strict=True)):
         assert torch.equal(out, right_out), f"outputs differ {when} in step {number}"
         for grad, right in zip(grads, right_grads, strict=True):
-            same = grad is right if grad is None or right is None else torch.equal(grad, right)
+            same = grad is right if grad is None or right is None else alike(grad, right)
             assert same, f"gradients differ {when} in step {number}"
 
 

@@ -39,11 +39,7 @@ def reference(block: Block, x_TD: Tensor, logits_TE: Tensor, bias_E: Tensor) -> 
     scores_TE, probs_TE = block.routing.score(logits_TE), logits_TE.softmax(-1)
     is_of_probs = spec.second in SECOND_VALUES or spec.gates.startswith("gathered from")
     source = (probs_TE if is_of_probs else scores_TE).tolist()
-    # An earlier ranking for a loss cannot be told from the selection if both only give ids.
-    decided_twice = spec.second in SECOND_VALUES or (
-        spec.early and spec.k == 1 and spec.second == "switch loss"
-    )
-    ranked = [scores_TE, probs_TE] if decided_twice else [scores_TE]
+    ranked = [scores_TE, probs_TE] if spec.second in SECOND_VALUES else [scores_TE]
     outputs_TED = torch.stack([block.expert(e, x_TD) for e in range(spec.experts)], dim=1)
     return [_decided(spec, each_TE.tolist(), source, outputs_TED, bias_E.tolist()) for each_TE in ranked]
 

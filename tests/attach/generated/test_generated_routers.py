@@ -65,6 +65,29 @@ class TestGeneratedRouters:
             note(f"{spec!r} fails; the plainest that fails too is {plainest(spec, fails)!r}")
         event(f"{check(spec)}: {spec.select}")
 
+    @pytest.mark.parametrize(
+        ("spec", "outcome"),
+        [
+            (RouterSpec(select="max in rounds", second="same again"), "balanced"),
+            (RouterSpec(select="argmax times zero", second="values of topk"), "refused"),
+            (RouterSpec(k=1, score="sigmoid", second="logged max", early=True), "balanced"),
+            (RouterSpec(k=1, second="switch loss", early=True), "balanced"),
+            (
+                RouterSpec(k=1, select="argmax times zero", second="same again", early=True, look="nonzero"),
+                "balanced",
+            ),
+            (
+                RouterSpec(
+                    experts=6, k=1, mask="groups by zero", select="max", second="same again", early=True
+                ),
+                "balanced",
+            ),
+        ],
+        ids=repr,
+    )
+    def test_ranking_of_which_nothing_is_returned_does_not_select(self, spec, outcome):
+        assert check(spec) == outcome
+
 
 def add_bias_twice(monkeypatch):
     once = intercept._biased

@@ -49,6 +49,8 @@ def decide(
         biases: Names of followed tensors that may be the model's own bias; a ranking to which one was added selects.
     """
     whole = [each for each in _whole(rankings, num_tokens) if each in of_experts and not each.hard]
+    # The ids of others go to a loss or a log.
+    whole = [each for each in whole if each.returned] or whole
     for kinds in _KINDS:
         chosen = [each for each in whole if each.call.kind in kinds and _selects(each, whole[-1])]
         if chosen:

@@ -13,6 +13,8 @@ from moe_plugin.attach.discovery.probing.ranking import Ranking
 from moe_plugin.attach.discovery.probing.ranking_calls import FUNCTIONS
 from moe_plugin.attach.discovery.routing_style import NoStyle, Plan, Role
 
+_OTHER_FORM = "takes its gate weights from another ranking than its experts, of another form"
+
 
 def plan_of(
     rankings: Sequence[Ranking], selecting: Sequence[Ranking], biases: Collection[str]
@@ -29,6 +31,8 @@ def plan_of(
     """
     last = selecting[-1]
     of_experts = [each for each in rankings if each.call.num_items == last.call.num_items]
+    if len(selecting) > 1 and any(_gives_gates(each, selecting) for each in of_experts):
+        return NoStyle(_OTHER_FORM, True)
     repeating, certain = [], last.ended
     for each in of_experts if len(selecting) == 1 else ():
         if each is last or not _may_repeat(each, last, set(biases)):
@@ -41,7 +45,7 @@ def plan_of(
             certain = certain and same is True
     group = sorted((*repeating, *selecting), key=lambda each: each.number)
     if repeating and not _can_repeat(group):
-        return NoStyle("takes its gate weights from another ranking than its experts, of another form", True)
+        return NoStyle(_OTHER_FORM, True)
     selecting = group[:1] if repeating else selecting
     return selecting[-1], _planned(of_experts, selecting, group, certain)
 
@@ -54,32 +58,33 @@ def _planned(
             return Role.SELECTS
         return Role.REPEATS if each in group else Role.OTHER
 
-    kinds = {each.call.kind for each in group}
-    mixed = not any(kinds <= set(same) for same in _SAME_FUNCTIONS)
-    seen = [
-        each for each in of_experts if mixed or FUNCTIONS[each.call.kind] == FUNCTIONS[group[0].call.kind]
-    ]
-    return Plan(tuple(map(role, seen)), mixed, certain)
-
-
-_SAME_FUNCTIONS = [
-    [kind for kind, functions in FUNCTIONS.items() if functions == same] for same in set(FUNCTIONS.values())
-]
+    kind = group[0].call.kind if len({FUNCTIONS[each.call.kind] for each in group}) == 1 else "any"
+    seen = [each for each in of_experts if FUNCTIONS[each.call.kind] <= FUNCTIONS[kind]]
+    return Plan(tuple(map(role, seen)), kind, certain)
 
 
 def _may_repeat(each: Ranking, last: Ranking, biases: set[str]) -> bool:
     """Return whether this call may make the choice of the last one: of the same size, neither based on the other.
 
-    A maximum that is subtracted from the scores belongs to those, whatever is selected. If the last one gives ids and
-    gate weights, an earlier one that gives ids is for something else, such as a loss.
+    A maximum that is subtracted from the scores belongs to those, whatever is selected. What is not returned, or an
+    earlier one that gives ids only where the last one gives gate weights too, is for something else, such as a loss.
     """
     if each.hard or each.number in last.after or last.number in each.after:
         return False
     if each.added & biases != last.added & biases:
         return False
+    if last.returned and not each.returned and each.call.scores is not last.call.scores:
+        return False
     if each.number < last.number and last.values_used and not each.values_used:
         return False
     return each.num_used == last.k and not (each.shifts or each.compared)
+
+
+def _gives_gates(each: Ranking, rounds: Sequence[Ranking]) -> bool:
+    """Return whether this call ranks once as many experts as are selected in rounds, for values that are returned."""
+    is_other = each.number not in {ranking.number for ranking in rounds}
+    is_of_scores = not (each.hard or each.shifts or each.compared)
+    return is_other and is_of_scores and each.returned and each.values_used and each.num_used == len(rounds)
 
 
 def _can_repeat(group: Sequence[Ranking]) -> bool:

@@ -51,6 +51,7 @@ class Ranking:
         compared: Whether the values returned were compared with other scores.
         shifts: Whether they were subtracted from scores of all items, or divided them, as in a softmax by hand.
         ended: Whether the module returned, so all use was seen.
+        returned: Whether what the module returned was seen to depend on the result.
     """
 
     number: int
@@ -69,6 +70,7 @@ class Ranking:
     compared: bool = False
     shifts: bool = False
     ended: bool = False
+    returned: bool = False
 
     @property
     def k(self) -> int:
@@ -135,9 +137,11 @@ class Fates:
 
     def note_returned_(self, tensors: Iterable[Tensor]) -> None:
         """Note that the module returned these tensors, which its caller uses."""
+        tensors = list(tensors)
         self._note_use(tensors)
+        after = self._after_of(tensors)
         for ranking in self.rankings:
-            ranking.ended = True
+            ranking.ended, ranking.returned = True, ranking.number in after
 
     def note_(self, name: str, given: list[Tensor], results: list[Tensor]) -> None:
         """Note a function call.
@@ -150,9 +154,9 @@ class Fates:
         if given and not any(map(self.are_scores, given)):
             for result in results:
                 self._hard[result] = True
-        after = frozenset().union(*(self._after.get(tensor, frozenset()) for tensor in given))
+        after = self._after_of(given)
         if after:
-            for tensor in (*results, *(given[:1] if name.endswith("_") else ())):
+            for tensor in (*results, *(_changed(given[0]) if name.endswith("_") else ())):
                 self._after[tensor] = after | self._after.get(tensor, frozenset())
         if not given or name in _LOOKS:
             return
@@ -161,6 +165,9 @@ class Fates:
         else:
             self._note_meeting(name, given)
             self._note_use(given)
+
+    def _after_of(self, tensors: Iterable[Tensor]) -> frozenset[int]:
+        return frozenset().union(*(self._after.get(tensor, frozenset()) for tensor in tensors))
 
     def _note_meeting(self, name: str, given: list[Tensor]) -> None:
         for tensor in given if len(given) > 1 else ():
@@ -210,3 +217,8 @@ class Fates:
                 self._parts[tensor].ids_used = True
             elif tensor in self._values:
                 self._values[tensor].values_used = True
+
+
+def _changed(tensor: Tensor) -> list[Tensor]:
+    """Return what a call that changes a tensor in place changes: a view's base too."""
+    return [tensor] if tensor._base is None else [tensor, tensor._base]

@@ -121,7 +121,7 @@ FUNCTIONS: dict[str, frozenset[Callable]] = {
     kind: frozenset(function for each in kinds for function in _FUNCTIONS[each])
     for kinds in KINDS
     for kind in kinds
-} | {"adapter": frozenset()}
+} | {"adapter": frozenset(), "any": SELECTING}
 """By kind, the functions with which such a host selects: argmax gives the ids, max also their values."""
 UNSTEERABLE = frozenset({"kthvalue", "multinomial", "gumbel_softmax"})
 """Names of calls that select experts without a place for a bias."""
