@@ -41,6 +41,8 @@ def shapes_in(path: str | Path, *, trusted: bool = False) -> dict[str, torch.Siz
         CheckpointError: The file or folder is no checkpoint, or must not be read as one.
     """
     if is_sharded(path):
+        if not trusted:
+            check_plain(path)
         stored = read_metadata(path, trusted=trusted).state_dict_metadata
         tensors = {
             name: each.size for name, each in stored.items() if isinstance(each, TensorStorageMetadata)
