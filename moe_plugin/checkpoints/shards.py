@@ -65,7 +65,11 @@ class VerifiedShards(ParallelStrategy):
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load a checkpoint that is verified and that runs no code, unless ``weights_only`` is False."""
+        """Load a checkpoint that is verified and that runs no code, unless ``weights_only`` is False.
+
+        Raises:
+            CheckpointError: It is damaged, is refused, or belongs to another model.
+        """
         path = Path(self.broadcast(checkpoint_path))
         self._gathered(lambda: self._verified(path, weights_only))
         given = {} if weights_only is None else {"weights_only": weights_only}

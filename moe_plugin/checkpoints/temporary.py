@@ -60,7 +60,12 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def write(file: FileIO, data: bytes) -> int:
-    """Write all of the data into a file without a buffer, which the system may take in parts."""
+    """Write all of the data, which the system may take in parts, and return how much that is.
+
+    Args:
+        file: A file without a buffer.
+        data: Any number of bytes.
+    """
     rest = memoryview(data)
     while rest:
         rest = rest[file.write(rest) :]
