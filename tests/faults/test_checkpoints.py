@@ -18,9 +18,12 @@ import torch.distributed as dist
 from lightning.fabric.plugins.environments import LightningEnvironment
 
 from moe_plugin.apps.launch.last_checkpoint import find_checkpoint
+from moe_plugin.apps.launch.train_job import train
 from moe_plugin.checkpoints import VerifiedCheckpointIO
+from moe_plugin.checkpoints.safe_load import load_file
 from moe_plugin.checkpoints.temporary import remove_leftovers
 from moe_plugin.errors import CheckpointError
+from tests.apps.launch.small_job import configuration, write_texts
 from tests.checkpoints.hostile import Sharding, hide_, one_rank, state
 
 IO = VerifiedCheckpointIO()
@@ -277,6 +280,30 @@ class TestFullDisk:
             dist.destroy_process_group()
         figure(f"full disk while saving a {kind}: {intact} of 16 leave the checkpoint before intact")
         assert intact == 16
+
+
+class TestRun:
+    @pytest.mark.filterwarnings("ignore")
+    def test_whose_last_is_damaged_goes_on_from_the_one_before_to_the_same_end(
+        self, tmp_path, monkeypatch, capfd, figure
+    ):
+        monkeypatch.chdir(tmp_path)
+        write_texts(tmp_path)
+        config = configuration("trainer.val_check_interval=3", folder=tmp_path / "run")
+        train(config)
+        last = last_of(tmp_path / "run")
+        first_end = load_file(last)
+        flip(last)
+        config.ckpt_path = find_checkpoint("last", tmp_path / "run")
+        assert config.ckpt_path == f"{last}.previous"
+        assert "last.ckpt' is damaged" in capfd.readouterr().err
+        assert load_file(config.ckpt_path)["global_step"] == 3
+        train(config)
+        second_end = load_file(last)
+        assert second_end["global_step"] == first_end["global_step"] == 6
+        for name, weight in first_end["state_dict"].items():
+            assert second_end["state_dict"][name].equal(weight)
+        figure("a run whose last checkpoint is damaged: ends bit-equal from the one before")
 
 
 class TestCommand:
