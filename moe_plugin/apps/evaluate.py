@@ -48,13 +48,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(HELP)
         return
     with one_line_errors():
-        changes = {override.get_key_element(): override.value() for override in parse(words)}
+        changes = dict(map(_change, words))
         throughput, trusted = take_throughput_(changes), _take_switch_(changes, TRUST)
         with _explained():
             config = evaluated_config(changes, trusted=trusted)
             target = measures_file(Path(config.ckpt_path))
             _check(config, throughput, trusted=trusted)
         evaluate(config, target, throughput, trusted=trusted)
+
+
+def _change(word: str) -> tuple[str, Any]:
+    """Return the key and value of a word."""
+    (override,) = parse([word])
+    key = override.get_key_element()
+    if override.is_sweep_override():
+        raise ConfigError(key, "must be one value; moe-eval evaluates one checkpoint", word.partition("=")[2])
+    return key, override.value()
 
 
 def take_throughput_(changes: dict[str, Any]) -> ThroughputSettings | None:
@@ -137,7 +146,9 @@ def evaluate(
         raise
     except (*USER_ERRORS, RuntimeError, LookupError, AttributeError) as error:
         reason = one_line(str(error)).removesuffix(".")
-        raise CheckpointError(f"'ckpt_path' cannot be validated with this configuration: {reason}.") from error
+        raise CheckpointError(
+            f"'ckpt_path' cannot be validated with this configuration: {reason}."
+        ) from error
     measures = finite(found)
     console.print_json(data=measures)
     # Now, because reading a thousand sequences at once may end the process.

@@ -1,4 +1,4 @@
-"""The configuration with which a checkpoint is evaluated: its run's, which somebody may have sent, and the user's words."""
+"""The configuration with which a checkpoint is evaluated: its run's, which may be received, and the user's words."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from moe_plugin.errors import ConfigError
 CONFIG_FILE = "config.yaml"
 TRUST = "trust"
 _SECTIONS = ("model", "data", "trainer", "callbacks", "logger")
-_NEEDED = ("name", "seed", "optimized_metric", "paths", "model", "data")
+_NEEDED = ("name", "seed", "optimized_metric", "paths", "model", "data", "trainer")
 
 
 def evaluated_config(changes: Mapping[str, Any], *, trusted: bool) -> DictConfig:
@@ -37,15 +37,14 @@ def evaluated_config(changes: Mapping[str, Any], *, trusted: bool) -> DictConfig
         raise ConfigError("ckpt_path", rule, changes["ckpt_path"])
     fix = f"If you wrote the file yourself, add {TRUST}=true."
     config = read_run_config(source, trust=fix, trusted=trusted, replaced=changes)
-    for key in _SECTIONS:
-        if not isinstance(config.get(key, {}), (DictConfig, type(None))):
-            raise ConfigError(CONFIG_FILE, f"must have settings by name in {key!r}", str(source))
+    _check_sections(config, source)
     config = _validating(config, trusted=trusted)
     for key, value in changes.items():
         _change_(config, key, value)
+    _check_sections(config, source)
     for key in _NEEDED:
         if config.get(key) is None:
-            raise ConfigError(CONFIG_FILE, f"must have {key!r}, as a run's has", str(source))
+            raise ConfigError(key, "must be there, as in a run's configuration", fix=f"See {source}.")
     config.ckpt_path, config.count_only = str(checkpoint), False
     return config
 
@@ -53,6 +52,12 @@ def evaluated_config(changes: Mapping[str, Any], *, trusted: bool) -> DictConfig
 def run_folder(checkpoint: Path) -> Path:
     """Return the folder of the run that made a checkpoint; links are not followed out of it."""
     return checkpoint.parent.parent
+
+
+def _check_sections(config: DictConfig, source: Path) -> None:
+    for key in _SECTIONS:
+        if not isinstance(value := config.get(key), (DictConfig, type(None))):
+            raise ConfigError(key, "must be settings with names", value, f"See {source}.")
 
 
 def _validating(config: DictConfig, *, trusted: bool) -> DictConfig:
