@@ -31,7 +31,7 @@ PLUGIN = {
     "attach": {"errors", "types", "balancing", "metrics", "experts"},
     "sharding": {"errors", "attach", "experts"},
     "callbacks": {"errors", "types", "number_checks", "balancing", "metrics", "attach", "plots"},
-    "__init__": {"balancing", "attach", "sharding", "callbacks"},
+    "__init__": {"balancing", "attach", "sharding", "checkpoints", "callbacks"},
 }
 APPS = {
     "apps": set(),
@@ -41,7 +41,7 @@ APPS = {
     },
     "apps.report": {"errors", "metrics", "plots", "callbacks", "__init__"},
     "apps.launch": {
-        *("errors", "number_checks", "experts", "attach", "sharding", "callbacks"),
+        *("errors", "number_checks", "experts", "attach", "sharding", "callbacks", "checkpoints"),
         *("apps.models", "apps.report"),
     },
     "apps.throughput": {"errors", "number_checks", "apps.data", "apps.models"},

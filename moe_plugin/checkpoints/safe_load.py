@@ -23,6 +23,7 @@ DAMAGES = (
 METADATA = ".metadata"
 """The file in a sharded checkpoint that says which shard holds what."""
 
+_PARTS = ("state_dict_metadata", "planner_data", "storage_data")
 _REFUSED = re.compile(r"GLOBAL (\S+)|function (<.*?>)|got (<.*?>)")
 _LAYOUTS = {str(layout): layout for layout in vars(torch).values() if isinstance(layout, torch.layout)}
 _CLASSES = {
@@ -53,11 +54,11 @@ def load_file(path: str | Path, *, trusted: bool = False, mmap: bool = False) ->
         CheckpointError: The file is missing or damaged, or holds a type that is refused; it names the type.
     """
     if not Path(path).is_file():
-        raise CheckpointError(f"{str(path)!r} must be a file, and there is none.")
+        raise _no_file(path)
     try:
         return torch.load(path, map_location="cpu", weights_only=not trusted, mmap=mmap)
     except DAMAGES as error:
-        raise _told(path, error) from error
+        raise told(path, error) from error
 
 
 def read_metadata(folder: str | Path, *, trusted: bool = False) -> Metadata:
@@ -72,13 +73,15 @@ def read_metadata(folder: str | Path, *, trusted: bool = False) -> Metadata:
     """
     path = Path(folder) / METADATA
     if not path.is_file():
-        raise CheckpointError(f"{str(path)!r} must be a file, and there is none.")
+        raise _no_file(path)
     try:
         with path.open("rb") as file:
             read = (pickle.Unpickler if trusted else _MetadataUnpickler)(file).load()
     except DAMAGES as error:
-        raise _told(path, error) from error
-    if not isinstance(read, Metadata) or not isinstance(read.__dict__.get("state_dict_metadata"), dict):
+        raise told(path, error) from error
+    if not isinstance(read, Metadata) or not all(
+        isinstance(read.__dict__.get(name), dict) for name in _PARTS
+    ):
         raise CheckpointError(f"{str(path)!r} must hold the metadata of a sharded checkpoint, and does not.")
     return read
 
@@ -106,8 +109,17 @@ class _MetadataUnpickler(_PythonUnpickler):
     dispatch[pickle.BUILD[0]] = load_build
 
 
-def _told(path: str | Path, error: BaseException) -> CheckpointError:
-    """Return an error for the user: the type that was refused, or that the file is damaged."""
+def _no_file(path: str | Path) -> CheckpointError:
+    return CheckpointError(f"{str(path)!r} must be a file, and there is none.")
+
+
+def told(path: str | Path, error: BaseException) -> CheckpointError:
+    """Return an error for the user: the type that was refused, or that the file is damaged.
+
+    Args:
+        path: The file.
+        error: What torch or pickle raised, one of `DAMAGES`.
+    """
     refused = _REFUSED.search(str(error)) if isinstance(error, pickle.UnpicklingError) else None
     if refused is None:
         kind = type(error).__name__
@@ -115,5 +127,5 @@ def _told(path: str | Path, error: BaseException) -> CheckpointError:
     name = next(each for each in refused.groups() if each)
     return CheckpointError(
         f"{str(path)!r} must hold tensors and plain values only, got {name!r}, whose code could do anything."
-        " If you made the file yourself, allow it with trust=true (--trust)."
+        " If you made the file yourself, allow it with trust=true (--trust; in a Trainer of yours weights_only=False)."
     )
