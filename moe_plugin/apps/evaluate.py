@@ -6,6 +6,7 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 from omegaconf import DictConfig
@@ -21,6 +22,8 @@ from moe_plugin.apps.received.printable import printable
 from moe_plugin.apps.throughput.throughput_settings import KEY, ThroughputSettings
 from moe_plugin.errors import CheckpointError, ConfigError, MoEPluginError
 
+LONGEST = 300
+"""Characters of a reason that are shown: torch names every tensor that doesn't fit."""
 HELP = """moe-eval: the validation metrics of a checkpoint, with the model and data of its run's config.yaml.
 
   moe-eval ckpt_path=runs/demo/DATE/checkpoints/last.ckpt
@@ -53,8 +56,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         with _explained():
             config = evaluated_config(changes, trusted=trusted)
             target = measures_file(Path(config.ckpt_path))
-            _check(config, throughput, trusted=trusted)
-        evaluate(config, target, throughput, trusted=trusted)
+            _check(config, throughput)
+        evaluate(config, target, throughput)
 
 
 def _change(word: str) -> tuple[str, Any]:
@@ -94,12 +97,11 @@ def _take_switch_(changes: dict[str, Any], key: str, *, default: bool = False) -
     return asked
 
 
-def _check(config: DictConfig, throughput: ThroughputSettings | None, *, trusted: bool) -> None:
+def _check(config: DictConfig, throughput: ThroughputSettings | None) -> None:
     """Check that everything can be built, before anything is read or written."""
     from moe_plugin.apps.launch.validate_config import check
 
-    # What `check` reads of a checkpoint, it reads as somebody else's.
-    check(DictConfig({**config, "ckpt_path": None}) if trusted else config)
+    check(config)
     if throughput is not None:
         from moe_plugin.apps.launch.build import build_data, build_model_on_meta
         from moe_plugin.apps.throughput.reading_speed import check_throughput
@@ -117,15 +119,14 @@ def _explained() -> Iterator[None]:
 
 
 def evaluate(
-    config: DictConfig, target: Path, throughput: ThroughputSettings | None = None, *, trusted: bool = False
+    config: DictConfig, target: Path, throughput: ThroughputSettings | None = None
 ) -> Mapping[str, Any]:
     """Validate a checkpoint, print its metrics and write them down.
 
     Args:
-        config: A run's configuration with ``ckpt_path``.
+        config: A run's configuration with ``ckpt_path`` and ``trust``.
         target: The file to write.
         throughput: How many sequences to read at once; None does not measure throughput.
-        trusted: The checkpoint is the user's own: it may hold any object, whose code then runs.
 
     Returns:
         ``val_loss`` and the other validation measures, as in the run's ``summary.json``; and ``throughput``, if asked
@@ -141,11 +142,11 @@ def evaluate(
 
     console = Console()
     try:
-        found, trainer = validate_checkpoint(config, trusted=trusted)
+        found, trainer = validate_checkpoint(config)
     except MoEPluginError:
         raise
     except (*USER_ERRORS, RuntimeError, LookupError, AttributeError) as error:
-        reason = one_line(str(error)).removesuffix(".")
+        reason = shorten(one_line(str(error)), LONGEST).removesuffix(".")
         raise CheckpointError(
             f"'ckpt_path' cannot be validated with this configuration: {reason}."
         ) from error

@@ -40,12 +40,13 @@ def evaluated_config(changes: Mapping[str, Any], *, trusted: bool) -> DictConfig
     _check_sections(config, source)
     config = _validating(config, trusted=trusted)
     for key, value in changes.items():
-        _change_(config, key, value)
+        if key != "ckpt_path":
+            _change_(config, key, value)
     _check_sections(config, source)
     for key in _NEEDED:
         if config.get(key) is None:
             raise ConfigError(key, "must be there, as in a run's configuration", fix=f"See {source}.")
-    config.ckpt_path, config.count_only = str(checkpoint), False
+    config.ckpt_path, config.count_only, config.trust = str(checkpoint), False, trusted
     return config
 
 

@@ -101,13 +101,8 @@ def _fit_and_validate(
     return metrics
 
 
-def validate_checkpoint(config: DictConfig, *, trusted: bool = False) -> tuple[dict[str, Any], Trainer]:
-    """Return the validation measures of the checkpoint ``ckpt_path``, over the whole split, and what measured them.
-
-    Args:
-        config: A run's configuration.
-        trusted: The checkpoint may hold any object, whose code then runs; else only tensors and plain values.
-    """
+def validate_checkpoint(config: DictConfig) -> tuple[dict[str, Any], Trainer]:
+    """Return the validation measures of the checkpoint ``ckpt_path``, over the whole split, and what measured them."""
     with quiet():
         seed_everything(config.seed, workers=True, verbose=False)
         fit_only = (Checkpoint, LearningRateMonitor)
@@ -116,7 +111,7 @@ def validate_checkpoint(config: DictConfig, *, trusted: bool = False) -> tuple[d
         trainer.limit_val_batches = 1.0
         model, data = build_model(config), build_data(config)
         (metrics,) = trainer.validate(
-            model, data, ckpt_path=config.ckpt_path, verbose=False, weights_only=not trusted
+            model, data, ckpt_path=config.ckpt_path, verbose=False, weights_only=not config.trust
         )
     return _validation_measures(metrics, model), trainer
 

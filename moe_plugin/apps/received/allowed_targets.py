@@ -38,5 +38,6 @@ def _is_class_of(package: str, name: str, base: str) -> bool:
     """Return whether one of the packages above exports a class of its own by this name that derives from the base."""
     exported = importlib.import_module(package)
     kind = vars(exported).get(name)
-    is_own = isinstance(kind, type) and f"{kind.__module__}.".startswith(f"{package}.")
-    return is_own and issubclass(kind, getattr(exported, base))
+    if not isinstance(kind, type) or not f"{kind.__module__}.".startswith(f"{package}."):
+        return False
+    return issubclass(kind, getattr(exported, base))
