@@ -11,9 +11,11 @@ import signal
 import subprocess
 import sys
 import warnings
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stderr, redirect_stdout, suppress
 from pathlib import Path
+from pkgutil import resolve_name
 from typing import Any
 
 import pytest
@@ -28,8 +30,23 @@ from tests.apps.launch.small_job import WORDS, write_texts
 from tests.faults.hostile_targets import MISPLACED, SILENT, singing
 
 PLACES = (
-    *("model", "data", "data.source", "callbacks.evil", "logger.evil", "trainer.profiler", "rule", "hydra.launcher"),
-    *("strategy.lightning", "model.optimizer", "model.router.score", "callbacks.loss_free.rule", "anything.at.all"),
+    *(
+        "model",
+        "data",
+        "data.source",
+        "callbacks.evil",
+        "logger.evil",
+        "trainer.profiler",
+        "rule",
+        "hydra.launcher",
+    ),
+    *(
+        "strategy.lightning",
+        "model.optimizer",
+        "model.router.score",
+        "callbacks.loss_free.rule",
+        "anything.at.all",
+    ),
 )
 SECRET = "hunter2"
 LIMIT = 60
@@ -59,6 +76,18 @@ def run(honest, tmp_path, monkeypatch) -> Path:
     for name in ("texts", "run"):
         shutil.copytree(honest / name, tmp_path / name)
     return tmp_path / "run"
+
+
+@pytest.fixture(scope="module")
+def count() -> Counter[str]:
+    """How many canaries the tests have planted so far, and how many are untouched."""
+    return Counter()
+
+
+@pytest.fixture
+def untouched(count) -> Callable[[int], None]:
+    """Adds canaries at the end of a test; one that fails has told which."""
+    return lambda number: count.update(untouched=number)
 
 
 def called(main: Callable[[list[str]], Any], *words: str) -> tuple[Any, str]:
@@ -124,14 +153,15 @@ class TestTargets:
             child = os.fork()
             if child == 0:
                 with suppress(BaseException):
-                    instantiate({"_target_": target, **singing(canary, tmp_path / "scratch")[target]})
+                    named = singing(canary, tmp_path / "scratch")[target]
+                    resolve_name(target)(*named.pop("_args_", ()), **named)
                 os._exit(0)
             os.waitpid(child, 0)
             sung += os.path.lexists(canary)
         figure(f"canaries of targets that sing when called: {sung} of {len(targets)}")
         assert sung == len(targets)
 
-    def test_foreign_targets_are_refused_before_anything_is_imported(self, run, tmp_path, figure):
+    def test_foreign_targets_are_refused_before_anything_is_imported(self, run, tmp_path, figure, untouched):
         (tmp_path / "scratch").mkdir()
         canary, original = tmp_path / "canary", (run / "config.yaml").read_text()
         nodes = singing(canary, tmp_path / "scratch") | {target: {} for target in SILENT}
@@ -148,7 +178,8 @@ class TestTargets:
             assert not os.path.lexists(canary)
         assert absent.isdisjoint(sys.modules)
         assert "trust" in line
-        figure(f"foreign targets: {len(cases)} of {len(cases)} canaries untouched, nothing imported")
+        untouched(2 * len(cases))
+        figure(f"foreign targets: {len(cases)} of {len(cases)} refused, nothing imported")
         assert len(cases) >= 74
 
     @pytest.mark.parametrize(
@@ -166,10 +197,10 @@ class TestTargets:
             {"_target_": "moe_plugin.apps.data.HuggingFace", "path": "json", "data_files": "https://a.b/c"},
         ],
     )
-    def test_hidden_target_is_refused(self, run, value, figure):
+    def test_hidden_target_is_refused(self, run, value, untouched):
         change(run, "model.hidden", value)
         refused(evaluate.main, *evaluated(run))
-        figure("hidden target: 1 of 1 refused")
+        untouched(1)
 
     def test_what_the_user_types_is_free(self, run):
         change(run, "data._target_", "my.Data")
@@ -182,15 +213,27 @@ class TestTargets:
 
 
 class TestArguments:
-    def test_allowed_classes_write_nothing_outside_of_the_run(self, run, tmp_path, figure):
+    def test_allowed_classes_write_nothing_outside_of_the_run(self, run, tmp_path, untouched):
         outside = tmp_path / "outside"
         nodes = {
-            "callbacks.a": {"_target_": "lightning.pytorch.callbacks.ModelCheckpoint", "dirpath": f"{outside}/a"},
-            "callbacks.b": {"_target_": "lightning.pytorch.callbacks.OnExceptionCheckpoint", "dirpath": f"{outside}/b"},
-            "callbacks.c": {"_target_": "moe_plugin.apps.launch.last_checkpoint.LastCheckpoint", "path": f"{outside}/c"},
+            "callbacks.a": {
+                "_target_": "lightning.pytorch.callbacks.ModelCheckpoint",
+                "dirpath": f"{outside}/a",
+            },
+            "callbacks.b": {
+                "_target_": "lightning.pytorch.callbacks.OnExceptionCheckpoint",
+                "dirpath": f"{outside}/b",
+            },
+            "callbacks.c": {
+                "_target_": "moe_plugin.apps.launch.last_checkpoint.LastCheckpoint",
+                "path": f"{outside}/c",
+            },
             "callbacks.d": {"_target_": "lightning.pytorch.callbacks.BatchSizeFinder"},
             "logger.e": {"_target_": "lightning.pytorch.loggers.CSVLogger", "save_dir": f"{outside}/e"},
-            "logger.f": {"_target_": "lightning.pytorch.loggers.TensorBoardLogger", "save_dir": f"{outside}/f"},
+            "logger.f": {
+                "_target_": "lightning.pytorch.loggers.TensorBoardLogger",
+                "save_dir": f"{outside}/f",
+            },
             "trainer.profiler": {
                 "_target_": "lightning.pytorch.profilers.SimpleProfiler",
                 "dirpath": str(outside / "g"),
@@ -213,16 +256,18 @@ class TestArguments:
         assert loss == json.loads((run / "summary.json").read_text())["val_loss"]
         assert called(evaluate.main, *evaluated(run, "trust=true", "callbacks={}"))[0] is None
         assert {path.name for path in outside.iterdir()} >= {"g", "i"}  # these canaries are alive
-        figure(f"hostile arguments of allowed classes: {len(nodes)} of {len(nodes)} canaries untouched")
+        untouched(len(nodes))
 
-    @pytest.mark.parametrize("key", ["name", "data.source.root", "model.dim", "paths.runs", "callbacks.x", "seed"])
+    @pytest.mark.parametrize(
+        "key", ["name", "data.source.root", "model.dim", "paths.runs", "callbacks.x", "seed"]
+    )
     @pytest.mark.parametrize("value", ["${oc.env:SECRET}", "a${oc.decode:${oc.env:SECRET}}", "${seed}"])
-    def test_nothing_is_looked_up(self, run, key, value, figure):
+    def test_nothing_is_looked_up(self, run, key, value, untouched):
         change(run, key, value)
         line = refused(evaluate.main, *evaluated(run))
         assert f"'{key}'" in line
         refused(inspect, f"{run}/checkpoints/last.ckpt")
-        figure("resolvers: 1 of 1 secret kept")
+        untouched(1)
 
 
 def _files(folder: Path) -> set[Path]:
@@ -239,56 +284,64 @@ class Call:
         return self.function, self.arguments
 
 
-def payloads(canary: Path) -> dict[str, Any]:
-    """Returns what creates the canary when it is unpickled, by the name of what it calls."""
+def payloads(canary: Path) -> tuple[Call, ...]:
+    """Returns what creates the canary when it is unpickled."""
     path, made = str(canary), f"__import__('os').mkdir({str(canary)!r})"
-    calls = (
-        *(Call(os.mkdir, path), Call(os.makedirs, path), Call(os.system, f"touch {path}"), Call(open, path, "w")),
+    return (
+        *(
+            Call(os.mkdir, path),
+            Call(os.makedirs, path),
+            Call(os.system, f"touch {path}"),
+            Call(open, path, "w"),
+        ),
         *(Call(eval, made), Call(exec, made), Call(subprocess.call, ["touch", path]), Call(os.mkfifo, path)),
         *(Call(subprocess.getoutput, f"touch {path}"), Call(io.open, path, "w"), Call(os.symlink, "/", path)),
         *(Call(shutil.copyfile, __file__, path), Call(torch.save, 1, path), Call(Path(path).touch)),
         *(Call(instantiate, {"_target_": "os.mkdir", "path": path}), Call(shutil.copy, __file__, path)),
     )
-    return {f"{i}": call for i, call in enumerate(calls)}
 
 
 class TestPickles:
-    def test_pickles_run_nothing(self, run, tmp_path, figure):
+    def test_pickles_run_nothing(self, run, tmp_path, untouched):
         checkpoint, canary = run / "checkpoints" / "last.ckpt", tmp_path / "canary"
         whole = torch.load(checkpoint, weights_only=False)
         hidden = payloads(canary)
-        for i, call in hidden.items():
+        for i, call in enumerate(hidden):
             for manifest in checkpoint.parent.glob(f"*{checkpoint.name}*"):
                 manifest.unlink()
-            torch.save(whole | {"extra": call}, checkpoint, _use_new_zipfile_serialization=int(i) % 4 > 0)
-            for command in (
-                lambda: refused(evaluate.main, *evaluated(run)),
-                lambda: refused(inspect, str(checkpoint)),
-            ):
-                line = command()
+            is_zip = i % 4 > 0
+            torch.save(whole | {"extra": call}, checkpoint, _use_new_zipfile_serialization=is_zip)
+            for main, words in ((evaluate.main, evaluated(run)), (inspect, (str(checkpoint),))):
+                line = refused(main, *words)
                 assert not os.path.lexists(canary)
-                assert "trust" in line
+                assert "trust" in line or not is_zip
         words = [*WORDS, f"ckpt_path={checkpoint}", "hydra.run.dir=again"]
         assert "trust" in refused(train.main, *words)
         assert not os.path.lexists(canary)
         assert not Path("again").exists()
         assert called(evaluate.main, *evaluated(run, "trust=true"))[0] is None
         assert os.path.lexists(canary)  # this canary is alive
-        figure(f"pickles in a checkpoint: {2 * len(hidden) + 1} of {2 * len(hidden) + 1} canaries untouched")
+        untouched(2 * len(hidden) + 1)
+
+    def test_honest_sharded_checkpoint_is_evaluated(self, run):
+        checkpoint = run / "checkpoints" / "last.ckpt"
+        whole = torch.load(checkpoint, weights_only=False)
+        shutil.rmtree(checkpoint.parent)
+        _save_folder(checkpoint, whole, "nowhere", Call(os.mkdir))
+        assert called(evaluate.main, *evaluated(run))[0] is None
 
     @pytest.mark.parametrize("kind", ["meta.pt", ".metadata", "weights", "byte entry"])
-    def test_sharded_checkpoint_runs_nothing(self, run, tmp_path, kind, figure):
+    def test_sharded_checkpoint_runs_nothing(self, run, tmp_path, kind, untouched):
         checkpoint, canary = run / "checkpoints" / "last.ckpt", tmp_path / "canary"
         whole = torch.load(checkpoint, weights_only=False)
         shutil.rmtree(checkpoint.parent)
-        checkpoint.parent.mkdir()
         _save_folder(checkpoint, whole, kind, Call(os.mkdir, str(canary)))
         refused(evaluate.main, *evaluated(run))
         called(inspect, str(checkpoint))
         assert not canary.exists()
-        figure(f"pickle in {kind} of a sharded checkpoint: 2 of 2 canaries untouched")
+        untouched(2)
 
-    def test_model_folder_runs_nothing(self, tmp_path, monkeypatch, figure):
+    def test_model_folder_runs_nothing(self, tmp_path, monkeypatch, untouched):
         monkeypatch.setenv("HF_HUB_OFFLINE", "1")
         canary, folder = tmp_path / "canary", tmp_path / "model"
         folder.mkdir()
@@ -297,13 +350,23 @@ class TestPickles:
             (folder / name).write_text(code)
         torch.save({"a": Call(os.mkdir, str(canary))}, folder / "pytorch_model.bin")
         auto = {"AutoConfig": "configuration_evil.C", "AutoModelForCausalLM": "modeling_evil.C"}
-        small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
+        small = {
+            "hidden_size": 16,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 2,
+            "num_key_value_heads": 2,
+        }
         for kind in ("mixtral", "evil"):
-            settings = {"model_type": kind, "auto_map": auto, **small, "attn_implementation": "somebody/kernel"}
+            settings = {
+                "model_type": kind,
+                "auto_map": auto,
+                **small,
+                "attn_implementation": "somebody/kernel",
+            }
             (folder / "config.json").write_text(json.dumps(settings))
             assert called(inspect, str(folder))[0] in (0, 2)
             assert not canary.exists()
-        figure("code in a model's folder: 6 of 6 canaries untouched")
+        untouched(6)
 
 
 def _save_folder(path: Path, whole: dict[str, Any], kind: str, call: Call) -> None:
@@ -317,7 +380,9 @@ def _save_folder(path: Path, whole: dict[str, Any], kind: str, call: Call) -> No
     parts["optimizer_0"] = {"state": {}, "param_groups": [group]}
     if kind == "weights":
         parts["state_dict"] |= {"extra": call}
-    dcp.save(parts, checkpoint_id=path, no_dist=True)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.save(parts, checkpoint_id=path, no_dist=True)
     torch.save(rest | ({"extra": call} if kind == "meta.pt" else {}), path / "meta.pt")
     if kind == ".metadata":
         metadata = pickle.loads((path / ".metadata").read_bytes())
@@ -327,7 +392,7 @@ def _save_folder(path: Path, whole: dict[str, Any], kind: str, call: Call) -> No
 
 class TestWriting:
     @pytest.mark.parametrize("leads_to", ["file", "nothing", "folder", "device"])
-    def test_measures_are_not_written_through_a_link(self, run, tmp_path, leads_to, figure):
+    def test_measures_are_not_written_through_a_link(self, run, tmp_path, leads_to, untouched):
         victim = Path("/dev/null") if leads_to == "device" else tmp_path / "victim"
         if leads_to == "file":
             victim.write_text("mine")
@@ -337,9 +402,9 @@ class TestWriting:
         refused(evaluate.main, *evaluated(run))
         assert leads_to != "file" or victim.read_text() == "mine"
         assert leads_to != "nothing" or not victim.exists()
-        figure("links in the place of the measures: 1 of 1 canary untouched")
+        untouched(1)
 
-    def test_linked_checkpoints_do_not_lead_into_another_run(self, run, tmp_path, figure):
+    def test_linked_checkpoints_do_not_lead_into_another_run(self, run, tmp_path, untouched):
         mine = tmp_path / "mine"
         shutil.copytree(run, mine)
         shutil.rmtree(run / "checkpoints")
@@ -348,16 +413,18 @@ class TestWriting:
         assert called(evaluate.main, *evaluated(run))[0] is None
         assert _files(mine) == before
         assert (run / "eval_last.json").is_file()
-        figure("links to another run: 1 of 1 canary untouched")
+        untouched(1)
 
-    @pytest.mark.parametrize("word", ["http://127.0.0.1:1/x/y.ckpt", "s3://a/b.ckpt", "simplecache::file://x/y.ckpt"])
-    def test_address_is_refused(self, run, word, figure):
+    @pytest.mark.parametrize(
+        "word", ["http://127.0.0.1:1/x/y.ckpt", "s3://a/b.ckpt", "simplecache::file://x/y.ckpt"]
+    )
+    def test_address_is_refused(self, run, word, untouched):
         Path(word).parent.mkdir(parents=True)
         shutil.copy(run / "config.yaml", Path(word).parent.parent)
         shutil.copy(run / "checkpoints" / "last.ckpt", word)
         assert "URL" in refused(evaluate.main, f"ckpt_path={word}")
         refused(inspect, word)
-        figure("checkpoints at an address: 2 of 2 refused")
+        untouched(2)
 
     def test_folder_that_looks_like_an_address_is_a_folder(self, run):
         shutil.copytree(run, "http:/run")
@@ -371,17 +438,26 @@ BOMB = "".join(f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 9)}]\n" for i in range
 class TestGreedyFiles:
     @pytest.mark.parametrize(
         "text",
-        ["a0: &a0 lol\n" + BOMB, "[" * 20_000, "a: {" * 5_000, "x: " + "9" * 5_000, "!!python/name:os.system a", "\0"],
+        [
+            "a0: &a0 lol\n" + BOMB,
+            "[" * 20_000,
+            "a: {" * 5_000,
+            "x: " + "9" * 5_000,
+            "!!python/name:os.system a",
+            "\0",
+        ],
     )
-    def test_greedy_yaml_is_refused(self, run, text, figure):
+    def test_greedy_yaml_is_refused(self, run, text, untouched):
         (run / "config.yaml").write_text(text)
         refused(evaluate.main, *evaluated(run))
         refused(inspect, f"{run}/checkpoints/last.ckpt")
         refused(report, str(run), "--out", "page.html")
-        figure("greedy YAML: 3 of 3 commands refuse it")
+        untouched(3)
 
-    @pytest.mark.parametrize("name", ["config.yaml", "summary.json", "environment.json", "csv/metrics.csv", "last"])
-    def test_pipe_is_refused(self, run, name, figure):
+    @pytest.mark.parametrize(
+        "name", ["config.yaml", "summary.json", "environment.json", "csv/metrics.csv", "last"]
+    )
+    def test_pipe_is_refused(self, run, name, untouched):
         path = run / ("checkpoints/last.ckpt" if name == "last" else name)
         path.unlink()
         os.mkfifo(path)
@@ -390,11 +466,11 @@ class TestGreedyFiles:
             refused(inspect, f"{run}/checkpoints/last.ckpt")
         if name != "last":
             refused(report, str(run), "--out", "page.html")
-        figure("pipes: 1 of 1 refused")
+        untouched(1)
 
     @pytest.mark.parametrize("name", ["config.yaml", "summary.json"])
     @pytest.mark.parametrize("kind", ["device", "sparse", "folder"])
-    def test_endless_file_is_refused(self, run, name, kind, figure):
+    def test_endless_file_is_refused(self, run, name, kind, untouched):
         path = run / name
         path.unlink()
         if kind == "device":
@@ -407,15 +483,24 @@ class TestGreedyFiles:
         refused(report, str(run), "--out", "page.html")
         if name == "config.yaml":
             refused(evaluate.main, *evaluated(run))
-        figure("endless files: 1 of 1 refused")
+        untouched(1)
 
 
-ESCAPES = ("\x1b[31mred", "\x1b]0;title\x07", "\r\x1b[2Kgone", "\x9b2J", "\u202egpj.exe", "a[/b]", "[bold]a[/x]", ":smile:")
+ESCAPES = (
+    "\x1b[31mred",
+    "\x1b]0;title\x07",
+    "\r\x1b[2Kgone",
+    "\x9b2J",
+    "\u202egpj.exe",
+    "a[/b]",
+    "[bold]a[/x]",
+    ":smile:",
+)
 
 
 class TestTerminal:
     @pytest.mark.parametrize("name", [each for each in ESCAPES if "/" not in each])
-    def test_run_of_any_name_is_printed_as_it_is(self, run, name, figure):
+    def test_run_of_any_name_is_printed_as_it_is(self, run, name, untouched):
         received = run.rename(run.parent / name)
         for main, words in (
             (evaluate.main, evaluated(received)),
@@ -423,18 +508,18 @@ class TestTerminal:
             (report, (str(received), "--out", f"{name}.html")),
         ):
             self.assert_plain(called(main, *words)[1])
-        figure("names with escapes: 3 of 3 commands escape them")
+        untouched(3)
 
     @pytest.mark.parametrize("value", ESCAPES)
-    def test_value_of_any_text_is_printed_as_it_is(self, run, value, figure):
+    def test_value_of_any_text_is_printed_as_it_is(self, run, value, untouched):
         change(run, "trainer.accelerator", value)
         self.assert_plain(refused(evaluate.main, *evaluated(run)))
         change(run, value.replace(".", ""), {"_target_": value})
         self.assert_plain(refused(evaluate.main, *evaluated(run)))
-        figure("values with escapes: 2 of 2 escaped")
+        untouched(2)
 
     @pytest.mark.parametrize("value", ESCAPES)
-    def test_sweep_of_any_name_is_shown(self, run, value, figure):
+    def test_sweep_of_any_name_is_shown(self, run, value, untouched):
         from rich.console import Console
 
         from moe_plugin.apps.report.sweep import sweep_table
@@ -449,7 +534,13 @@ class TestTerminal:
         Console(file=text, width=200).print(sweep_table(run / "sweep"))
         self.assert_plain(text.getvalue())
         assert value.replace("/", "") in text.getvalue() or not value.isprintable()
-        figure("sweeps with escapes: 1 of 1 escaped")
+        untouched(1)
 
     def assert_plain(self, text: str) -> None:
         assert all(c.isprintable() or c == "\n" for c in text), text
+
+
+def test_no_canary_of_all_is_touched(count, figure):
+    """The last test of the file: it adds up the others."""
+    number = count["untouched"]
+    figure(f"received files: {number} of {number} canaries untouched")
