@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from moe_plugin.apps.inspection.saved_biases import read_saved, saved_biases
 from moe_plugin.apps.inspection.sites import Inspection, inspect_model
 from moe_plugin.apps.received.local_checkpoint import local_checkpoint
+from moe_plugin.apps.received.regular_file import read_json
 from moe_plugin.apps.received.run_config import read_run_config
 from moe_plugin.attach.verification.result import MODEL_ERRORS, first_line
-from moe_plugin.errors import ConfigError
+from moe_plugin.errors import CheckpointError, ConfigError
 
 
 def inspect_source(word: str, *, trusted: bool = False) -> Inspection:
@@ -126,15 +127,19 @@ def config_of(word: str, *, local_files_only: bool = False) -> Any:
         ConfigError: If there is none, or transformers is not installed.
     """
     try:
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import CONFIG_MAPPING, AutoConfig
     except ImportError as error:
         fix = "Install transformers: pip install 'moe_plugin[hf]'."
         raise ConfigError("WHAT", "must be a checkpoint or package.module:function", word, fix) from error
     if word in CONFIG_MAPPING:
         return AutoConfig.for_model(word)
+    for file in (Path(word), Path(word) / "config.json"):
+        if file.exists() and not file.is_dir():
+            read_json(file, "WHAT")
     try:
         return AutoConfig.from_pretrained(word, local_files_only=local_files_only, trust_remote_code=False)
-    except (*MODEL_ERRORS, OSError) as error:
+    except (*MODEL_ERRORS, OSError, StrictDataclassError) as error:
         known = "a .ckpt file, package.module:function, or a folder, config.json, model type or name of transformers"
         raise ConfigError("WHAT", f"must be {known}", word, _reason(error)) from error
 
@@ -145,11 +150,19 @@ def _reason(error: Exception) -> str:
 
 
 def _stored_biases(folder: Path, inspection: Inspection) -> dict[str, Tensor]:
-    from safetensors import safe_open
-
     wanted = {site.bias_key: site.name for site in inspection.sites if site.bias_key is not None}
     biases: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(each for each in folder.glob("*.safetensors") if each.is_file()):
+        biases |= _biases_in(path, wanted)
+    return inspection.fitting(biases)
+
+
+def _biases_in(path: Path, wanted: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return the tensors of a file whose names are keys of `wanted`, under the values."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
         with safe_open(path, framework="pt") as file:
-            biases |= {wanted[key]: file.get_tensor(key) for key in wanted.keys() & set(file.keys())}
-    return biases
+            return {wanted[key]: file.get_tensor(key) for key in wanted.keys() & set(file.keys())}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{str(path)!r} is damaged: {_reason(error)}") from error

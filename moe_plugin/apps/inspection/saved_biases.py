@@ -41,12 +41,7 @@ def saved_biases(checkpoint: Mapping[str, Any], inspection: Inspection) -> dict[
     """
     weights = checkpoint.get("state_dict", {})
     biases = {site.name: weights[site.bias_key] for site in inspection.sites if site.bias_key in weights}
-    experts = {site.name: site.num_experts for site in inspection.sites}
-    return {
-        name: bias
-        for name, bias in (biases | dict(_balanced(checkpoint))).items()
-        if isinstance(bias, Tensor) and bias.shape == (experts.get(name),)
-    }
+    return inspection.fitting(biases | dict(_balanced(checkpoint)))
 
 
 def _balanced(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

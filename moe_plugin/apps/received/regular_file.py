@@ -50,10 +50,11 @@ def read_json(path: Path, key: str, most: int = 64 * MEBIBYTE) -> dict[str, Any]
     Raises:
         ConfigError: It cannot be read, or holds no mapping.
     """
+    text = read_text(path, key, most)
     try:
-        value = json.loads(read_text(path, key, most))
-    except (json.JSONDecodeError, RecursionError) as error:
-        place = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else "too deep"
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:  # also a number of too many digits
+        place = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else "too large"
         raise ConfigError(key, f"must be JSON ({place})", str(path)) from error
     if not isinstance(value, dict):
         raise ConfigError(key, "must be JSON with names and values", str(path))
