@@ -35,27 +35,30 @@ PLUGIN = {
 }
 APPS = {
     "apps": set(),
+    "apps.config_folder": set(),
+    "apps.received": {"errors", "apps.config_folder"},
     "apps.data": {"errors", "number_checks"},
     "apps.models": {
         *("errors", "types", "number_checks", "routing", "losses", "experts", "attach", "sharding"),
     },
-    "apps.report": {"errors", "metrics", "plots", "callbacks", "__init__"},
+    "apps.report": {"errors", "metrics", "plots", "callbacks", "__init__", "apps.received"},
     "apps.launch": {
         *("errors", "number_checks", "experts", "attach", "sharding", "callbacks", "checkpoints"),
-        *("apps.models", "apps.report"),
+        *("apps.models", "apps.report", "apps.config_folder", "apps.received"),
     },
     "apps.throughput": {"errors", "number_checks", "apps.data", "apps.models"},
     "apps.train": {"apps.launch"},
-    "apps.evaluate": {"errors", "apps.launch", "apps.throughput"},
-    "apps.inspection": {"errors", "attach", "apps.launch"},
+    "apps.evaluation": {"errors", "apps.config_folder", "apps.received", "apps.report", "apps.launch"},
+    "apps.evaluate": {"errors", "apps.received", "apps.evaluation", "apps.launch", "apps.throughput"},
+    "apps.inspection": {"errors", "attach", "checkpoints", "apps.received", "apps.launch"},
     "apps.plan": {
         *("errors", "types", "number_checks", "routing", "balancing", "experts", "attach", "sharding"),
         *("apps.launch", "apps.models"),
     },
     "apps.simulate": {"errors", "number_checks", "routing", "balancing", "metrics", "plots", "apps.launch"},
     "apps.study": {
-        *("errors", "metrics", "attach", "plots"),
-        *("apps.data", "apps.models", "apps.report", "apps.launch", "apps.train"),
+        *("errors", "metrics", "attach", "plots", "checkpoints"),
+        *("apps.data", "apps.models", "apps.received", "apps.report", "apps.launch", "apps.train"),
     },
 }
 MAY_IMPORT = GROUND | PLUGIN | APPS

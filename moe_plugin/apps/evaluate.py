@@ -2,20 +2,28 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
 
+from moe_plugin.apps.evaluation.measures_file import finite, measures_file, write_measures
+from moe_plugin.apps.evaluation.stored_run import CONFIG_FILE, TRUST, evaluated_config
 from moe_plugin.apps.launch.command import one_line_errors
+from moe_plugin.apps.launch.explain_config_error import one_line
 from moe_plugin.apps.launch.overrides import parse
-from moe_plugin.apps.launch.signature import check_arguments, mismatch, unknown_key
+from moe_plugin.apps.launch.signature import check_arguments, mismatch
+from moe_plugin.apps.received.printable import printable
 from moe_plugin.apps.throughput.throughput_settings import KEY, ThroughputSettings
-from moe_plugin.errors import ConfigError
+from moe_plugin.errors import CheckpointError, ConfigError, MoEPluginError
 
+LONGEST = 300
+"""Characters of a reason that are shown: torch names every tensor that doesn't fit."""
 HELP = """moe-eval: the validation metrics of a checkpoint, with the model and data of its run's config.yaml.
 
   moe-eval ckpt_path=runs/demo/DATE/checkpoints/last.ckpt
@@ -26,6 +34,9 @@ Any key of the run's config.yaml can be given another value. Evaluates in one pr
 writes them next to the checkpoint's folder: RUN/eval_last.json. With throughput=true it then reads held-out text, 1 to
 1,024 sequences at once, and reports tokens per second, time per token and memory; throughput.sequences=[1,64],
 throughput.length=128 and throughput.rounds=9 change that.
+
+A run is read as data, since somebody may have sent it: config.yaml may name only classes that are listed as harmless,
+and the checkpoint may hold only tensors and plain values. trust=true lifts that for a run of your own.
 """
 
 
@@ -40,18 +51,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
         print(HELP)
         return
     with one_line_errors():
-        changes = {override.get_key_element(): override.value() for override in parse(words)}
-        throughput = take_throughput_(changes)
-        config = _read_config(changes)
-        from moe_plugin.apps.launch.validate_config import check
+        changes = dict(map(_change, words))
+        throughput, trusted = take_throughput_(changes), _take_switch_(changes, TRUST)
+        with _explained():
+            config = evaluated_config(changes, trusted=trusted)
+            target = measures_file(Path(config.ckpt_path))
+            _check(config, throughput)
+        evaluate(config, target, throughput)
 
-        check(config)
-        if throughput is not None:
-            from moe_plugin.apps.launch.build import build_data, build_model_on_meta
-            from moe_plugin.apps.throughput.reading_speed import check_throughput
 
-            check_throughput(throughput, build_model_on_meta(config), build_data(config))
-    evaluate(config, throughput)
+def _change(word: str) -> tuple[str, Any]:
+    """Return the key and value of a word."""
+    (override,) = parse([word])
+    key = override.get_key_element()
+    if override.is_sweep_override():
+        raise ConfigError(key, "must be one value; moe-eval evaluates one checkpoint", word.partition("=")[2])
+    return key, override.value()
 
 
 def take_throughput_(changes: dict[str, Any]) -> ThroughputSettings | None:
@@ -68,79 +83,85 @@ def take_throughput_(changes: dict[str, Any]) -> ThroughputSettings | None:
     """
     prefix = f"{KEY}."
     settings = {key.removeprefix(prefix): changes.pop(key) for key in list(changes) if key.startswith(prefix)}
-    asked = changes.pop(KEY, bool(settings))
-    if not isinstance(asked, bool):
-        raise ConfigError(KEY, f"must be {mismatch('', bool)}", asked)
+    asked = _take_switch_(changes, KEY, default=bool(settings))
     check_arguments(ThroughputSettings, {**settings, "sequences": ()}, KEY)  # it checks its sequences itself
     throughput = ThroughputSettings(**settings)
     return throughput if asked else None
 
 
-def _read_config(changes: Mapping[str, Any]) -> DictConfig:
-    """Return the configuration of a checkpoint's run with the given keys changed."""
-    checkpoint = changes.get("ckpt_path")
-    if not isinstance(checkpoint, str) or not Path(checkpoint).exists():
-        raise ConfigError("ckpt_path", "must be an existing checkpoint", checkpoint)
-    source = _run_folder(checkpoint) / "config.yaml"
-    if not source.exists():
-        raise ConfigError("ckpt_path", f"must be in a run's folder, next to its {source.name}", checkpoint)
-    config = OmegaConf.load(source)
-    assert isinstance(config, DictConfig)
-    for key, value in changes.items():
-        _change_(config, key, value)
-    config.strategy = {"devices": 1, "lightning": "auto"}
-    config.trainer.num_nodes = 1
-    return config
+def _take_switch_(changes: dict[str, Any], key: str, *, default: bool = False) -> bool:
+    """Take a key that is true or false out of the values given on the command line."""
+    asked = changes.pop(key, default)
+    if not isinstance(asked, bool):
+        raise ConfigError(key, f"must be {mismatch('', bool)}", asked)
+    return asked
 
 
-def _change_(config: DictConfig, key: str, value: object) -> None:
-    """Give a key another value."""
-    parent, _, name = key.rpartition(".")
-    node = OmegaConf.select(config, parent) if parent else config
-    if not isinstance(node, DictConfig) or name not in node:
-        raise unknown_key(key, value, list(node) if isinstance(node, DictConfig) else [])
-    OmegaConf.update(config, key, value)
+def _check(config: DictConfig, throughput: ThroughputSettings | None) -> None:
+    """Check that everything can be built, before anything is read or written."""
+    from moe_plugin.apps.launch.validate_config import check
+
+    check(config)
+    if throughput is not None:
+        from moe_plugin.apps.launch.build import build_data, build_model_on_meta
+        from moe_plugin.apps.throughput.reading_speed import check_throughput
+
+        check_throughput(throughput, build_model_on_meta(config), build_data(config))
 
 
-def _run_folder(checkpoint: str) -> Path:
-    """Return the folder of the run that made a checkpoint."""
-    return Path(checkpoint).resolve().parent.parent
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Turn what a configuration without the form of a run's raises into one line."""
+    try:
+        yield
+    except (OmegaConfBaseException, AttributeError) as error:
+        raise ConfigError(CONFIG_FILE, f"must be a run's ({one_line(str(error))})") from error
 
 
-def evaluate(config: DictConfig, throughput: ThroughputSettings | None = None) -> Mapping[str, Any]:
+def evaluate(
+    config: DictConfig, target: Path, throughput: ThroughputSettings | None = None
+) -> Mapping[str, Any]:
     """Validate a checkpoint, print its metrics and write them down.
 
     Args:
-        config: A run's configuration with ``ckpt_path``.
+        config: A run's configuration with ``ckpt_path`` and ``trust``.
+        target: The file to write.
         throughput: How many sequences to read at once; None does not measure throughput.
 
     Returns:
         ``val_loss`` and the other validation measures, as in the run's ``summary.json``; and ``throughput``, if asked
         for.
+
+    Raises:
+        CheckpointError: The checkpoint does not fit the model.
     """
     from rich.console import Console
 
     from moe_plugin.apps.launch.train_job import validate_checkpoint
+    from moe_plugin.apps.launch.validate_config import USER_ERRORS
 
     console = Console()
-    target = _run_folder(config.ckpt_path) / f"eval_{Path(config.ckpt_path).stem}.json"
-    measures, trainer = validate_checkpoint(config)
+    try:
+        found, trainer = validate_checkpoint(config)
+    except MoEPluginError:
+        raise
+    except (*USER_ERRORS, RuntimeError, LookupError, AttributeError) as error:
+        reason = shorten(one_line(str(error)), LONGEST).removesuffix(".")
+        raise CheckpointError(
+            f"'ckpt_path' cannot be validated with this configuration: {reason}."
+        ) from error
+    measures = finite(found)
     console.print_json(data=measures)
     # Now, because reading a thousand sequences at once may end the process.
-    _write(measures, target)
+    write_measures(measures, target)
     if throughput is not None:
         from moe_plugin.apps.throughput.reading_speed import measure_throughput, throughput_table
 
-        measures[KEY] = measure_throughput(trainer, throughput)
+        measures[KEY] = finite(measure_throughput(trainer, throughput))
         console.print(throughput_table(measures[KEY]))
-        _write(measures, target)
-    console.print(f"Written to {target}", soft_wrap=True, highlight=False)
+        write_measures(measures, target)
+    print(f"Written to {printable(target)}")
     return measures
-
-
-def _write(measures: Mapping[str, Any], target: Path) -> None:
-    """Write measures as JSON."""
-    target.write_text(json.dumps(measures, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
 """`moe-inspect WHAT`: the routing sites of a model, and how each would be balanced; nothing is trained or loaded.
 
 WHAT is a checkpoint of a run (RUN/checkpoints/last.ckpt), a model type of transformers (mixtral), a folder with a
-config.json, a name on the hub, or package.module:function that returns a model.
+config.json, a name on the hub, or package.module:function that returns a model. Such a function is imported and called,
+so its code runs; everything else is read as data, and no code of it runs unless --trust is given.
 
 With --verify every check of moe_plugin.attach.verification runs on copies of the model: the function's own, with inputs
 if it returns (model, inputs); of transformers a small model with random weights. Nothing is downloaded then.
@@ -12,8 +13,20 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
+
+from moe_plugin.apps.received.printable import printable
 
 WRONG_USE, NOTHING_TO_BALANCE, CHECK_FAILED = 2, 1, 1
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports a wrong word in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """End the program."""
+        print(f"error: {printable(message)}; see {self.prog} --help.", file=sys.stderr)
+        raise SystemExit(WRONG_USE)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -21,7 +34,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     With ``--verify`` 0 means that no check failed.
     """
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog="moe-inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("what", metavar="WHAT")
@@ -29,23 +42,28 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--verify", action="store_true", help="run the model and check what balancing does to it"
     )
+    parser.add_argument(
+        "--trust", action="store_true", help="the checkpoint and its run are yours: code of theirs may run"
+    )
     options = parser.parse_args(arguments)
-    from moe_plugin.errors import ConfigError
+    from moe_plugin.errors import AttachError, MoEPluginError
 
     try:
-        return _verify(options.what) if options.verify else _inspect(options.what, options.every_layer)
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return WRONG_USE
+        if options.verify:
+            return _verify(options.what)
+        return _inspect(options.what, options.every_layer, options.trust)
+    except MoEPluginError as error:
+        print(f"error: {printable(' '.join(str(error).split()))}", file=sys.stderr)
+        return NOTHING_TO_BALANCE if isinstance(error, AttachError) else WRONG_USE
 
 
-def _inspect(what: str, every_layer: bool) -> int:
+def _inspect(what: str, every_layer: bool, trusted: bool) -> int:
     from rich.console import Console
 
     from moe_plugin.apps.inspection.inspect_source import inspect_source
     from moe_plugin.apps.inspection.inspection_table import inspection_table
 
-    inspection = inspect_source(what)
+    inspection = inspect_source(what, trusted=trusted)
     Console().print(inspection_table(inspection, every_layer=every_layer))
     return 0 if inspection.sites and not inspection.strangers else NOTHING_TO_BALANCE
 
@@ -55,13 +73,8 @@ def _verify(what: str) -> int:
 
     from moe_plugin.apps.inspection.verification_table import verification_table
     from moe_plugin.apps.inspection.verify_source import verify_source
-    from moe_plugin.errors import AttachError
 
-    try:
-        results = verify_source(what)
-    except AttachError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return NOTHING_TO_BALANCE
+    results = verify_source(what)
     Console().print(verification_table(results))
     return CHECK_FAILED if any(result.status == "failed" for result in results) else 0
 

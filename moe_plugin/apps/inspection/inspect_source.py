@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import pickle
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,86 +10,83 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from moe_plugin.apps.inspection.saved_biases import read_saved, saved_biases
 from moe_plugin.apps.inspection.sites import Inspection, inspect_model
-from moe_plugin.errors import ConfigError
+from moe_plugin.apps.received.local_checkpoint import local_checkpoint
+from moe_plugin.apps.received.regular_file import read_json
+from moe_plugin.apps.received.run_config import read_run_config
+from moe_plugin.attach.verification.result import MODEL_ERRORS, first_line
+from moe_plugin.errors import CheckpointError, ConfigError
 
 
-def inspect_source(word: str) -> Inspection:
+def inspect_source(word: str, *, trusted: bool = False) -> Inspection:
     """Inspect what a word names.
 
     Args:
         word: A checkpoint of a run; `package.module:function` that returns a model; or a folder, a
             `config.json`, a model type or a name on the hub of transformers.
+        trusted: The checkpoint and its run's configuration are the user's own: their code may run.
 
     Raises:
         ConfigError: If it names nothing that can be inspected.
+        CheckpointError: The checkpoint cannot be read, or needs to be trusted.
     """
     if Path(word).suffix == ".ckpt":
-        return _of_checkpoint(Path(word))
-    if ":" in word:
+        return _of_checkpoint(word, trusted=trusted)
+    if ":" in word and not Path(word).exists():
         return inspect_model(_from_function(word))
     return _of_transformers(word)
 
 
-def _of_checkpoint(path: Path) -> Inspection:
+def _of_checkpoint(word: str, *, trusted: bool) -> Inspection:
     """Inspect the model of a run's checkpoint, with the biases saved in it."""
-    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
 
     from moe_plugin.apps.launch.build import build_model_on_meta
+    from moe_plugin.apps.launch.validate_config import USER_ERRORS
 
-    source = path.resolve().parent.parent / "config.yaml"
-    if not path.is_file() or not source.is_file():
-        rule = "must be a checkpoint file in a run's folder, two levels below its config.yaml"
+    path = local_checkpoint(word, "WHAT")
+    source = path.parent.parent / "config.yaml"
+    if not source.is_file():
+        rule = "must be a checkpoint in a run's folder, two levels below its config.yaml"
         fix = "For your own model give 'package.module:function', or call inspect_model() on it."
-        raise ConfigError("WHAT", rule, str(path), fix)
-    config = OmegaConf.load(source)
-    assert isinstance(config, DictConfig)
-    inspection = inspect_model(build_model_on_meta(config))
-    return inspection.with_biases(saved_biases(_read_checkpoint(path), inspection))
-
-
-def _read_checkpoint(path: Path) -> dict[str, Any]:
-    """Return what Lightning saved, its tensors still on disk; like any such checkpoint it may run code."""
+        raise ConfigError("WHAT", rule, word, fix)
+    fix = "If you wrote the file yourself, add --trust."
+    config = read_run_config(source, trust=fix, trusted=trusted)
     try:
-        return torch.load(path, map_location="cpu", mmap=True, weights_only=False)
-    except (RuntimeError, pickle.UnpicklingError, EOFError) as error:
-        raise ConfigError("WHAT", "must be a Lightning checkpoint", str(path), _reason(error)) from error
+        inspection = inspect_model(build_model_on_meta(config))
+    except (*USER_ERRORS, *MODEL_ERRORS, OmegaConfBaseException) as error:
+        rule = f"must be in the folder of a run whose model can be built, got {first_line(error)}"
+        raise ConfigError("WHAT", rule, word) from error
+    return inspection.with_biases(saved_biases(read_saved(path, trusted=trusted), inspection))
 
 
-def saved_biases(checkpoint: Mapping[str, Any], inspection: Inspection) -> dict[str, Tensor]:
-    """Return the bias of each router, from the balancing callback's state or the model's own weights.
-
-    Args:
-        checkpoint: What Lightning saved.
-        inspection: The routers.
-    """
-    weights = checkpoint.get("state_dict", {})
-    biases = {site.name: weights[site.bias_key] for site in inspection.sites if site.bias_key in weights}
-    for state in checkpoint.get("callbacks", {}).values():
-        if isinstance(state, Mapping) and "sites" in state:
-            biases |= {name: saved["bias"] for name, saved in state["sites"].items()}
-    return biases
-
-
-def function_named(word: str) -> Callable[[], Any]:
-    """Return the function that `package.module:function` names.
+def built_by(word: str) -> Any:
+    """Return what the function that `package.module:function` names returns: its code runs.
 
     Raises:
-        ConfigError: If it cannot be imported.
+        ConfigError: It cannot be imported, or raises an error.
     """
+    build = _function_named(word)
+    try:
+        return build()
+    except (*MODEL_ERRORS, OSError) as error:
+        rule = f"must name a function that runs without arguments, got {first_line(error)}"
+        raise ConfigError("WHAT", rule, word) from error
+
+
+def _function_named(word: str) -> Callable[[], Any]:
     module, _, name = word.partition(":")
     try:
         return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(
-            "WHAT", "must name a function that can be imported", word, _reason(error)
-        ) from error
+    except (ImportError, AttributeError, ValueError, TypeError) as error:
+        rule = "must name a function that can be imported"
+        raise ConfigError("WHAT", rule, word, _reason(error)) from error
 
 
 def _from_function(word: str) -> nn.Module:
-    build = function_named(word)
     with torch.device("meta"):
-        model = build()
+        model = built_by(word)
     if isinstance(model, tuple) and len(model) == 2:  # the model and its inputs, for --verify
         model = model[0]
     if not isinstance(model, nn.Module):
@@ -104,9 +100,10 @@ def _of_transformers(word: str) -> Inspection:
     config = config_of(word)
     try:
         with torch.device("meta"):
-            model = model_kind(config).from_config(config)
-    except ValueError as error:
-        raise ConfigError("WHAT", "must have a model class in transformers", word, _reason(error)) from error
+            model = model_kind(config).from_config(config, trust_remote_code=False)
+    except MODEL_ERRORS as error:
+        rule = "must be of a type of transformers whose model can be built"
+        raise ConfigError("WHAT", rule, word, _reason(error)) from error
     inspection = inspect_model(model)
     folder = Path(word)
     return inspection.with_biases(_stored_biases(folder, inspection)) if folder.is_dir() else inspection
@@ -130,15 +127,19 @@ def config_of(word: str, *, local_files_only: bool = False) -> Any:
         ConfigError: If there is none, or transformers is not installed.
     """
     try:
+        from huggingface_hub.errors import StrictDataclassError
         from transformers import CONFIG_MAPPING, AutoConfig
     except ImportError as error:
         fix = "Install transformers: pip install 'moe_plugin[hf]'."
         raise ConfigError("WHAT", "must be a checkpoint or package.module:function", word, fix) from error
     if word in CONFIG_MAPPING:
         return AutoConfig.for_model(word)
+    for file in (Path(word), Path(word) / "config.json"):
+        if file.exists() and not file.is_dir():
+            read_json(file, "WHAT")
     try:
-        return AutoConfig.from_pretrained(word, local_files_only=local_files_only)
-    except (OSError, ValueError) as error:
+        return AutoConfig.from_pretrained(word, local_files_only=local_files_only, trust_remote_code=False)
+    except (*MODEL_ERRORS, OSError, StrictDataclassError) as error:
         known = "a .ckpt file, package.module:function, or a folder, config.json, model type or name of transformers"
         raise ConfigError("WHAT", f"must be {known}", word, _reason(error)) from error
 
@@ -149,11 +150,19 @@ def _reason(error: Exception) -> str:
 
 
 def _stored_biases(folder: Path, inspection: Inspection) -> dict[str, Tensor]:
-    from safetensors import safe_open
-
     wanted = {site.bias_key: site.name for site in inspection.sites if site.bias_key is not None}
     biases: dict[str, Tensor] = {}
-    for path in sorted(folder.glob("*.safetensors")):
+    for path in sorted(each for each in folder.glob("*.safetensors") if each.is_file()):
+        biases |= _biases_in(path, wanted)
+    return inspection.fitting(biases)
+
+
+def _biases_in(path: Path, wanted: Mapping[str, str]) -> dict[str, Tensor]:
+    """Return the tensors of a file whose names are keys of `wanted`, under the values."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
         with safe_open(path, framework="pt") as file:
-            biases |= {wanted[key]: file.get_tensor(key) for key in wanted.keys() & set(file.keys())}
-    return biases
+            return {wanted[key]: file.get_tensor(key) for key in wanted.keys() & set(file.keys())}
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{str(path)!r} is damaged: {_reason(error)}") from error

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moe_plugin.apps.inspection.sites import BiasStatistics, Inspection, RoutingSite
+from moe_plugin.apps.received.printable import printable
 
 
 def inspection_table(inspection: Inspection, *, every_layer: bool = False) -> Group:
@@ -29,7 +30,9 @@ def inspection_table(inspection: Inspection, *, every_layer: bool = False) -> Gr
         ("Not understood", inspection.strangers, "red"),
     ):
         parts += [
-            Text.assemble((f"{title}: ", f"bold {style}"), f"{name or '(the model itself)'}: {reason}.")
+            Text.assemble(
+                (f"{title}: ", f"bold {style}"), printable(f"{name or '(the model itself)'}: {reason}.")
+            )
             for name, reason in reasons.items()
         ]
     parts.append(Text(_verdict(inspection), style="bold"))
@@ -49,7 +52,11 @@ def _verdict(inspection: Inspection) -> str:
 
 
 def _sites(inspection: Inspection, every_layer: bool) -> Table:
-    table = Table(title=f"Routing sites of {inspection.model}", title_justify="left", title_style="bold")
+    table = Table(
+        title=Text(f"Routing sites of {printable(inspection.model)}"),
+        title_justify="left",
+        title_style="bold",
+    )
     table.add_column("router", overflow="fold")
     table.add_column("class", overflow="fold")
     for heading in ("experts", "k", "groups"):
@@ -62,7 +69,8 @@ def _sites(inspection: Inspection, every_layer: bool) -> Table:
         driven = first.driven if first.is_proven else f"{first.driven} (read from names)"
         groups = str(first.groups) if first.groups > 1 else "–"  # noqa: RUF001
         numbers = (str(first.num_experts), str(first.top_k), groups)
-        table.add_row(_names(sites), first.router, *numbers, first.score, driven, _biases(sites))
+        cells = (_names(sites), first.router, *numbers, first.score, driven, _biases(sites))
+        table.add_row(*(Text(printable(cell)) for cell in cells))
     return table
 
 

@@ -89,6 +89,15 @@ class Inspection:
     refused: Mapping[str, str] = field(default_factory=dict)
     strangers: Mapping[str, str] = field(default_factory=dict)
 
+    def fitting(self, biases: Mapping[str, object]) -> dict[str, Tensor]:
+        """Return those of the biases that a router of this model can have: a value for each expert."""
+        sizes = {site.name: (site.num_experts,) for site in self.sites}
+        return {
+            name: bias
+            for name, bias in biases.items()
+            if isinstance(bias, Tensor) and tuple(bias.shape) == sizes.get(name)
+        }
+
     def with_biases(self, biases: Mapping[str, Tensor]) -> Inspection:
         """Return the same with the statistics of these biases, by router name."""
         sites = (

@@ -5,7 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.table import Table
+from rich.text import Text
 
+from moe_plugin.apps.received.printable import printable
 from moe_plugin.attach.verification.battery import CheckResult
 
 _STYLES = {"passed": "green", "failed": "bold red", "skipped": "yellow"}
@@ -21,10 +23,5 @@ def verification_table(results: Sequence[CheckResult]) -> Table:
     table.add_column("detail", overflow="fold")
     for result in results:
         style = _STYLES[result.status]
-        table.add_row(result.name, f"[{style}]{result.status}[/]", _escaped(result.detail))
+        table.add_row(result.name, f"[{style}]{result.status}[/]", Text(printable(result.detail)))
     return table
-
-
-def _escaped(text: str) -> str:
-    """Keep rich from reading brackets as markup."""
-    return text.replace("[", r"\[")

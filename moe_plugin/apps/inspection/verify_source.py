@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from moe_plugin.apps.inspection.inspect_source import config_of, function_named, model_kind
+from moe_plugin.apps.inspection.inspect_source import built_by, config_of, model_kind
 from moe_plugin.apps.inspection.shrink import shrink
 from moe_plugin.attach.verification.battery import CheckResult, verify_model
 from moe_plugin.attach.verification.result import MODEL_ERRORS, first_line
@@ -37,7 +37,7 @@ def verify_source(word: str) -> list[CheckResult]:
     torch.manual_seed(0)
     if word.endswith(".ckpt"):
         raise ConfigError("WHAT", "must not be a checkpoint with --verify", word, _OWN)
-    built = function_named(word)() if ":" in word else _small_of_transformers(word)
+    built = built_by(word) if ":" in word else _small_of_transformers(word)
     model, inputs = built if isinstance(built, tuple) and len(built) == 2 else (built, None)
     if not isinstance(model, nn.Module):
         fix = f"It returned {type(built).__name__}."

@@ -12,18 +12,12 @@ from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
 from hydra_plugins.moe_plugin_search_path import GROUPS
+from moe_plugin.apps.config_folder import conf_dir
 from moe_plugin.apps.launch.explain_config_error import explain_composition
 from moe_plugin.apps.launch.overrides import choices, parse
 from moe_plugin.errors import ConfigError
 
 HYDRA_VERSION = "1.3"
-PACKAGE = Path(__file__).parents[2]
-
-
-def conf_dir() -> Path:
-    """Return the folder of the applications' config groups: in an installed package, next to it in a checkout."""
-    inside = PACKAGE / "conf"
-    return inside if inside.is_dir() else PACKAGE.parent / "conf"
 
 
 def is_group(name: str) -> bool:

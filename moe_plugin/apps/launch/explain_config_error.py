@@ -12,6 +12,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from moe_plugin.apps.launch.overrides import parse
 from moe_plugin.apps.launch.signature import unknown_key
+from moe_plugin.apps.received.printable import printable
 from moe_plugin.errors import ConfigError
 
 
@@ -84,8 +85,8 @@ def _leaves(config: DictConfig, prefix: str = "") -> Iterator[str]:
 
 
 def one_line(text: str) -> str:
-    """Return the text with every run of white space as one blank."""
-    return " ".join(text.split())
+    """Return the text with every run of white space as one blank, and nothing that a terminal would obey."""
+    return printable(" ".join(text.split()))
 
 
 def _reason(error: Exception) -> str:

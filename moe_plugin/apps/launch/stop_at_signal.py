@@ -17,6 +17,7 @@ from moe_plugin.apps.launch.agreement_interval import AgreementInterval
 from moe_plugin.apps.launch.last_checkpoint import LastCheckpoint
 from moe_plugin.apps.launch.signals import STOPPED, StopSignals
 from moe_plugin.apps.launch.step_boundary import is_at_step_boundary
+from moe_plugin.apps.received.printable import printable
 from moe_plugin.apps.report.stopped import write_stopped
 
 
@@ -93,7 +94,7 @@ def told_when_stopped(signals: StopSignals, trainer: Trainer, folder: Path) -> I
         if trainer.is_global_zero:
             line = f"stopped by {signals.name} after step {trainer.global_step}; {where}"
             write_stopped(folder, line)
-            print(line, file=sys.stderr, flush=True)
+            print(printable(line), file=sys.stderr, flush=True)
         raise SystemExit(STOPPED if saved else 128 + signals.received) from None
 
 

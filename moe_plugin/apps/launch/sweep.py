@@ -16,6 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig
 
 from moe_plugin.apps.launch.explain_config_error import one_line
+from moe_plugin.apps.received.printable import printable
 from moe_plugin.errors import MoEPluginError
 
 
@@ -80,7 +81,7 @@ def reported_sweep() -> Iterator[None]:
         SweepSummary.folders.clear()
     if failed:
         jobs = ", ".join(row["job"] for row in failed)
-        print(f"error: {len(failed)} of the sweep's jobs failed: {jobs}.", file=sys.stderr)
+        print(f"error: {len(failed)} of the sweep's jobs failed: {printable(jobs)}.", file=sys.stderr)
         raise SystemExit(1)
 
 

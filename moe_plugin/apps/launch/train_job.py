@@ -15,6 +15,7 @@ from lightning.pytorch import Callback, LightningDataModule, LightningModule, Tr
 from lightning.pytorch.callbacks import Checkpoint, LearningRateMonitor
 from omegaconf import DictConfig
 from rich.console import Console
+from rich.text import Text
 from torch import nn
 
 from moe_plugin.apps.launch.build import (
@@ -33,6 +34,7 @@ from moe_plugin.apps.launch.signals import StopSignals
 from moe_plugin.apps.launch.stop_at_signal import StopAtSignal, told_when_stopped
 from moe_plugin.apps.launch.training_speed import Throughput
 from moe_plugin.apps.models.size import fixed_experts_per_token, measure
+from moe_plugin.apps.received.printable import printable
 from moe_plugin.apps.report import RunSummary, run_report, tensorboard_command, write_summary
 from moe_plugin.apps.report.environment import describe_environment, write_environment
 from moe_plugin.callbacks.load_monitor import LoadMonitor
@@ -108,7 +110,9 @@ def validate_checkpoint(config: DictConfig) -> tuple[dict[str, Any], Trainer]:
         trainer = build_trainer(config, callbacks=callbacks, logger=False, enable_checkpointing=False)
         trainer.limit_val_batches = 1.0
         model, data = build_model(config), build_data(config)
-        (metrics,) = trainer.validate(model, data, ckpt_path=config.ckpt_path, verbose=False)
+        (metrics,) = trainer.validate(
+            model, data, ckpt_path=config.ckpt_path, verbose=False, weights_only=not config.trust
+        )
     return _validation_measures(metrics, model), trainer
 
 
@@ -156,6 +160,8 @@ def _print_report(summary: RunSummary, callbacks: list[Callback], folder: Path) 
         if isinstance(callback, LoadMonitor):
             console.print(run_report(summary, callback))
     files = ", ".join(sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
-    console.print(f"\nRun: {folder}  ({files})", soft_wrap=True, highlight=False)
+    console.print()
+    console.print(Text(printable(f"Run: {folder}  ({files})")), soft_wrap=True)
     if events.exists():
-        console.print(f"To look: [bold cyan]{tensorboard_command(events)}", soft_wrap=True, highlight=False)
+        command = (printable(tensorboard_command(events)), "bold cyan")
+        console.print(Text.assemble("To look: ", command), soft_wrap=True)

@@ -16,14 +16,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="default: %(default)s")
     options = parser.parse_args(arguments)
+    from moe_plugin.apps.received.printable import printable
     from moe_plugin.errors import ConfigError
 
     try:
         _write(options.runs, options.out)
     except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {printable(error)}", file=sys.stderr)
         return 2
-    print(options.out)
+    print(printable(options.out))
     return 0
 
 

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import base64
 import io
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,12 +15,16 @@ from typing import Any
 import numpy as np
 import torch
 
+from moe_plugin.apps.received.printable import printable
+from moe_plugin.apps.received.regular_file import read_json
+from moe_plugin.apps.received.yaml_file import read_yaml
 from moe_plugin.apps.report.cells import DASH, number_cell
 from moe_plugin.apps.report.environment import read_environment
 from moe_plugin.apps.report.expert_use import ground_rules, profiles, read_expert_use, used_view
 from moe_plugin.apps.report.summary import CONFIG_FILE, SUMMARY_FILE
 from moe_plugin.apps.report.svg_charts import COLORS, Line, line_chart, scatter_chart
 from moe_plugin.callbacks.monitor.load_over_time import spread
+from moe_plugin.errors import ConfigError
 from moe_plugin.metrics import dead_experts, max_violation
 from moe_plugin.plots.colors import load_colors, load_octaves
 from moe_plugin.plots.run_data import RunData, read_run
@@ -99,29 +102,31 @@ def _jobs(word: str) -> list[str]:
 
 
 def _read(word: str) -> ReportedRun:
-    data, folder = read_run(word), Path(word.partition("=")[2] or word)
+    folder = Path(word.partition("=")[2] or word)
+    _check_logs(folder)
     summary, config = folder / SUMMARY_FILE, folder / CONFIG_FILE
     return ReportedRun(
-        data,
-        json.loads(summary.read_text(encoding="utf-8")) if summary.exists() else {},
-        _flat(_yaml(config)) if config.exists() else {},
+        read_run(word),
+        read_json(summary, SUMMARY_FILE) if summary.exists() else {},
+        _flat(read_yaml(config, CONFIG_FILE)) if config.exists() else {},
         read_environment(folder),
         read_expert_use(folder),
     )
 
 
-def _yaml(path: Path) -> Any:
-    import yaml
-
-    return yaml.safe_load(path.read_text(encoding="utf-8"))
+def _check_logs(folder: Path) -> None:
+    """Check that no log is a pipe or a device, from which a reader would wait for ever."""
+    for path in (*folder.rglob("events.out.tfevents.*"), *folder.rglob("metrics.csv")):
+        if not path.is_file():
+            raise ConfigError("RUN", "must have regular files for logs", str(path))
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, str]:
     if not isinstance(node, Mapping):
-        return {prefix: str(node)}
+        return {prefix: printable(node)}
     flat: dict[str, str] = {}
     for name, child in node.items():
-        flat |= _flat(child, f"{prefix}.{name}" if prefix else str(name))
+        flat |= _flat(child, f"{prefix}.{printable(name)}" if prefix else printable(name))
     return flat
 
 
@@ -132,7 +137,7 @@ def report_page(runs: Sequence[ReportedRun]) -> str:
     pages = Environment(loader=PackageLoader("moe_plugin.apps.report", "."), autoescape=True)
     pages.filters["visible"] = lambda text: text.replace("\n", "↵").replace("\t", "→").replace("\0", "·")
     template = pages.get_template("page.html")
-    labels = [run.data.label for run in runs]
+    labels = [printable(run.data.label) for run in runs]
     return template.render(
         title=labels[0] if len(runs) == 1 else f"{len(runs)} runs",
         labels=labels,
@@ -156,7 +161,11 @@ def _charts(runs: Sequence[ReportedRun]) -> dict[str, str]:
     charts = {
         title: line_chart(
             [
-                Line(f"{run.data.label} {tag}", *run.data.scalars[tag], color=(place + shift) % COLORS)
+                Line(
+                    printable(f"{run.data.label} {tag}"),
+                    *run.data.scalars[tag],
+                    color=(place + shift) % COLORS,
+                )
                 for place, run in enumerate(runs)
                 for shift, tag in enumerate(tags)
                 if tag in run.data.scalars
@@ -171,7 +180,7 @@ def _charts(runs: Sequence[ReportedRun]) -> dict[str, str]:
 
 def _scatter(runs: Sequence[ReportedRun]) -> str:
     points = [
-        Line(run.data.label, [violation], [loss], color=place % COLORS)
+        Line(printable(run.data.label), [violation], [loss], color=place % COLORS)
         for place, run in enumerate(runs)
         if (loss := run.summary.get("val_loss")) is not None
         and (violation := run.summary.get("max_violation_global")) is not None

@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from moe_plugin.apps.received.printable import printable
 from moe_plugin.apps.report.cells import number_cell
 from moe_plugin.apps.report.summary import RunSummary
 from moe_plugin.callbacks.load_monitor import LoadMonitor
@@ -52,7 +53,11 @@ def balance_table(
     for heading in ("MaxVio", "entropy", "dead experts", "bias range"):
         table.add_column(heading, justify="right")
     for name, last in after.items():
-        table.add_row(name, *_changes([before[name]], [last]), number_cell(bias_ranges.get(name), ".4f"))
+        table.add_row(
+            Text(printable(name)),
+            *_changes([before[name]], [last]),
+            number_cell(bias_ranges.get(name), ".4f"),
+        )
     table.add_section()
     table.add_row(
         "all",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from moe_plugin.apps.received.regular_file import read_text
 from moe_plugin.apps.report.atomic_write import write_atomically
 
 STOPPED_FILE = "stopped.txt"
@@ -22,4 +23,4 @@ def can_go_on(folder: Path) -> bool:
 def read_stopped(folder: Path) -> str | None:
     """Read what `write_stopped` wrote; None if the run was not stopped."""
     path = folder / STOPPED_FILE
-    return path.read_text(encoding="utf-8").strip() if path.exists() else None
+    return read_text(path, STOPPED_FILE).strip() if path.exists() else None

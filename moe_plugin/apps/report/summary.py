@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
+from typing import Any
 
+from moe_plugin.apps.received.regular_file import read_json
 from moe_plugin.apps.report.atomic_write import write_atomically
+from moe_plugin.errors import ConfigError
 
 SUMMARY_FILE = "summary.json"
 CONFIG_FILE = "config.yaml"
@@ -65,8 +68,22 @@ def write_summary(summary: RunSummary, folder: Path) -> Path:
 
 
 def read_summary(path: Path) -> RunSummary:
-    """Read what `write_summary` wrote."""
-    return RunSummary(**json.loads(path.read_text(encoding="utf-8")))
+    """Read what `write_summary` wrote.
+
+    Raises:
+        ConfigError: The file is damaged, or another one.
+    """
+    values, known = read_json(path, SUMMARY_FILE), {field.name for field in fields(RunSummary)}
+    try:
+        return RunSummary(**{key: _number(value) for key, value in values.items() if key in known})
+    except TypeError as error:
+        raise ConfigError(SUMMARY_FILE, "must be a run's numbers", str(path)) from error
+
+
+def _number(value: Any) -> Any:
+    if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
+        return value
+    raise TypeError(value)
 
 
 def _json(value: float | int | None) -> float | int | None:

@@ -10,7 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from rich.table import Table
+from rich.text import Text
 
+from moe_plugin.apps.received.printable import printable
+from moe_plugin.apps.received.yaml_file import read_yaml
 from moe_plugin.apps.report.atomic_write import write_atomically
 from moe_plugin.apps.report.cells import number_cell
 from moe_plugin.apps.report.stopped import STOPPED_FILE, read_stopped
@@ -82,16 +85,17 @@ def sweep_table(folder: Path, metric: str = "val_loss") -> Table:
     if metric not in MEASURES:
         raise ConfigError("metric", f"must be one of {', '.join(MEASURES)}", metric)
     rows = sorted(gather_sweep(folder), key=lambda row: _rank(row[metric], metric))
-    table = Table(
-        title=f"{folder.name}: {len(rows)} jobs by {metric}", title_justify="left", title_style="bold"
-    )
+    title = Text(printable(f"{folder.name}: {len(rows)} jobs by {metric}"))
+    table = Table(title=title, title_justify="left", title_style="bold")
     overrides = [key for key in (rows[0] if rows else {}) if key not in {"job", "status", *MEASURES}]
     swept = [key for key in overrides if len({row[key] for row in rows}) > 1]
     shown = [metric, *(key for key in MEASURES[:6] if key != metric)]
     table.add_column("job")
     for key in (*swept, *shown):
         table.add_column(
-            key, justify="right" if key in MEASURES else "left", style="bold" if key == metric else None
+            Text(printable(key)),
+            justify="right" if key in MEASURES else "left",
+            style="bold" if key == metric else None,
         )
     table.add_column("status")
     for place, row in enumerate(rows):
@@ -102,7 +106,10 @@ def sweep_table(folder: Path, metric: str = "val_loss") -> Table:
         ]
         finished = row["status"] == FINISHED
         status = row["status"].split()[0].rstrip(":")
-        table.add_row(*cells, status, style="red" if not finished else "green" if place == 0 else None)
+        table.add_row(
+            *(Text(printable(cell)) for cell in (*cells, status)),
+            style="red" if not finished else "green" if place == 0 else None,
+        )
     return table
 
 
@@ -113,11 +120,9 @@ def _measures(job: Path) -> dict[str, Any]:
 
 def overrides_of(job: Path) -> dict[str, str]:
     """Return the overrides of a run or of a job of a sweep, without Hydra's signs."""
-    import yaml
-
     path = job / ".hydra" / "overrides.yaml"
-    lines = yaml.safe_load(path.read_text(encoding="utf-8")) if path.exists() else []
-    pairs = (str(line).lstrip("+~").partition("=") for line in lines)
+    lines = read_yaml(path, path.name) if path.exists() else []
+    pairs = (str(line).lstrip("+~").partition("=") for line in lines if isinstance(lines, list))
     # Hydra needs quotes around an option that looks like a number: experts="8".
     return {key: value.strip("\"'") for key, _, value in pairs}
 

@@ -13,19 +13,20 @@ from pathlib import Path
 
 import torch
 from hydra.utils import instantiate
-from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 
 from moe_plugin.apps.data import CorpusDataModule
 from moe_plugin.apps.launch.build import LOSS_FREE, build_data, build_model
 from moe_plugin.apps.launch.last_checkpoint import LAST, find_checkpoint
 from moe_plugin.apps.models.language_model import TokenModel
+from moe_plugin.apps.received.run_config import read_run_config
 from moe_plugin.apps.study.child_run import is_finished
 from moe_plugin.apps.study.results import SEED_PREFIX, seed_of
 from moe_plugin.attach.balance import balance_
 from moe_plugin.attach.balanced_model import BalancedModel
 from moe_plugin.attach.selection import Selection
 from moe_plugin.attach.site import Site
+from moe_plugin.checkpoints.safe_load import load_file
 from moe_plugin.errors import ConfigError
 
 Batch = dict[str, Tensor]
@@ -66,17 +67,18 @@ class Trained:
 
 
 def load_run(folder: Path) -> Trained:
-    """Read a run's last checkpoint.
+    """Read a run's last checkpoint, as data: the run may be somebody else's.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is none, or the run's configuration names what is not allowed.
+        CheckpointError: The checkpoint holds more than tensors and plain values.
     """
     checkpoint = find_checkpoint(LAST, folder)
     if checkpoint is None:
         raise ConfigError("run", "must have a last checkpoint", str(folder))
-    config = OmegaConf.load(folder / "config.yaml")
-    assert isinstance(config, DictConfig)
-    saved = torch.load(checkpoint, map_location="cpu", weights_only=False)
+    config = read_run_config(folder / "config.yaml", trust="A study compares runs of our own classes.")
+    config.data.cache = None  # that of this machine
+    saved = load_file(checkpoint)
     model, data = build_model(config), build_data(config)
     assert isinstance(model, TokenModel)
     assert isinstance(data, CorpusDataModule)

@@ -8,9 +8,11 @@ from omegaconf import OmegaConf
 
 from moe_plugin.apps.inspection import inspect_model
 from moe_plugin.apps.inspection.__main__ import main
-from moe_plugin.apps.inspection.inspect_source import inspect_source, saved_biases
+from moe_plugin.apps.inspection.inspect_source import inspect_source
+from moe_plugin.apps.inspection.saved_biases import saved_biases
 from moe_plugin.apps.launch.build import build_model
 from moe_plugin.apps.launch.compose import compose_jobs
+from moe_plugin.apps.launch.validate_config import without_hydra
 from tests.hosts import Host, OwningRouter
 
 pytest.importorskip("transformers")
@@ -25,7 +27,7 @@ def build() -> Host:
 def checkpoint(tmp_path):
     """A run's folder with a checkpoint in which one bias is known."""
     (config,) = compose_jobs([*SMALL, f"paths.runs={tmp_path}", 'experts="8"'], multirun=False)
-    OmegaConf.save({key: config[key] for key in config if key != "hydra"}, tmp_path / "config.yaml")
+    OmegaConf.save(without_hydra(config, tmp_path), tmp_path / "config.yaml")
     model = build_model(config)
     site = inspect_model(model).sites[1]
     state = model.state_dict()
@@ -91,7 +93,7 @@ class TestCommand:
     def test_file_that_is_no_checkpoint_is_one_line(self, checkpoint, capsys):
         checkpoint.write_bytes(b"nothing")
         assert main([str(checkpoint)]) == 2
-        assert "must be a Lightning checkpoint" in capsys.readouterr().err
+        assert "is damaged or no checkpoint" in capsys.readouterr().err
 
 
 class TestSources:
