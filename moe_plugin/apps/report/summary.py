@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from moe_plugin.apps.report.atomic_write import write_atomically
+from moe_plugin.apps.report.json_file import write_json
 
 SUMMARY_FILE = "summary.json"
 CONFIG_FILE = "config.yaml"
@@ -58,16 +57,10 @@ def write_summary(summary: RunSummary, folder: Path) -> Path:
         The file.
     """
     path = folder / SUMMARY_FILE
-    write_atomically(
-        path, json.dumps({key: _json(value) for key, value in asdict(summary).items()}, indent=2) + "\n"
-    )
+    write_json(path, asdict(summary))
     return path
 
 
 def read_summary(path: Path) -> RunSummary:
     """Read what `write_summary` wrote."""
     return RunSummary(**json.loads(path.read_text(encoding="utf-8")))
-
-
-def _json(value: float | int | None) -> float | int | None:
-    return value if value is None or math.isfinite(value) else None
