@@ -1,4 +1,4 @@
-"""A file system of a megabyte that fails while a job runs on it: full, read-only, or its folders gone."""
+"""A small file system that fails while a job runs on it: full, read-only, or its folders gone."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ _NEW_MOUNTS, _NEW_USER = 0x00020000, 0x10000000
 _READ_ONLY, _REMOUNT, _BIND = 1, 32, 4096
 
 
-def mount_small_disk(folder: Path, size: str = "1m") -> None:
-    """Mount an empty file system that only this process and its children see; it ends with them.
+def mount_small_disk(folder: Path) -> None:
+    """Mount an empty file system of 2 MiB that only this process and its children see; it ends with them.
 
     Raises:
         OSError: This machine doesn't allow it.
@@ -28,24 +28,27 @@ def mount_small_disk(folder: Path, size: str = "1m") -> None:
     Path("/proc/self/setgroups").write_text("deny")
     Path("/proc/self/uid_map").write_text(f"0 {user} 1")
     Path("/proc/self/gid_map").write_text(f"0 {group} 1")
-    _mount("none", folder, "tmpfs", 0, f"size={size}")
+    _mount("none", folder, "tmpfs", 0, "size=2m")
 
 
 class ModelOnFailingDisk(LanguageModel):
-    """Lets the run's disk fail: the variable FAULT says how and when, such as ``full:4096@3``.
-
-    After step 3 the disk has 4,096 free bytes; ``read_only``, ``run_deleted`` and ``checkpoints_deleted`` take no number.
-    """
+    """Lets the run's disk fail: the variable FAULT says how and after which step, such as ``full:4096@3`` or ``@end``."""
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
-        fault, _, step = os.environ.get("FAULT", "").partition("@")
-        if fault and self.trainer.global_step == int(step) and self.trainer.is_global_zero:
-            fail(fault, Path(self.trainer.loggers[0].save_dir))
+        self._fail(str(self.trainer.global_step))
         return super().training_step(batch, batch_idx)
+
+    def on_fit_end(self) -> None:
+        self._fail("end")
+
+    def _fail(self, now: str) -> None:
+        fault, _, when = os.environ.get("FAULT", "").partition("@")
+        if when == now and self.trainer.is_global_zero:
+            fail(fault, Path(self.trainer.loggers[0].save_dir))
 
 
 def fail(fault: str, run_folder: Path) -> None:
-    """Make the disk below a run's folder fail."""
+    """Let the disk fail below a run's folder: ``full:4096`` has 4,096 bytes left."""
     kind, _, number = fault.partition(":")
     if kind == "full":
         _fill(run_folder.parent / "ballast", int(number))
@@ -54,6 +57,14 @@ def fail(fault: str, run_folder: Path) -> None:
         _mount("", run_folder, "", _BIND | _REMOUNT | _READ_ONLY, "")
     else:
         shutil.rmtree({"run_deleted": run_folder, "checkpoints_deleted": run_folder / "checkpoints"}[kind])
+
+
+def mend(fault: str, run_folder: Path) -> None:
+    """Undo a fault as far as it can be undone."""
+    if fault.startswith("full"):
+        (run_folder.parent / "ballast").unlink()
+    elif fault == "read_only":
+        _check(_LIBC.umount2(os.fsencode(run_folder), 2))
 
 
 def _fill(ballast: Path, free: int) -> None:
