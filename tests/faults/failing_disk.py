@@ -32,7 +32,7 @@ def mount_small_disk(folder: Path) -> None:
 
 
 class ModelOnFailingDisk(LanguageModel):
-    """Lets the run's disk fail: the variable FAULT says how and after which step, such as ``full:4096@3`` or ``@end``."""
+    """Lets the run's disk fail: FAULT has how and after which step, as ``full:4096@3`` or ``full:0@end``."""
 
     def training_step(self, batch: dict[str, Tensor], batch_idx: int) -> Tensor:
         self._fail(str(self.trainer.global_step))

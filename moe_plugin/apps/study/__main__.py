@@ -31,7 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             for arm, seed in study.runs():
                 if not _run(study, arm, seed, options.folder, options.change):
                     failed.append(run_folder(options.folder, study.name, arm.name, seed))
-                write_csv([result for each in studies for result in collect(each, options.folder)], options.csv)
+                write_csv(
+                    [result for each in studies for result in collect(each, options.folder)], options.csv
+                )
     if failed:
         print("failed: " + ", ".join(map(str, failed)), file=sys.stderr)
         raise SystemExit(FAILED)

@@ -33,10 +33,7 @@ class TestDiskErrors:
 
     def test_error_behind_others_is_found(self, tmp_path: Path) -> None:
         with pytest.raises(RunError, match="No space left"), DiskErrors(tmp_path):
-            try:
-                raise FULL
-            except OSError as error:
-                raise ValueError("you tried to log 1.0 which is not supported") from error
+            raise ValueError("you tried to log 1.0 which is not supported") from FULL
 
     def test_error_of_another_rank_is_found(self, tmp_path: Path) -> None:
         with pytest.raises(RunError, match="No space left"), DiskErrors(tmp_path):
@@ -48,10 +45,13 @@ class TestDiskErrors:
         def write() -> None:
             raise FULL
 
-        with pytest.raises(RunError, match="No space left"), DiskErrors(tmp_path):
+        def run() -> None:
             thread = threading.Thread(target=write)
             thread.start()
             thread.join()
+
+        with pytest.raises(RunError, match="No space left"), DiskErrors(tmp_path):
+            run()
         assert capsys.readouterr().err == ""
 
     @pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "no", "/elsewhere"), ValueError("x")])

@@ -32,7 +32,10 @@ class TestLocked:
     ) -> None:
         (tmp_path / wanted).mkdir(parents=True)
         (tmp_path / wanted / LOCK_FILE).touch()
-        with in_other_process(lambda: locked(tmp_path / held, KEY)), pytest.raises(ConfigError, match="in use"):
+        with (
+            in_other_process(lambda: locked(tmp_path / held, KEY)),
+            pytest.raises(ConfigError, match="in use"),
+        ):
             locked(tmp_path / wanted, KEY).__enter__()
 
     def test_runs_of_one_folder_do_not_exclude_each_other(self, tmp_path: Path) -> None:
