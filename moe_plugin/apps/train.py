@@ -51,6 +51,7 @@ def train(composed: DictConfig) -> float | None:
         The metric that a sweeper optimises, ``optimized_metric`` of the run's summary; None after a dry run.
     """
     from moe_plugin.apps.launch import torchrun_config
+    from moe_plugin.apps.launch.disk_errors import DiskErrors
     from moe_plugin.apps.launch.last_checkpoint import find_checkpoint
     from moe_plugin.apps.launch.processes import number_of_processes, run_in_processes
     from moe_plugin.apps.launch.run_folder import prepare_
@@ -61,7 +62,8 @@ def train(composed: DictConfig) -> float | None:
     config = without_hydra(composed, folder)
     config.ckpt_path = find_checkpoint(config.ckpt_path, folder, trusted=config.trust)
     if is_first_node(config):
-        prepare_(folder, config)
+        with DiskErrors(folder):
+            prepare_(folder, config)
     if is_launched():
         torchrun_config.share(config)
         train_here(config)

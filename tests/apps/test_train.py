@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from hydra_plugins.moe_plugin_search_path import GROUPS
 from moe_plugin.apps import evaluate, train
 from moe_plugin.apps.launch.compose import conf_dir
+from moe_plugin.apps.models import LanguageModel
 
 SMALL = [
     "experts=8",
@@ -51,6 +52,13 @@ def summary(folder: Path) -> dict[str, float]:
     return json.loads((folder / "summary.json").read_text())
 
 
+class EnormousLoss(LanguageModel):
+    """A model whose validation loss has no perplexity that a float can hold."""
+
+    def token_losses(self, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+        return super().token_losses(batch) * 1000
+
+
 class TestTrain:
     def test_run_leaves_everything_to_look_at(self, capsys: pytest.CaptureFixture[str]) -> None:
         train.main(SMALL)
@@ -58,6 +66,7 @@ class TestTrain:
         assert {path.name for path in folder.iterdir()} == {
             *(
                 ".hydra",
+                ".lock",
                 "checkpoints",
                 "config.yaml",
                 "csv",
@@ -94,6 +103,16 @@ class TestTrain:
         train.main([*SMALL, "balancing=none"])
         # No expert gets more than each token once: the largest load is num_experts / top_k of the mean at most.
         assert 0 < summary(run_folder())["max_violation_global"] <= 8 / 2 - 1
+
+    def test_results_survive_an_enormous_loss_and_a_name_with_markup(
+        self, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        words = ["model._target_=tests.apps.test_train.EnormousLoss", "name='a[/b]'", "logger=csv"]
+        train.main([*SMALL, *words])
+        (folder,) = Path("runs/a[/b]").iterdir()
+        assert summary(folder)["val_loss"] > 709
+        assert summary(folder)["perplexity"] is None
+        assert f"Run: {folder.resolve()}" in capsys.readouterr().out
 
     def test_dry_run_writes_no_summary(self) -> None:
         train.main([*SMALL, "debug=fast_dev_run", "name=small"])
@@ -221,6 +240,7 @@ class TestWrongUse:
             ),
             (["+trainer.foo=1"], "'trainer.foo' is not a key of 'trainer', got 1."),
             (["experts.top_k=99"], "'experts.top_k' must be <= num_experts (8), got 99."),
+            (["optimized_metric=nope"], "'optimized_metric' must be one of val_loss, perplexity"),
             (["rule.rate=abc"], "'rule.rate' must be"),
             (["rule.rate=-0.1"], "'rule.rate' must be"),
             (["model.num_layers=two"], "'model.num_layers' must be a whole number, got 'two'."),

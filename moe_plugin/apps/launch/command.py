@@ -13,6 +13,7 @@ import hydra
 from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
+from moe_plugin.apps.launch.claimed_folder import claimed_folder
 from moe_plugin.apps.launch.compose import HYDRA_VERSION, compose_jobs, conf_dir, is_group
 from moe_plugin.apps.launch.explain_config_error import one_line
 from moe_plugin.apps.launch.process_environment import is_launched
@@ -37,13 +38,25 @@ def run(arguments: Sequence[str], task: Callable[[DictConfig], object]) -> None:
     """
     arguments = [quote_option(word) for word in arguments]
     args = get_args_parser().parse_intermixed_args(arguments)
-    if _is_run(args) and all(_is_counted(job) for job in _check_all(args)):
-        return
-
     words = [*_switches(arguments, args.overrides), *args.overrides]
+    if not _is_run(args):
+        _hand_over(words, task)
+        return
+    configs, sweep = _check_all(args), _is_sweep(args)
+    if all(_is_counted(config) for config in configs):
+        return
+    key = "hydra.sweep.dir" if sweep else "hydra.run.dir"
+    job = sweep_job(task) if sweep else one_line_errors()(task)
+    reported = reported_sweep() if sweep else nullcontext()
+    with one_line_errors(), claimed_folder(configs[0], key) as folder, reported:
+        _hand_over([*words, folder], job)
+
+
+def _hand_over(words: Sequence[str], task: Callable[[DictConfig], object]) -> None:
+    """Let Hydra read the words and run the task."""
     main = hydra.main(config_path=str(conf_dir()), config_name="config", version_base=HYDRA_VERSION)
-    with _command_line(words), reported_sweep() if _is_sweep(args) else nullcontext():
-        main(sweep_job(task) if _is_sweep(args) else one_line_errors()(task))()
+    with _command_line(words):
+        main(task)()
 
 
 def _is_run(args: Namespace) -> bool:

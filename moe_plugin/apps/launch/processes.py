@@ -18,10 +18,11 @@ from torch.distributed.elastic.multiprocessing import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
+from moe_plugin.apps.launch.error_report import reported_error
 from moe_plugin.apps.launch.process_environment import for_processes, is_launched
 from moe_plugin.apps.launch.quiet_logs import quiet_agent
 from moe_plugin.apps.launch.signals import STOP_SIGNALS, STOPPED, StopSignals
-from moe_plugin.apps.report.stopped import can_go_on, read_stopped
+from moe_plugin.apps.report.stopped import can_go_on
 from moe_plugin.errors import ConfigError, RunError
 
 
@@ -75,7 +76,7 @@ def run_in_processes(run_folder: Path, config: DictConfig) -> None:
                 raise SystemExit(STOPPED) from None
             rank, failure = error.get_first_failure()
             unknown = f"process {rank} of the run in {run_folder} failed with exit code {failure.exitcode}"
-            raise RunError(read_stopped(run_folder) or unknown) from None
+            raise RunError(reported_error(failure) or unknown) from None
 
 
 def _launch_config(config: DictConfig) -> LaunchConfig:

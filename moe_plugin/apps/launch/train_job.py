@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Iterator, Mapping
@@ -27,6 +26,7 @@ from moe_plugin.apps.launch.build import (
     build_model_on_meta,
     build_trainer,
 )
+from moe_plugin.apps.launch.disk_errors import DiskErrors
 from moe_plugin.apps.launch.hparams import log_hyperparameters
 from moe_plugin.apps.launch.quiet_logs import quiet
 from moe_plugin.apps.launch.random_state import RandomState
@@ -37,6 +37,7 @@ from moe_plugin.apps.models.size import fixed_experts_per_token, measure
 from moe_plugin.apps.received.printable import printable
 from moe_plugin.apps.report import RunSummary, run_report, tensorboard_command, write_summary
 from moe_plugin.apps.report.environment import describe_environment, write_environment
+from moe_plugin.apps.report.json_file import write_json
 from moe_plugin.callbacks.load_monitor import LoadMonitor
 
 _OF_LAUNCHERS = ("LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -48,9 +49,12 @@ def train(config: DictConfig) -> None:
 
     Args:
         config: A run's resolved configuration; ``paths.output`` is its folder.
+
+    Raises:
+        RunError: The disk failed.
     """
     folder, clock = Path(config.paths.output), Throughput()
-    with StopSignals() as signals, quiet(), _ended_process_group():
+    with StopSignals() as signals, quiet(), _ended_process_group(), DiskErrors(folder):
         seed_everything(config.seed, workers=True, verbose=False)
         data, model = build_data(config), build_model_for(config)
         callbacks = [*build_callbacks(config), clock, RandomState(), StopAtSignal(signals)]
@@ -138,7 +142,7 @@ def _validation_measures(metrics: Mapping[str, float], model: nn.Module) -> dict
     loss, dead = metrics.get("val/loss"), metrics.get("val/dead_experts")
     return {
         "val_loss": loss,
-        "perplexity": None if loss is None else math.exp(loss),
+        "perplexity": None if loss is None else _perplexity(loss),
         "max_violation_batch": metrics.get("val/max_violation_batch"),
         "max_violation_global": metrics.get("val/max_violation_global"),
         "dead_experts": None if dead is None else round(dead),
@@ -146,11 +150,18 @@ def _validation_measures(metrics: Mapping[str, float], model: nn.Module) -> dict
     }
 
 
+def _perplexity(loss: float) -> float:
+    try:
+        return math.exp(loss)
+    except OverflowError:
+        return math.inf
+
+
 def _write_manifest(data: object, folder: Path) -> None:
     """Write down which files were read, if the data module knows."""
     manifest = getattr(data, "manifest", None)
     if manifest is not None:
-        (folder / "data_manifest.json").write_text(json.dumps(manifest, indent=1))
+        write_json(folder / "data_manifest.json", manifest)
 
 
 def _print_report(summary: RunSummary, callbacks: list[Callback], folder: Path) -> None:

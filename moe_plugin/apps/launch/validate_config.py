@@ -29,6 +29,7 @@ from moe_plugin.apps.launch.last_checkpoint import LAST
 from moe_plugin.apps.launch.processes import check_processes, number_of_processes
 from moe_plugin.apps.launch.quiet_logs import quiet
 from moe_plugin.apps.launch.signature import check_arguments
+from moe_plugin.apps.report.sweep import MEASURES
 from moe_plugin.checkpoints.verified_io import is_remote
 from moe_plugin.errors import ConfigError
 from moe_plugin.number_checks import check_positive_integers
@@ -63,6 +64,8 @@ def check(config: DictConfig) -> None:
     run = without_hydra(config, Path(config.paths.runs, config.name))
     if run.count_only:
         return
+    if run.optimized_metric not in MEASURES:
+        raise ConfigError("optimized_metric", f"must be one of {', '.join(MEASURES)}", run.optimized_metric)
     _check_missing(run)
     _check_checkpoint(run.ckpt_path, run.trust)
     _check_end(run)

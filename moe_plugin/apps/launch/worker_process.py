@@ -8,6 +8,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from moe_plugin.apps.launch.command import FAILED
+from moe_plugin.apps.launch.error_report import report_error
 from moe_plugin.apps.launch.explain_config_error import one_line
 from moe_plugin.apps.launch.train_job import train
 from moe_plugin.apps.report.stopped import write_stopped
@@ -25,7 +26,9 @@ def main(run_folder: Path) -> None:
     try:
         train(config)
     except MoEPluginError as error:
-        write_stopped(run_folder, one_line(str(error)))
+        line = one_line(str(error))
+        write_stopped(run_folder, line)
+        report_error(line)
         raise SystemExit(FAILED) from error
 
 

@@ -17,13 +17,15 @@ def write_atomically(path: Path, text: str) -> None:
     with tempfile.NamedTemporaryFile(
         "w", dir=path.parent, prefix=f".{path.name}.", delete=False, encoding="utf-8", newline=""
     ) as file:
-        file.write(text)
-    try:
-        os.chmod(file.name, 0o666 & ~_umask())
-        os.replace(file.name, path)
-    except OSError:
-        os.unlink(file.name)
-        raise
+        try:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())  # a rename may reach the disk before the content does
+            os.chmod(file.name, 0o666 & ~_umask())
+            os.replace(file.name, path)
+        except OSError:
+            os.unlink(file.name)
+            raise
 
 
 def _umask() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 
 from moe_plugin.apps.received.regular_file import read_text
@@ -11,8 +12,12 @@ STOPPED_FILE = "stopped.txt"
 
 
 def write_stopped(folder: Path, line: str) -> None:
-    """Write the reason into the run's folder, in one move, as `read_stopped` reads it."""
-    write_atomically(folder / STOPPED_FILE, f"{line}\n")
+    """Write the reason into the run's folder, in one move, as `read_stopped` reads it.
+
+    It is a copy of what was printed. Where nothing can be written, it is left out.
+    """
+    with suppress(OSError):
+        write_atomically(folder / STOPPED_FILE, f"{line}\n")
 
 
 def can_go_on(folder: Path) -> bool:

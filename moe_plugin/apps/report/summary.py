@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 from moe_plugin.apps.received.regular_file import read_json
-from moe_plugin.apps.report.atomic_write import write_atomically
+from moe_plugin.apps.report.json_file import write_json
 from moe_plugin.errors import ConfigError
 
 SUMMARY_FILE = "summary.json"
@@ -61,9 +59,7 @@ def write_summary(summary: RunSummary, folder: Path) -> Path:
         The file.
     """
     path = folder / SUMMARY_FILE
-    write_atomically(
-        path, json.dumps({key: _json(value) for key, value in asdict(summary).items()}, indent=2) + "\n"
-    )
+    write_json(path, asdict(summary))
     return path
 
 
@@ -84,7 +80,3 @@ def _number(value: Any) -> Any:
     if value is None or (isinstance(value, (int, float)) and not isinstance(value, bool)):
         return value
     raise TypeError(value)
-
-
-def _json(value: float | int | None) -> float | int | None:
-    return value if value is None or math.isfinite(value) else None

@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from moe_plugin.apps.launch.command import FAILED, one_line_errors
+from moe_plugin.apps.launch.folder_lock import locked
 from moe_plugin.apps.study.arms import Arm, Study, read_study
 from moe_plugin.apps.study.child_run import LOG_FILE, is_finished, run_in_child
 from moe_plugin.apps.study.results import collect, run_folder, write_csv
@@ -20,14 +22,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         SystemExit: With code 1 after all runs, if one of them failed.
     """
     options = _parser().parse_args(arguments)
-    with one_line_errors():
-        studies = [read_study(name) for name in options.studies]
     failed = []
-    for study in studies:
-        for arm, seed in study.runs():
-            if not _run(study, arm, seed, options.folder, options.change):
-                failed.append(run_folder(options.folder, study.name, arm.name, seed))
-            write_csv([result for each in studies for result in collect(each, options.folder)], options.csv)
+    with one_line_errors(), ExitStack() as locks:
+        studies = [read_study(name) for name in options.studies]
+        for study in studies:
+            locks.enter_context(locked(options.folder / study.name, "--folder"))
+        for study in studies:
+            for arm, seed in study.runs():
+                if not _run(study, arm, seed, options.folder, options.change):
+                    failed.append(run_folder(options.folder, study.name, arm.name, seed))
+                write_csv(
+                    [result for each in studies for result in collect(each, options.folder)], options.csv
+                )
     if failed:
         print("failed: " + ", ".join(map(str, failed)), file=sys.stderr)
         raise SystemExit(FAILED)

@@ -1,0 +1,14 @@
+from __future__ import annotations
+
+import json
+import math
+
+from moe_plugin.apps.report.json_file import write_json
+
+
+class TestWriteJson:
+    def test_numbers_that_json_lacks_become_null_at_any_depth(self, tmp_path):
+        content = {"a": math.nan, "b": [1.5, math.inf, (-math.inf, "NaN")], "c": {"d": math.nan, "e": True}}
+        write_json(tmp_path / "file.json", content)
+        expected = {"a": None, "b": [1.5, None, [None, "NaN"]], "c": {"d": None, "e": True}}
+        assert json.loads((tmp_path / "file.json").read_text()) == expected
