@@ -36,7 +36,7 @@ class ExactRestart(Callback):
             validated["current"] = dict.fromkeys(validated["current"], 0)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Send the loop into the validation if there is one, and otherwise past it."""
+        """Send the loop into the validation if there is one, and otherwise to what follows it."""
         if not self._is_behind_batch:
             return
         self._is_behind_batch = False
@@ -46,8 +46,8 @@ class ExactRestart(Callback):
         if loop._should_check_val_fx(fetcher):
             loop.val_loop._restart_stage = RestartStage.RESTARTED_MID_EVALUATION
         else:
-            loop.val_loop._has_run = True
             loop._batches_that_stepped += 1
+            fetcher.done = loop.batch_progress.is_last_batch
 
 
 def _is_inside(progress: dict[str, Any]) -> bool:
