@@ -113,6 +113,15 @@ class TestCheckResume:
         with pytest.raises(ConfigError, match=r"'callbacks.stop.patience' must be the checkpoint's"):
             check_resume(resumed(stopping, "callbacks.stop.patience=9"))
 
+    def test_folder_with_a_file_per_process_is_read_too(self, checkpoint: Path) -> None:
+        content = torch.load(checkpoint)
+        checkpoint.unlink()
+        checkpoint.mkdir()
+        torch.save(content, checkpoint / "meta.pt")
+        assert check_resume(resumed("rule.rate=0.5")) == [
+            "resume: rule.rate=0.5 takes effect, 'auto' before",
+        ]
+
     def test_checkpoint_without_settings_is_told(self, checkpoint: Path) -> None:
         content = torch.load(checkpoint)
         del content["run_config"]
