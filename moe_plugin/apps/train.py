@@ -54,6 +54,7 @@ def train(composed: DictConfig) -> float | None:
     from moe_plugin.apps.launch.disk_errors import DiskErrors
     from moe_plugin.apps.launch.last_checkpoint import find_checkpoint
     from moe_plugin.apps.launch.processes import number_of_processes, run_in_processes
+    from moe_plugin.apps.launch.resumed_settings import report_resume
     from moe_plugin.apps.launch.run_folder import prepare_
     from moe_plugin.apps.launch.train_job import train as train_here
     from moe_plugin.apps.launch.validate_config import without_hydra
@@ -61,6 +62,7 @@ def train(composed: DictConfig) -> float | None:
     folder = Path(HydraConfig.get().runtime.output_dir)
     config = without_hydra(composed, folder)
     config.ckpt_path = find_checkpoint(config.ckpt_path, folder, trusted=config.trust)
+    report_resume(config)
     if is_first_node(config):
         with DiskErrors(folder):
             prepare_(folder, config)

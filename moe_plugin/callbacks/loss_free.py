@@ -94,6 +94,20 @@ class LossFreeBalancing(Attachment):
         if self._calibration is not None:
             self._calibration.take(trainer, pl_module, self.balanced, batch)
 
+    def on_save_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Add the batches that calibration will need."""
+        if self._calibration is not None:
+            self._calibration.save(trainer, checkpoint)
+
+    def on_load_checkpoint(
+        self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Continue with the batches that calibration will need."""
+        if self._calibration is not None:
+            self._calibration.load(checkpoint)
+
     def state_dict(self) -> dict[str, Any]:
         """Return biases, rule states and the update counter, for Lightning's checkpoint."""
         return {} if self._balanced is None else self._balanced.state_dict()

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from moe_plugin import LossFreeBalancing, balance_
 from moe_plugin.attach.balanced_model import find_balanced
 from moe_plugin.balancing.rules import Sign
-from moe_plugin.callbacks.calibration import Calibration
+from moe_plugin.callbacks.calibration import KEY, Calibration
 from moe_plugin.errors import ConfigError
 from moe_plugin.metrics import max_violation
 from tests.hosts import Host, OwningRouter
@@ -114,6 +114,27 @@ class TestCalibration:
         )  # solves for the same biases without training, since the rates are zero
         balanced.calibrate(lambda project: [project.model(x) for x in loader()], passes=2)
         assert torch.equal(balanced["model.layers.0.router"].bias, bias_E)
+
+    def test_checkpoints_hold_the_batches_that_will_be_among_the_last_and_no_others(self, tmp_path):
+        saver = ModelCheckpoint(tmp_path, every_n_train_steps=1, save_top_k=-1, filename="{step}")
+        fit(Project(), tmp_path, Calibration(num_batches=3), callbacks=[saver])
+        held = {
+            step: torch.load(tmp_path / f"step={step}.ckpt", weights_only=True).get(KEY)
+            for step in range(1, 9)
+        }
+        assert [step for step, windows in held.items() if windows is not None] == [6, 7]
+        batches = list(loader())
+        for step, (window,) in ((6, held[6]), (7, held[7])):
+            assert all(map(torch.equal, window, batches[5:step]))
+            assert all(batch.untyped_storage().nbytes() == batch.nbytes for batch in window)
+
+    def test_batches_that_checkpoints_cannot_hold_are_told(self):
+        calibration = Calibration(num_batches=2)
+        calibration._batches.append({"x": torch.zeros(2), "names": {"a", "b"}})
+        checkpoint = {}
+        with pytest.warns(UserWarning, match="cannot hold the batches of 'calibration': they contain set"):
+            calibration.save(SimpleNamespace(global_step=0, world_size=1), checkpoint)
+        assert checkpoint == {}
 
     @pytest.mark.parametrize("accumulate", [1, 3])
     def test_accumulation_calibrates_once(self, accumulate, tmp_path):

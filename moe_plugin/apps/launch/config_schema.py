@@ -14,6 +14,7 @@ class Settings:
     seed: int
     ckpt_path: str | None
     trust: bool
+    override_optimizer: bool
     count_only: bool
     optimized_metric: str
 

@@ -37,13 +37,21 @@ class RandomState(Callback):
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Keep the states until the first batch: what is set up before it may draw numbers too."""
+        """Keep the states until the first batch or validation: what is set up before it may draw numbers too."""
         self._saved = checkpoint.get(KEY, [])
 
     def on_train_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int
     ) -> None:
         """Restore this rank's state once."""
+        self._restore_(trainer)
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Restore it before a validation that comes before the first batch."""
+        if not trainer.sanity_checking:
+            self._restore_(trainer)
+
+    def _restore_(self, trainer: Trainer) -> None:
         if len(self._saved) == trainer.world_size:
             _set_random_state_(self._saved[trainer.global_rank])
         self._saved = []

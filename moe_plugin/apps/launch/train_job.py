@@ -27,9 +27,12 @@ from moe_plugin.apps.launch.build import (
     build_trainer,
 )
 from moe_plugin.apps.launch.disk_errors import DiskErrors
+from moe_plugin.apps.launch.exact_restart import ExactRestart
 from moe_plugin.apps.launch.hparams import log_hyperparameters
+from moe_plugin.apps.launch.override_optimizer import OverrideOptimizer
 from moe_plugin.apps.launch.quiet_logs import quiet
 from moe_plugin.apps.launch.random_state import RandomState
+from moe_plugin.apps.launch.resumed_settings import StoredSettings
 from moe_plugin.apps.launch.signals import StopSignals
 from moe_plugin.apps.launch.stop_at_signal import StopAtSignal, told_when_stopped
 from moe_plugin.apps.launch.training_speed import Throughput
@@ -57,7 +60,8 @@ def train(config: DictConfig) -> None:
     with StopSignals() as signals, quiet(), _ended_process_group(), DiskErrors(folder):
         seed_everything(config.seed, workers=True, verbose=False)
         data, model = build_data(config), build_model_for(config)
-        callbacks = [*build_callbacks(config), clock, RandomState(), StopAtSignal(signals)]
+        callbacks = [*build_callbacks(config), clock, RandomState(), ExactRestart(), StopAtSignal(signals)]
+        callbacks += [StoredSettings(config), *([OverrideOptimizer()] if config.override_optimizer else [])]
         trainer = build_trainer(config, callbacks=callbacks, logger=build_loggers(config))
         if trainer.is_global_zero:
             write_environment(describe_environment(trainer.world_size, trainer.strategy.root_device), folder)

@@ -28,6 +28,8 @@ from moe_plugin.apps.launch.fused_experts import check_fused_experts
 from moe_plugin.apps.launch.last_checkpoint import LAST
 from moe_plugin.apps.launch.processes import check_processes, number_of_processes
 from moe_plugin.apps.launch.quiet_logs import quiet
+from moe_plugin.apps.launch.resumed_end import check_trains
+from moe_plugin.apps.launch.resumed_settings import check_resume
 from moe_plugin.apps.launch.signature import check_arguments
 from moe_plugin.apps.report.sweep import MEASURES
 from moe_plugin.checkpoints.verified_io import is_remote
@@ -80,6 +82,8 @@ def check(config: DictConfig) -> None:
                 attempt(build, run, config, key)
         if run.ckpt_path not in (None, LAST) and not is_remote(run.ckpt_path):
             check_checkpoint_experts(build_model_on_meta(run), run.ckpt_path, trusted=run.trust)
+            check_resume(run)
+        check_trains(run)
 
 
 def _check_types(config: DictConfig) -> None:

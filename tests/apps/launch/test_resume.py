@@ -16,17 +16,27 @@ from tests.apps.launch.small_job import NOISY, configuration
 
 Words = tuple[str, ...]
 
+EPOCH = "data.max_train_tokens=512"
+"""Of four steps."""
+CALIBRATED = (
+    "callbacks.loss_free.calibration={_target_: moe_plugin.callbacks.calibration.Calibration, num_batches: 3}"
+)
 CASES = {
     "mid-epoch": ((), "SIGTERM@train:2"),
     "accumulation, inside a window": (("trainer.accumulate_grad_batches=2",), "SIGTERM@train:4"),
     "where a validation is due": (("trainer.val_check_interval=3",), "SIGTERM@train:2"),
     "inside a validation": (("trainer.val_check_interval=3",), "SIGTERM@val:1"),
-    "inside a validation, accumulation": (
-        ("trainer.val_check_interval=3", "trainer.accumulate_grad_batches=2"),
+    "inside a validation at an epoch's end, accumulation": (
+        (EPOCH, "trainer.val_check_interval=4", "trainer.accumulate_grad_batches=2"),
         "SIGTERM@val:1",
     ),
-    "last step of an epoch": (("data.max_train_tokens=512",), "SIGTERM@train:3"),
-    "second epoch": (("data.max_train_tokens=512",), "SIGTERM@train:4"),
+    "last step of an epoch": ((EPOCH,), "SIGTERM@train:3"),
+    "last step of an epoch where a validation is due, accumulation": (
+        (EPOCH, "trainer.val_check_interval=2", "trainer.accumulate_grad_batches=2"),
+        "SIGTERM@train:7",
+    ),
+    "second epoch": ((EPOCH,), "SIGTERM@train:4"),
+    "among the batches of the calibration": ((CALIBRATED,), "SIGTERM@train:3"),
 }
 
 
@@ -57,11 +67,14 @@ def losses(folder: str, rank: int = 0) -> list[str]:
 
 
 def state(folder: str) -> dict[str, Any]:
-    """Returns weights, optimizer, biases and random states after the last step."""
+    """Returns all that the checkpoint after the last step holds, but where the run is and how long it took."""
     saved = torch.load(Path(folder, "checkpoints", "last.ckpt"), weights_only=True)
-    (balancing,) = (value for key, value in saved["callbacks"].items() if "LossFree" in key)
-    keys = ("state_dict", "optimizer_states", "lr_schedulers", "random_states", "global_step")
-    return {"biases": balancing, **{key: saved[key] for key in keys}}
+    del saved["run_config"]
+    saved["callbacks"].pop("TimeLimit", None)
+    for value in saved["callbacks"].values():
+        for key in [key for key in value if "path" in key or key == "best_k_models"]:
+            del value[key]
+    return saved
 
 
 def assert_same(whole: Any, parts: Any, where: str = "") -> None:
@@ -105,7 +118,7 @@ class TestResume:
         [
             ((), "SIGTERM@train:2", "0,1"),
             (("trainer.accumulate_grad_batches=2",), "SIGTERM@train:4", "1"),
-            (("trainer.val_check_interval=3",), "SIGINT@val:1", "0"),
+            (("trainer.val_check_interval=4", CALIBRATED), "SIGINT@val:1", "0"),
             (("trainer.val_check_interval=3", "strategy=fsdp"), "SIGTERM@val:1", "1"),
         ],
     )
