@@ -1,6 +1,6 @@
 """Bring biases back from processes that were forked or spawned from the one that holds the user's module.
 
-With ``ddp_notebook``, ``ddp_fork`` and ``ddp_spawn`` Lightning brings back the module's ``state_dict``, and the state of no
+From ``ddp_notebook``, ``ddp_fork`` and ``ddp_spawn`` Lightning brings back the ``state_dict`` of the module, and of no
 callback.
 """
 

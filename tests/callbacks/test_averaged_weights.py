@@ -13,7 +13,11 @@ from tests.callbacks.test_loss_free import RATE, LateProject, ValidatedProject, 
 from tests.callbacks.test_loss_free import pytestmark as quiet
 from tests.hosts import Host, OwningRouter
 
-pytestmark = [*quiet, pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback.*")]
+pytestmark = [
+    *quiet,
+    pytest.mark.filterwarnings("ignore:You're using the WeightAveraging callback.*"),
+    pytest.mark.filterwarnings("ignore:The dirpath has changed from.*"),
+]
 DECAY = 0.5
 
 
@@ -76,7 +80,7 @@ class TestEitherOrder:
         torch.testing.assert_close(biases(module)[0], expected)
 
     def test_controller_continues_from_the_current_bias(self, tmp_path, order):
-        plain, alone, _ = run_averaged(tmp_path / "alone", order, averages=False)
+        _, alone, _ = run_averaged(tmp_path / "alone", order, averages=False)
         _, seen, _ = run_averaged(tmp_path / "averaged", order)
         assert torch.equal(torch.stack(seen.steps), torch.stack(alone.steps))
 

@@ -59,6 +59,6 @@ class TestIdleAlarm:
 
     def test_no_optimizer_at_all_is_an_error(self, tmp_path):
         with pytest.raises(
-            AttachError, match="configure_optimizers returned none. Return the one that trains"
+            AttachError, match=r"configure_optimizers returned none\. Return the one that trains"
         ):
             fit(WithoutOptimizer(), tmp_path)

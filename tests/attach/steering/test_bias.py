@@ -80,7 +80,7 @@ class TestBiasInStateDict:
         assert biases(balanced) == before
 
     def test_model_that_is_not_balanced_refuses_it(self):
-        with pytest.raises(RuntimeError, match="Unexpected key.*moe_plugin_bias"):
+        with pytest.raises(RuntimeError, match=r"Unexpected key.*moe_plugin_bias"):
             Host().load_state_dict(balanced_host(bias_in_state_dict=True)[0].state_dict())
 
     @pytest.mark.parametrize("settings", [{"bias_in_state_dict": True}, {}])

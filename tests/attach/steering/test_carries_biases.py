@@ -16,7 +16,7 @@ from tests.callbacks.test_loss_free import RATE, Project, ValidatedProject, bias
 from tests.callbacks.test_loss_free import pytestmark as quiet
 from tests.hosts import OwningRouter
 
-pytestmark = quiet
+pytestmark = [*quiet, pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no.*")]
 
 
 def balancing():
@@ -105,7 +105,7 @@ class TestMissingBiases:
         def owning():
             return Project(OwningRouter)
 
-        module, path = trained(tmp_path, owning, pl.Callback(), weights_only=False)
+        _, path = trained(tmp_path, owning, pl.Callback(), weights_only=False)
         resumed = owning()
         trainer(balancing(), tmp_path, max_epochs=2).fit(resumed, loader(), ckpt_path=path)
         assert find_balanced(resumed).step == 4
