@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from moe_plugin.attach.balance import balance_as_set_
 from moe_plugin.attach.balanced_model import BalancedModel
 from moe_plugin.attach.settings import BalanceSettings
+from moe_plugin.attach.steering.bias import show_in_state_dict_
 from moe_plugin.callbacks.averaged_weights import renew_averages_
 from moe_plugin.callbacks.idle_alarm import IdleAlarm
 from moe_plugin.callbacks.step_clock import StepClock, optimizer_of
@@ -59,6 +60,7 @@ class Attachment(Callback):
         """
         self.balanced.process_group = _data_parallel_group(trainer)
         self.balanced.discard_counts_()
+        self._show_biases_(True)
         routers = [parameter for site in self.balanced.values() for parameter in site.router.parameters()]
         self._clock.start_(optimizer_of(routers, trainer.optimizers))
         self._idle_alarm.start_()
@@ -93,7 +95,13 @@ class Attachment(Callback):
 
     def _attach_(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._balanced = balance_as_set_(pl_module, self._settings)
+        # Sharding strategies load by the model's keys before a module can take part: older checkpoints lack this one.
+        self._show_biases_(not trainer.strategy.restore_checkpoint_after_setup)
         renew_averages_(trainer, pl_module)
+
+    def _show_biases_(self, shown: bool) -> None:
+        for site in self.balanced.ours() if self._settings.bias_in_state_dict else ():
+            show_in_state_dict_(site.bias_place.owner, shown=shown)
 
     def _discard(self) -> None:
         self.balanced.discard_counts_()

@@ -16,7 +16,12 @@ from moe_plugin.errors import ConfigError
 
 
 def renew_averages_(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Let averages copy the module again that did so before it was balanced: they pair buffers by their order."""
+    """Let averages copy the module again that did so before it was balanced: they pair buffers by their order.
+
+    Args:
+        trainer: Whose callbacks average.
+        pl_module: The balanced module.
+    """
     for callback in _averaging(trainer):
         if find_balanced(callback._average_model.module) is None:
             callback.setup(trainer, pl_module, "fit")

@@ -37,7 +37,12 @@ def refuse_to_lose_biases(trainer: Trainer, *, names_are_known: bool) -> None:
 
 
 def send_biases_back_(trainer: Trainer, pl_module: LightningModule) -> None:
-    """Let the ``state_dict`` that Lightning takes at the end of such a process bring the biases along."""
+    """Let the ``state_dict`` that Lightning takes at the end of such a process bring the biases along.
+
+    Args:
+        trainer: The trainer, in one of the processes.
+        pl_module: The balanced module.
+    """
     if _launcher(trainer) is not None:
         pl_module.register_state_dict_post_hook(send_biases)
 

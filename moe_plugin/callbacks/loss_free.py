@@ -103,7 +103,13 @@ class LossFreeBalancing(Attachment):
             refuse_to_lose_biases(trainer, names_are_known=was_balanced or owns_all)
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        """Let the biases come back from a process that ends now."""
+        """Let the biases come back from a process that ends now.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The balanced module.
+            stage: What ends.
+        """
         if stage == "fit":
             send_biases_back_(trainer, pl_module)
 

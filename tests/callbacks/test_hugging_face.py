@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from moe_plugin.attach.balanced_model import find_balanced
+from moe_plugin.attach.sidecar import read_sidecar
 from moe_plugin.balancing.rules import Sign
-from moe_plugin.errors import AttachError, CheckpointError
+from moe_plugin.errors import AttachError, BalanceWarning, CheckpointError
 from tests.hosts import Host, OwningRouter, SoftmaxRouter
 from tests.stacked_hosts import StackedHost
 
@@ -126,3 +127,24 @@ class TestLossFreeTrainerCallback:
             assert len(callback.balanced.fused) == (2 if experts else 0)
             weights[experts] = model.state_dict()
         torch.testing.assert_close(weights["fused"], weights[None], atol=1e-4, rtol=1e-3)
+
+
+class TestBiasesOfCheckpoints:
+    def test_best_model_has_the_biases_of_its_checkpoint(self, tmp_path, monkeypatch):
+        losses = iter([1.0, 2.0])
+        monkeypatch.setattr(
+            transformers.Trainer, "evaluate", lambda self, *_, **__: {"eval_loss": next(losses)}
+        )
+        saving = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 3, "eval_steps": 3}
+        callback = LossFreeTrainerCallback(Sign(rate=RATE))
+        best = {"load_best_model_at_end": True, "metric_for_best_model": "eval_loss"}
+        model = trained(tmp_path, callback, **saving, **best)
+        saved = read_sidecar(tmp_path / "checkpoint-3" / SIDECAR)
+        assert biases(model) == [site["bias"].tolist() for site in saved["sites"].values()]
+
+    def test_resuming_a_run_that_was_not_balanced_warns(self, tmp_path):
+        saving = {"save_strategy": "steps", "save_steps": 3}
+        trained(tmp_path, transformers.TrainerCallback(), **saving)
+        callback, checkpoint = LossFreeTrainerCallback(Sign(rate=RATE)), tmp_path / "checkpoint-3"
+        with pytest.warns(BalanceWarning, match="checkpoint-3' has no biases, so the 2"):
+            trained(tmp_path, callback, resume=str(checkpoint), **saving)

@@ -72,6 +72,17 @@ def add_own_bias_(module: nn.Module, num_experts: int, device: torch.device, *, 
     swap_(module, OwnBias)
 
 
+def show_in_state_dict_(module: nn.Module, *, shown: bool) -> None:
+    """Put the bias of `add_own_bias_` into the model's ``state_dict``, or leave it out.
+
+    Args:
+        module: The router.
+        shown: Whether it is in there from now on.
+    """
+    hidden = module._non_persistent_buffers_set
+    (hidden.discard if shown else hidden.add)(OWN_NAME)
+
+
 def remove_own_bias_(module: nn.Module) -> None:
     """Undo `add_own_bias_`."""
     unswap_(module, OwnBias)

@@ -54,12 +54,18 @@ def carry_biases_(model: Any) -> None:
 
 def drop_biases_(model: Any) -> None:
     """Undo `carry_biases_`."""
-    if isinstance(model, CarriesBiases):
+    if CarriesBiases in type(model).__mro__:
         unswap_(model, CarriesBiases)
 
 
 def send_biases(module: Any, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
-    """Add the biases to a ``state_dict``, as a hook of it; for a process whose module is thrown away."""
+    """Add the biases to a ``state_dict``, as a hook of it; for a process whose module is thrown away.
+
+    Args:
+        module: The balanced module.
+        state_dict: What it saves.
+        prefix: Of its keys.
+    """
     state_dict[prefix + KEY] = module._moe_balanced.state_dict()
 
 
