@@ -69,3 +69,7 @@ class LoadAlarmError(MoEPluginError):
 
 class LoadAlarmWarning(UserWarning):
     """Something is wrong with the load over experts."""
+
+
+class BalanceWarning(UserWarning):
+    """Balancing has no effect where it should have one: biases are missing, or never move."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from fnmatch import fnmatchcase
 
 import torch.distributed as dist
 from torch import nn
@@ -35,6 +36,7 @@ def balance_(
     frozen_routers: FrozenRouters = "auto",
     experts: Experts = None,
     verify: bool = True,
+    bias_in_state_dict: bool = False,
     process_group: dist.ProcessGroup | None = None,
 ) -> BalancedModel:
     """Balance the experts of ``model`` in place, without an auxiliary loss (arXiv 2408.15664).
@@ -56,6 +58,8 @@ def balance_(
             be SwiGLU in stacked 3-D weights. None keeps the model's own code.
         verify: Whether the first training forward of each router proves, by running it a few times more, that a bias
             moves its selection and nothing else.
+        bias_in_state_dict: Whether biases that the model does not own are in its ``state_dict``, as buffers
+            ``moe_plugin_bias``: then every checkpoint has them, and only a balanced model loads it strictly.
         process_group: The data-parallel ranks; None is all ranks of the default group.
 
     Raises:
@@ -72,6 +76,7 @@ def balance_(
         frozen_routers=frozen_routers,
         experts=experts,
         verify=verify,
+        bias_in_state_dict=bias_in_state_dict,
     )
     return balance_as_set_(model, settings, process_group)
 
@@ -101,7 +106,7 @@ def balance_as_set_(
     fusible = find_fusible(model, found) if settings.experts == "fused" else {}
     token_mask = TokenMask(settings.mask or "")
     token_mask.watch_(model)
-    sites = [attach_(router, token_mask, settings.verify) for router in found]
+    sites = [attach_(router, token_mask, settings) for router in found]
     moved = [
         None if keeps_bias(site, settings.frozen_routers) else rule
         for site, rule in zip(sites, rules, strict=True)
@@ -118,8 +123,10 @@ def balance_as_set_(
 def _chosen(model: nn.Module, settings: BalanceSettings) -> Findings:
     findings = survey(model, settings.adapters)
     chosen = findings.only(settings.wants)
-    if not chosen.names and findings.names:
-        raise AttachError(f"'sites' must match a router, got {settings.sites!r}; there are {findings.names}.")
+    idle = [glob for glob in settings.globs if not any(fnmatchcase(name, glob) for name in findings.names)]
+    if findings.names and (idle or not chosen.names):
+        got = idle if chosen.names else settings.sites
+        raise AttachError(f"'sites' must match a router, got {got!r}; there are {findings.names}.")
     for name, reason in chosen.refused.items():
         _LOG.warning("Not balanced: %s, %s.", name, reason)
     return chosen

@@ -19,6 +19,7 @@ from moe_plugin.attach.sidecar import read_sidecar, write_sidecar
 from moe_plugin.attach.site import Site
 from moe_plugin.attach.site_group import GroupStep, site_groups
 from moe_plugin.attach.steering.attach import detach_
+from moe_plugin.attach.steering.carries_biases import carry_biases_, drop_biases_
 from moe_plugin.balancing.counts import reject_if_
 from moe_plugin.balancing.reduce import all_reduce_
 from moe_plugin.balancing.rules import Memory, Rule
@@ -82,6 +83,7 @@ class BalancedModel(Mapping[str, Site]):
             if getattr(rule, "needs_gaps", False):
                 site.counters.measure_gaps_()
         model.__dict__[_ATTRIBUTE] = self
+        carry_biases_(model)
 
     def __getitem__(self, name: str) -> Site:
         """Return the site of this router."""
@@ -106,6 +108,10 @@ class BalancedModel(Mapping[str, Site]):
     def __getstate__(self) -> dict[str, Any]:
         """Return everything except the process group, which exists in one process only."""
         return self.__dict__ | {"process_group": None}
+
+    def ours(self) -> list[Site]:
+        """Return the sites whose bias is not a tensor of the model, so its own checkpoints need not have it."""
+        return [site for site in self.values() if not site.host_owns_bias]
 
     @torch.no_grad()
     def update(self) -> LoadRecord:
@@ -158,6 +164,7 @@ class BalancedModel(Mapping[str, Site]):
             site.token_mask.unwatch_()
         for experts in self.fused.values():
             unfuse_(experts)
+        drop_biases_(self._model)
         del self._model.__dict__[_ATTRIBUTE]
 
     def state_dict(self) -> dict[str, Any]:
@@ -188,10 +195,10 @@ class BalancedModel(Mapping[str, Site]):
         write_sidecar(path, self.state_dict())
 
     def load(self, path: str | Path) -> None:
-        """Continue from a file of `save`.
+        """Continue from a file of `save`, or from a Lightning checkpoint, a file or a folder.
 
         Raises:
-            CheckpointError: If it has other sites or other numbers of experts.
+            CheckpointError: If it has no biases, other sites or other numbers of experts.
         """
         self.load_state_dict(read_sidecar(path))
 

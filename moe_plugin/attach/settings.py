@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from fnmatch import fnmatchcase
@@ -31,7 +32,8 @@ class BalanceSettings:
     """How to balance a model; the attributes are arguments of `balance_`.
 
     Raises:
-        ConfigError: If 'frozen_routers' or 'experts' is not one of these, or 'fused' has kernels that cannot run.
+        ConfigError: If 'frozen_routers' or 'experts' is not one of these, 'fused' has kernels that cannot run, or
+            'sites' is not a glob, globs or a predicate.
     """
 
     rule: Rules = DEFAULT_RULE
@@ -43,6 +45,7 @@ class BalanceSettings:
     frozen_routers: FrozenRouters = "auto"
     experts: Experts = None
     verify: bool = True
+    bias_in_state_dict: bool = False
 
     def __post_init__(self) -> None:
         """Check the settings and bring them into one form."""
@@ -52,17 +55,22 @@ class BalanceSettings:
             raise ConfigError("experts", "must be 'fused' or None", self.experts)
         if self.experts == "fused":
             check_choice()
+        self._check_sites()
         object.__setattr__(self, "schedule", self.schedule or RateSchedule())
         object.__setattr__(self, "adapters", tuple(self.adapters))
 
     def wants(self, name: str) -> bool:
         """Return whether the router of this name is to be balanced."""
-        if self.sites is None:
-            return True
         if callable(self.sites):
             return self.sites(name)
-        globs = [self.sites] if isinstance(self.sites, str) else self.sites
-        return any(fnmatchcase(name, glob) for glob in globs)
+        return self.sites is None or any(fnmatchcase(name, glob) for glob in self.globs)
+
+    @property
+    def globs(self) -> list[str]:
+        """The globs of 'sites'; none if it is a predicate or None."""
+        if self.sites is None or callable(self.sites):
+            return []
+        return [self.sites] if isinstance(self.sites, str) else list(self.sites)
 
     def rate_factor(self, step: int) -> float:
         """Return the factor on the rate in update number ``step``; the first is 1."""
@@ -81,3 +89,16 @@ class BalanceSettings:
             if fnmatchcase(name, glob):
                 return candidate
         raise AttachError(f"'rule' must have a glob that matches router {name!r}, got {list(self.rule)}.")
+
+    def _check_sites(self) -> None:
+        if self.sites is None or callable(self.sites):
+            return
+        is_text = isinstance(self.sites, Sequence) and all(isinstance(glob, str) for glob in self.sites)
+        if not is_text or not all(map(_is_glob, self.globs)):
+            rule = "must be a glob that is not empty, several, or a predicate; each '[' needs its ']'"
+            raise ConfigError("sites", rule, self.sites)
+
+
+def _is_glob(text: str) -> bool:
+    """Return whether the text is not empty and each ``[`` begins a class that ends."""
+    return text != "" and "[" not in re.sub(r"\[!?.[^\]]*\]", "", text)

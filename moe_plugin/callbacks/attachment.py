@@ -12,6 +12,9 @@ from torch.optim import Optimizer
 from moe_plugin.attach.balance import balance_as_set_
 from moe_plugin.attach.balanced_model import BalancedModel
 from moe_plugin.attach.settings import BalanceSettings
+from moe_plugin.attach.steering.bias import show_in_state_dict_
+from moe_plugin.callbacks.averaged_weights import renew_averages_
+from moe_plugin.callbacks.idle_alarm import IdleAlarm
 from moe_plugin.callbacks.step_clock import StepClock, optimizer_of
 
 
@@ -22,7 +25,8 @@ class Attachment(Callback):
         """Take how to balance."""
         self._settings = settings
         self._balanced: BalancedModel | None = None
-        self._clock = StepClock(self._update, lambda: self.balanced.discard_counts_())
+        self._clock = StepClock(self._update, self._discard)
+        self._idle_alarm = IdleAlarm(self._clock)
 
     @property
     def balanced(self) -> BalancedModel:
@@ -37,14 +41,14 @@ class Attachment(Callback):
             AttachError: If no router is found, or experts are to be fused and some cannot.
         """
         if not builds_itself(pl_module):
-            self._balanced = balance_as_set_(pl_module, self._settings)
+            self._attach_(trainer, pl_module)
             return
         configure = pl_module.configure_model
 
         def configure_and_attach() -> None:
             del pl_module.__dict__["configure_model"]
             configure()
-            self._balanced = balance_as_set_(pl_module, self._settings)
+            self._attach_(trainer, pl_module)
 
         pl_module.__dict__["configure_model"] = configure_and_attach
 
@@ -52,12 +56,14 @@ class Attachment(Callback):
         """Choose the ranks to sum over and the optimizer to follow, after strategy and checkpoint are set up.
 
         Raises:
-            AttachError: If the optimizer does not report its steps.
+            AttachError: If there is no optimizer, or it does not report its steps.
         """
         self.balanced.process_group = _data_parallel_group(trainer)
         self.balanced.discard_counts_()
+        self._show_biases_(True)
         routers = [parameter for site in self.balanced.values() for parameter in site.router.parameters()]
         self._clock.start_(optimizer_of(routers, trainer.optimizers))
+        self._idle_alarm.start_()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
         """Count steps from here on."""
@@ -74,16 +80,31 @@ class Attachment(Callback):
         self._clock.step_is_due(optimizer)
 
     def on_train_batch_end(self, trainer: Trainer, pl_module: LightningModule, *_: Any) -> None:
-        """Ignore steps outside of a batch."""
+        """Ignore steps outside of a batch; warn if none comes."""
         self._clock.batch_ends()
+        self._idle_alarm.batch_ends(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Stop following the optimizer; the biases stay in the model."""
+        self._idle_alarm.training_ends(pl_module)
         self._clock.stop_()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         """Stop following the optimizer."""
         self._clock.stop_()
+
+    def _attach_(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._balanced = balance_as_set_(pl_module, self._settings)
+        # Sharding strategies load by the model's keys before a module can take part: older checkpoints lack this one.
+        self._show_biases_(not trainer.strategy.restore_checkpoint_after_setup)
+        renew_averages_(trainer, pl_module)
+
+    def _show_biases_(self, shown: bool) -> None:
+        for site in self.balanced.ours() if self._settings.bias_in_state_dict else ():
+            show_in_state_dict_(site.bias_place.owner, shown=shown)
+
+    def _discard(self) -> None:
+        self.balanced.discard_counts_()
 
     def _update(self, found_inf: Any) -> None:
         if found_inf is not None:

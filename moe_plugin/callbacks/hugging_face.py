@@ -17,6 +17,7 @@ from moe_plugin.attach.adapter import Adapter
 from moe_plugin.attach.balance import balance_as_set_
 from moe_plugin.attach.balanced_model import BalancedModel
 from moe_plugin.attach.settings import DEFAULT_RULE, BalanceSettings, Experts, FrozenRouters, Rules, Sites
+from moe_plugin.attach.steering.carries_biases import warn_of_missing_biases
 from moe_plugin.balancing.schedule import RateSchedule
 from moe_plugin.errors import CheckpointError
 
@@ -50,6 +51,7 @@ class LossFreeTrainerCallback(TrainerCallback):
         frozen_routers: FrozenRouters = "auto",
         experts: Experts = None,
         verify: bool = True,
+        bias_in_state_dict: bool = False,
         resume_from: str | Path | None = None,
     ) -> None:
         """Choose how to balance; arguments as `moe_plugin.LossFreeBalancing` has them.
@@ -70,6 +72,7 @@ class LossFreeTrainerCallback(TrainerCallback):
             frozen_routers=frozen_routers,
             experts=experts,
             verify=verify,
+            bias_in_state_dict=bias_in_state_dict,
         )
         self._resume_from = resume_from
 
@@ -87,8 +90,10 @@ class LossFreeTrainerCallback(TrainerCallback):
         self.balanced.discard_counts_()
         if state.global_step:
             sidecar = self._checkpoint(args, state) / SIDECAR
-            if sidecar.exists():  # else that run was not balanced
+            if sidecar.exists():
                 self.balanced.load(sidecar)
+            elif self._settings.rule is not None:
+                warn_of_missing_biases(self.balanced, f"The checkpoint {str(sidecar.parent)!r}")
 
     def on_optimizer_step(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -107,6 +112,15 @@ class LossFreeTrainerCallback(TrainerCallback):
         folder = Path(str(args.output_dir), f"checkpoint-{state.global_step}")
         if state.is_world_process_zero and folder.is_dir():
             self.balanced.save(folder / SIDECAR)
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Take the biases of the best checkpoint if its weights were loaded."""
+        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+            sidecar = Path(state.best_model_checkpoint, SIDECAR)
+            if sidecar.exists():
+                self.balanced.load(sidecar)
 
     def _checkpoint(self, args: TrainingArguments, state: TrainerState) -> Path:
         given = self._resume_from or args.resume_from_checkpoint

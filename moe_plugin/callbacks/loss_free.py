@@ -6,15 +6,21 @@ from collections.abc import Sequence
 from typing import Any
 
 from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.trainer.states import TrainerFn
+from lightning.pytorch.utilities import rank_zero_warn
 
 from moe_plugin.attach.adapter import Adapter
+from moe_plugin.attach.balanced_model import find_balanced
 from moe_plugin.attach.settings import DEFAULT_RULE, BalanceSettings, Experts, FrozenRouters, Rules, Sites
+from moe_plugin.attach.steering.carries_biases import KEY, saved_biases
 from moe_plugin.attach.warm_start import check_solvable
 from moe_plugin.balancing.rules import AnyRule
 from moe_plugin.balancing.schedule import RateSchedule
 from moe_plugin.callbacks.attachment import Attachment
+from moe_plugin.callbacks.averaged_weights import averaged_biases, refuse_averages, with_biases_of
 from moe_plugin.callbacks.calibration import Calibration
-from moe_plugin.errors import ConfigError
+from moe_plugin.callbacks.launched_processes import refuse_to_lose_biases, send_biases_back_
+from moe_plugin.errors import BalanceWarning, ConfigError
 
 
 class LossFreeBalancing(Attachment):
@@ -40,6 +46,7 @@ class LossFreeBalancing(Attachment):
         frozen_routers: FrozenRouters = "auto",
         experts: Experts = None,
         verify: bool = True,
+        bias_in_state_dict: bool = False,
         calibration: Calibration | None = None,
     ) -> None:
         """Choose how to balance; the defaults suit most models.
@@ -56,6 +63,8 @@ class LossFreeBalancing(Attachment):
             experts: 'fused' computes the model's stacked SwiGLU experts by our kernels; None keeps its own code.
             verify: Whether the first training forward of each router proves, by running it a few times more, that a
                 bias moves its selection and nothing else.
+            bias_in_state_dict: Whether biases that the model does not own are in its ``state_dict`` too; Lightning's
+                checkpoints, also those of weights only, hold them in any case.
             calibration: Solves for the biases once more in the last step of training; None does not.
 
         Raises:
@@ -75,14 +84,44 @@ class LossFreeBalancing(Attachment):
                 frozen_routers=frozen_routers,
                 experts=experts,
                 verify=verify,
+                bias_in_state_dict=bias_in_state_dict,
             )
         )
         self._calibration = calibration
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Attach before the strategy wraps the model.
+
+        Raises:
+            AttachError: If no router is found, or experts are to be fused and some cannot.
+            ConfigError: If the strategy would bring no bias back to this module.
+        """
+        was_balanced = find_balanced(pl_module) is not None
+        super().setup(trainer, pl_module, stage)
+        if stage == "fit":
+            owns_all = self._balanced is not None and not self._balanced.ours()
+            refuse_to_lose_biases(trainer, names_are_known=was_balanced or owns_all)
+
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Let the biases come back from a process that ends now.
+
+        Args:
+            trainer: The trainer.
+            pl_module: The balanced module.
+            stage: What ends.
+        """
+        if stage == "fit":
+            send_biases_back_(trainer, pl_module)
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        """Follow the optimizer, and find out when training ends."""
+        """Follow the optimizer, and find out when training ends.
+
+        Raises:
+            ConfigError: If the biases are to be calibrated for weights that averaged ones replace, or cannot be.
+        """
         super().on_train_start(trainer, pl_module)
         if self._calibration is not None:
+            refuse_averages(trainer)
             check_solvable(self.balanced, "calibration", "Leave it out (null).")
             self._calibration.start(trainer, pl_module)
 
@@ -94,17 +133,48 @@ class LossFreeBalancing(Attachment):
         if self._calibration is not None:
             self._calibration.take(trainer, pl_module, self.balanced, batch)
 
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn if a model is evaluated whose biases were neither trained nor loaded."""
+        if trainer.state.fn != TrainerFn.FITTING:
+            self._warn_if_new(trainer)
+
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn as for a validation."""
+        self._warn_if_new(trainer)
+
+    def on_predict_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        """Warn as for a validation."""
+        self._warn_if_new(trainer)
+
+    def _warn_if_new(self, trainer: Trainer) -> None:
+        biases = [site.bias for site in self.balanced.ours()]
+        if trainer.ckpt_path is None and biases and not any(bias.any() for bias in biases):
+            rank_zero_warn(
+                "All biases are 0: they were neither trained nor loaded here. If the model was trained with balancing, "
+                "its experts are now selected in another way: pass ckpt_path=..., or load them by "
+                "balance_(module, ...).load(path), which reads Lightning checkpoints too.",
+                category=BalanceWarning,
+            )
+
     def on_save_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Add the batches that calibration will need."""
+        """Let averaged biases go with averaged weights, and add the batches that calibration will need."""
+        averaged = averaged_biases(trainer)
+        if averaged is not None:
+            checkpoint[KEY] = with_biases_of(self.state_dict(), averaged)
         if self._calibration is not None:
             self._calibration.save(trainer, checkpoint)
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Continue with the batches that calibration will need."""
+        """Give averaged biases to the average; without one, continue from them, as the weights do."""
+        averaged, state = averaged_biases(trainer), saved_biases(checkpoint)
+        if state is not None and averaged is not None:
+            averaged.load_state_dict(state)
+        elif state is not None:
+            checkpoint["callbacks"][self.state_key] = state
         if self._calibration is not None:
             self._calibration.load(checkpoint)
 

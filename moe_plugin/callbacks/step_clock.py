@@ -15,10 +15,16 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from moe_plugin.callbacks.step_hooks import Hook, accumulates, after_steps
+from moe_plugin.errors import AttachError
 
 
 class StepClock:
-    """Calls ``on_step`` after each step of one optimizer in a training batch, and ``on_skip`` after a skipped one."""
+    """Calls ``on_step`` after each step of one optimizer in a training batch, and ``on_skip`` after a skipped one.
+
+    Attributes:
+        idle_batches: Training batches since the last step or skipped one, or since the start.
+        has_stepped: Whether there was one since the start.
+    """
 
     def __init__(self, on_step: Callable[[Tensor | None], object], on_skip: Callable[[], object]) -> None:
         """Set what is called.
@@ -35,6 +41,13 @@ class StepClock:
         self._hook: Hook | None = None
         self._in_batch = False
         self._awaiting = False
+        self.idle_batches = 0
+        self.has_stepped = False
+
+    @property
+    def followed(self) -> str:
+        """The class of the optimizer that is followed."""
+        return type(self._optimizer).__name__
 
     def start_(self, optimizer: Any) -> None:
         """Follow one optimizer.
@@ -43,6 +56,7 @@ class StepClock:
             AttachError: If it does not report its steps.
         """
         self.stop_()
+        self.idle_batches, self.has_stepped = 0, False
         self._optimizer, self._hook = optimizer, after_steps(optimizer, self._after_step)
 
     def stop_(self) -> None:
@@ -65,7 +79,9 @@ class StepClock:
 
     def batch_ends(self) -> None:
         """Ignore steps from here on."""
+        self.idle_batches += 1
         if self._awaiting:
+            self._steps()
             self._on_skip()
         self._in_batch = self._awaiting = False
 
@@ -73,10 +89,14 @@ class StepClock:
         if not self._in_batch:
             return
         self._awaiting = False
+        self._steps()
         if getattr(optimizer, "overflow", False):
             self._on_skip()
         else:
             self._on_step(getattr(optimizer, "found_inf", None))
+
+    def _steps(self) -> None:
+        self.idle_batches, self.has_stepped = 0, True
 
 
 def optimizer_of(parameters: Sequence[torch.nn.Parameter], optimizers: Sequence[Optimizer]) -> Optimizer:
@@ -84,8 +104,16 @@ def optimizer_of(parameters: Sequence[torch.nn.Parameter], optimizers: Sequence[
 
     Args:
         parameters: The parameters.
-        optimizers: At least one.
+        optimizers: Those of the trainer.
+
+    Raises:
+        AttachError: If there is none.
     """
+    if not optimizers:
+        raise AttachError(
+            "Biases move when an optimizer has stepped, but configure_optimizers returned none. Return the one that "
+            "trains the routers there, also with manual optimization, and call step() of self.optimizers()."
+        )
     wanted = {id(parameter) for parameter in parameters}
 
     def trained(optimizer: Optimizer) -> int:

@@ -402,6 +402,10 @@ class TestSites:
         ):
             balance_(Host(), sites="x*")
 
+    def test_each_glob_must_match(self):
+        with pytest.raises(AttachError, match=r"'sites' must match a router, got \['typo\*'\]; there are \["):
+            balance_(Host(), sites=["layers.0*", "typo*"])
+
     def test_rules_that_leave_a_router_out_change_nothing(self):
         model = Host()
         with pytest.raises(

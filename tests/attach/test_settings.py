@@ -44,6 +44,13 @@ class TestBalanceSettings:
                 r"'frozen_routers' must be 'auto', 'balance' or 'keep', got 'thaw'\.",
             ),
             ({"experts": "grouped_mm"}, r"'experts' must be 'fused' or None, got 'grouped_mm'\."),
+            *(
+                (
+                    {"sites": sites},
+                    r"'sites' must be a glob that is not empty, .* each '\[' needs its '\]', got ",
+                )
+                for sites in ("", "[unclosed", ["*", "a[0-"], ["*", ""], 3, [None])
+            ),
         ],
     )
     @pytest.mark.parametrize(
@@ -67,6 +74,7 @@ class TestBalanceSettings:
             (["a.*", "*.gate"], ["a.router", "b.gate"]),
             (lambda name: name.endswith("gate"), ["b.gate"]),
             ([], []),
+            ("[ab].[!r]*", ["b.gate"]),
         ],
     )
     def test_sites_choose_by_glob_globs_or_predicate(self, sites: object, wanted: list[str]) -> None:

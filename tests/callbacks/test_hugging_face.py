@@ -7,7 +7,7 @@ import torch
 
 from moe_plugin.attach.balanced_model import find_balanced
 from moe_plugin.balancing.rules import Sign
-from moe_plugin.errors import AttachError, CheckpointError
+from moe_plugin.errors import AttachError, BalanceWarning, CheckpointError
 from tests.hosts import Host, OwningRouter, SoftmaxRouter
 from tests.stacked_hosts import StackedHost
 
@@ -92,7 +92,8 @@ class TestLossFreeTrainerCallback:
     def test_run_that_was_not_balanced_resumes_from_zero_biases(self, tmp_path):
         trained(tmp_path, transformers.TrainerCallback(), save_strategy="steps", save_steps=3)
         callback = LossFreeTrainerCallback(Sign(rate=RATE))
-        trained(tmp_path, callback, resume=str(tmp_path / "checkpoint-3"))
+        with pytest.warns(BalanceWarning, match="checkpoint-3' has no biases, so the 2"):
+            trained(tmp_path, callback, resume=str(tmp_path / "checkpoint-3"))
         assert callback.balanced.step == 3
 
     def test_step_that_the_scaler_skipped_moves_nothing(self, tmp_path):
@@ -126,3 +127,19 @@ class TestLossFreeTrainerCallback:
             assert len(callback.balanced.fused) == (2 if experts else 0)
             weights[experts] = model.state_dict()
         torch.testing.assert_close(weights["fused"], weights[None], atol=1e-4, rtol=1e-3)
+
+
+class TestBestModel:
+    @pytest.mark.parametrize("is_loaded", [True, False])
+    def test_it_has_the_biases_of_its_checkpoint_if_its_weights_were_loaded(self, tmp_path, is_loaded):
+        callback, model = LossFreeTrainerCallback(), Project()
+        state = transformers.TrainerState(best_model_checkpoint=str(tmp_path))
+        callback.on_train_begin(None, state, None, model=model)
+        best = biases(model)
+        callback.balanced.save(tmp_path / SIDECAR)
+        for site in callback.balanced.values():
+            site.bias.fill_(1)
+        arguments = transformers.TrainingArguments(str(tmp_path), use_cpu=True)
+        arguments.load_best_model_at_end = is_loaded
+        callback.on_train_end(arguments, state, None, model=model)
+        assert biases(model) == (best if is_loaded else [[1.0] * 4] * 2)

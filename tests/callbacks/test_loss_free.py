@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import pickle
+
 import lightning.pytorch as pl
 import pytest
 import torch
@@ -8,11 +10,11 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
 
-from moe_plugin import LossFreeBalancing
+from moe_plugin import LoadMonitor, LossFreeBalancing
 from moe_plugin.attach.balanced_model import find_balanced
 from moe_plugin.balancing.rules import Load, Sign
 from moe_plugin.balancing.schedule import RateSchedule
-from moe_plugin.errors import AttachError, CheckpointError, ConfigError
+from moe_plugin.errors import AttachError, BalanceWarning, CheckpointError, ConfigError
 from tests.hosts import Host, OwningRouter, SoftmaxRouter
 from tests.stacked_hosts import StackedHost
 
@@ -321,6 +323,19 @@ class TestCheckpoints:
             other.validate(ValidatedProject(), loader(), ckpt_path=str(tmp_path / "end.ckpt"), verbose=False)
             == expected
         )
+
+    def test_evaluation_without_any_bias_warns(self, tmp_path):
+        module = ValidatedProject()
+        with pytest.warns(
+            BalanceWarning, match="All biases are 0: they were neither trained nor loaded here"
+        ):
+            trainer(LossFreeBalancing(), tmp_path).validate(module, loader(1), verbose=False)
+        next(iter(find_balanced(module).values())).bias[0] = 1
+        trainer(LossFreeBalancing(), tmp_path).validate(module, loader(1), verbose=False)
+
+    def test_callbacks_can_be_pickled_for_spawned_processes(self):
+        callback = pickle.loads(pickle.dumps([LossFreeBalancing(Sign(rate=RATE)), LoadMonitor()]))[0]
+        assert callback._settings == LossFreeBalancing(Sign(rate=RATE))._settings
 
     def test_other_number_of_experts_is_an_error(self, tmp_path):
         callback = LossFreeBalancing()

@@ -6,6 +6,7 @@ import torch
 from torch.distributed.tensor import DTensor
 
 from moe_plugin.attach.discovery.routing_style import BiasPlace, FoundRouter
+from moe_plugin.attach.settings import BalanceSettings
 from moe_plugin.attach.site import Site
 from moe_plugin.attach.steering import bias
 from moe_plugin.attach.steering.router import unwatch_, watch_
@@ -13,13 +14,13 @@ from moe_plugin.attach.token_mask import TokenMask
 from moe_plugin.errors import AttachError
 
 
-def attach_(found: FoundRouter, token_mask: TokenMask, verify: bool = True) -> Site:
+def attach_(found: FoundRouter, token_mask: TokenMask, settings: BalanceSettings) -> Site:
     """Give the router a bias, unless its model has one, and make it report to a site.
 
     Args:
         found: The router.
         token_mask: The mask of the model's forward.
-        verify: Whether its first training forward is to prove that a bias does what it must.
+        settings: Whether the first training forward is to prove that a bias does what it must, and where a bias goes.
 
     Raises:
         AttachError: If the model's own bias is sharded over ranks, so it cannot be moved.
@@ -28,12 +29,13 @@ def attach_(found: FoundRouter, token_mask: TokenMask, verify: bool = True) -> S
     if place is None:
         place = BiasPlace(found.module, bias.OWN_NAME)
         device = next((tensor.device for tensor in found.module.parameters()), torch.device("cpu"))
-        bias.add_own_bias_(found.module, found.style.num_experts, device)
+        persistent = settings.bias_in_state_dict
+        bias.add_own_bias_(found.module, found.style.num_experts, device, persistent=persistent)
     else:
         _refuse_sharded(found.name, place)
         bias.keep_fp32_(place.owner, place.name)
     site = Site(found, place, token_mask)
-    site.is_verified = not verify
+    site.is_verified = not settings.verify
     watch_(site)
     return site
 
