@@ -43,9 +43,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
         changes = {override.get_key_element(): override.value() for override in parse(words)}
         throughput = take_throughput_(changes)
         config = _read_config(changes)
-        from moe_plugin.apps.launch.validate_config import check
+        from moe_plugin.apps.launch.validate_config import check, check_data
 
         check(config)
+        check_data(config)
         if throughput is not None:
             from moe_plugin.apps.launch.build import build_data, build_model_on_meta
             from moe_plugin.apps.throughput.reading_speed import check_throughput

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_plugin.apps.data.documents import sha256
 from moe_plugin.apps.data.module import CorpusDataModule
 from moe_plugin.errors import ConfigError
 
@@ -35,6 +36,9 @@ class DomainsInTurn(CorpusDataModule):
             rule = f"must be <= {len(before) // self.batch_size}, as domain {self.first!r} has no more text"
             raise ConfigError("data.change_after", rule, self.change_after)
         return torch.cat([before[:needed], after])
+
+    def _digest(self) -> str:
+        return sha256(f"{super()._digest()} {(self.first, self.then, self.change_after)}")
 
     def _place(self, key: str) -> int:
         domain = getattr(self, key)

@@ -167,8 +167,8 @@ class CorpusDataModule(LightningDataModule):
         _ = self.train_sequences, self.val_sequences
 
     def prepare_data(self) -> None:
-        """Fill the cache, in one process."""
-        _ = self.corpus
+        """Fill the cache and check the text, in one process; nothing is done twice."""
+        self.validate()
 
     def setup(self, stage: str | None = None) -> None:
         """Load the tokens and check them, before the model is set up."""

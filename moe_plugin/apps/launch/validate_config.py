@@ -66,8 +66,7 @@ def check(config: DictConfig) -> None:
     _check_checkpoint(run.ckpt_path)
     _check_end(run)
     _check_batch(run)
-    # Through submitit, jobs run on other machines than this one.
-    elsewhere = "submitit" in str(OmegaConf.select(config, "hydra.launcher._target_"))
+    elsewhere = _is_elsewhere(config)
     if not elsewhere:
         check_processes(run)
     with quiet():
@@ -76,6 +75,26 @@ def check(config: DictConfig) -> None:
                 attempt(build, run, config, key)
         if run.ckpt_path not in (None, LAST):
             check_checkpoint_experts(build_model_on_meta(run), run.ckpt_path)
+
+
+def check_data(config: DictConfig) -> None:
+    """Check a run's text; nothing is created but the cache, which the run then reads.
+
+    Args:
+        config: As composed and checked.
+
+    Raises:
+        ConfigError: The text cannot be read or is too short, or the cache cannot be written.
+    """
+    run = without_hydra(config, Path(config.paths.runs, config.name))
+    if not (run.count_only or _is_elsewhere(config)):
+        with quiet():
+            attempt(lambda run: build_data(run).prepare_data(), run, config, "data")
+
+
+def _is_elsewhere(config: DictConfig) -> bool:
+    """Return whether jobs run on other machines than this one, through submitit."""
+    return "submitit" in str(OmegaConf.select(config, "hydra.launcher._target_"))
 
 
 def _check_types(config: DictConfig) -> None:

@@ -1,12 +1,15 @@
 from __future__ import annotations
 
+import hashlib
 import multiprocessing
 from pathlib import Path
 
 import pytest
+from safetensors import SafetensorError
 
 from moe_plugin.apps.data import Bytes, Files
 from moe_plugin.apps.data.cache import cache_folder, load_or_build
+from moe_plugin.apps.data.workplace import workplace
 from moe_plugin.errors import ConfigError
 
 
@@ -54,7 +57,29 @@ class TestLoadOrBuild:
 
     def test_only_whole_files_are_left(self, texts, tmp_path):
         load(texts, tmp_path / "cache")
-        assert sorted(path.suffix for path in (tmp_path / "cache").iterdir()) == [".json", ".safetensors"]
+        lock, corpus = sorted((tmp_path / "cache").iterdir())
+        assert (lock.name, corpus.suffix) == (".lock", ".safetensors")
+
+    def test_file_is_named_by_its_hash(self, texts, tmp_path):
+        load(texts, tmp_path / "cache")
+        (path,) = (tmp_path / "cache").glob("*.safetensors")
+        assert path.stem.split("-")[-1] == hashlib.sha256(path.read_bytes()).hexdigest()
+
+    def test_damaged_file_is_built_again_and_said_once(self, texts, tmp_path, caplog):
+        built = load(texts, tmp_path / "cache")
+        (path,) = (tmp_path / "cache").glob("*.safetensors")
+        content = bytearray(path.read_bytes())
+        content[-9] ^= 4
+        path.write_bytes(content)
+        assert same(load(texts, tmp_path / "cache"), built)
+        assert same(load(texts, tmp_path / "cache"), built)
+        assert caplog.messages == [f"The data cache {path} was damaged and has been built again."]
+
+    def test_whole_file_is_read_once_in_a_process(self, texts, tmp_path, monkeypatch):
+        load(texts, tmp_path / "cache")
+        load(texts, tmp_path / "cache")
+        monkeypatch.setattr(hashlib, "file_digest", None)
+        load(texts, tmp_path / "cache")
 
     def test_many_processes_at_once_all_succeed(self, texts, tmp_path):
         fork = multiprocessing.get_context("fork")
@@ -69,3 +94,54 @@ class TestLoadOrBuild:
         (tmp_path / "a_file").write_text("")
         with pytest.raises(ConfigError, match=r"'data.cache' must be writable \(.*\), got '.*a_file.*'"):
             load(texts, tmp_path / "a_file" / "cache")
+
+    def test_folder_that_cannot_be_written_is_found_before_the_work(self, texts, tmp_path, monkeypatch):
+        (tmp_path / "a_file").write_text("")
+        monkeypatch.setattr("moe_plugin.apps.data.cache.build_corpus", None)
+        with pytest.raises(ConfigError, match=r"'data.cache' must be writable"):
+            load(texts, tmp_path / "a_file")
+
+    def test_full_disk_is_named_and_nothing_is_left(self, texts, tmp_path, monkeypatch):
+        def write(tensors, path):
+            path.write_bytes(b"half")
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+        monkeypatch.setattr("moe_plugin.apps.data.cache.save_file", write)
+        with pytest.raises(ConfigError, match=r"'data.cache' must be writable \(I/O error: No space left"):
+            load(texts, tmp_path / "cache")
+        assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
+
+    def test_error_of_the_text_is_not_one_of_the_cache(self, texts, tmp_path, monkeypatch):
+        def build(*_):
+            raise FileNotFoundError("gone.txt")
+
+        monkeypatch.setattr("moe_plugin.apps.data.cache.build_corpus", build)
+        with pytest.raises(FileNotFoundError, match="gone"):
+            load(texts, tmp_path / "cache")
+
+
+class TestWorkplace:
+    def test_leftovers_of_the_dead_are_removed(self, tmp_path):
+        (tmp_path / ".writing-dead").mkdir()
+        (tmp_path / ".writing-dead" / "half").write_text("half")
+        with workplace(tmp_path) as place:
+            assert {path.name for path in tmp_path.iterdir()} == {".lock", place.name}
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+
+    def test_places_of_the_living_are_left_alone(self, tmp_path):
+        with workplace(tmp_path) as first, workplace(tmp_path) as second:
+            assert first != second
+            assert first.exists()
+        (tmp_path / ".writing-dead").mkdir()
+        with workplace(tmp_path):
+            assert not (tmp_path / ".writing-dead").exists()
+
+    def test_without_locks_nothing_is_removed(self, tmp_path, monkeypatch):
+        def no_locks(*_):
+            raise OSError("No locks available")
+
+        monkeypatch.setattr("fcntl.flock", no_locks)
+        (tmp_path / ".writing-dead").mkdir()
+        with workplace(tmp_path) as place:
+            assert place.exists()
+        assert (tmp_path / ".writing-dead").exists()
