@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from moe_plugin.callbacks.calibration import Calibration
     from moe_plugin.callbacks.load_monitor import LoadMonitor
     from moe_plugin.callbacks.loss_free import LossFreeBalancing
+    from moe_plugin.checkpoints import VerifiedCheckpointIO
     from moe_plugin.sharding import shard_
 
 __all__ = [
@@ -34,6 +35,7 @@ __all__ = [
     "Quantile",
     "RateSchedule",
     "Sign",
+    "VerifiedCheckpointIO",
     "balance_",
     "shard_",
 ]
@@ -46,6 +48,7 @@ _HOMES = dict.fromkeys(_RULES, "moe_plugin.balancing.rules") | {
     "LoadMonitor": "moe_plugin.callbacks.load_monitor",
     "LossFreeBalancing": "moe_plugin.callbacks.loss_free",
     "RateSchedule": "moe_plugin.balancing.schedule",
+    "VerifiedCheckpointIO": "moe_plugin.checkpoints",
     "balance_": "moe_plugin.attach.balance",
     "shard_": "moe_plugin.sharding",
 }

@@ -27,10 +27,11 @@ PLUGIN = {
     "losses": {"types", "number_checks"},
     "experts": {"errors", "types", "number_checks", "routing"},
     "plots": {"errors", "metrics"},
+    "checkpoints": {"errors"},
     "attach": {"errors", "types", "balancing", "metrics", "experts"},
     "sharding": {"errors", "attach", "experts"},
     "callbacks": {"errors", "types", "number_checks", "balancing", "metrics", "attach", "plots"},
-    "__init__": {"balancing", "attach", "sharding", "callbacks"},
+    "__init__": {"balancing", "attach", "sharding", "checkpoints", "callbacks"},
 }
 APPS = {
     "apps": set(),
@@ -40,7 +41,7 @@ APPS = {
     },
     "apps.report": {"errors", "metrics", "plots", "callbacks", "__init__"},
     "apps.launch": {
-        *("errors", "number_checks", "experts", "attach", "sharding", "callbacks"),
+        *("errors", "number_checks", "experts", "attach", "sharding", "callbacks", "checkpoints"),
         *("apps.models", "apps.report"),
     },
     "apps.throughput": {"errors", "number_checks", "apps.data", "apps.models"},
@@ -63,10 +64,11 @@ HYDRA = {"hydra", "omegaconf"}
 MAY_NOT_IMPORT_FROM_OUTSIDE: dict[str, set[str]] = {
     **{
         part: HYDRA | {"lightning", "pytorch_lightning", "transformers", "matplotlib"}
-        for part in (GROUND.keys() | PLUGIN.keys()) - {"plots", "callbacks", "__init__"}
+        for part in (GROUND.keys() | PLUGIN.keys()) - {"plots", "callbacks", "checkpoints", "__init__"}
     },
     "plots": HYDRA | {"lightning", "transformers"},
     "callbacks": HYDRA | {"transformers"},
+    "checkpoints": HYDRA | {"transformers", "matplotlib"},
 }
 # Files that are imported by the user of that framework only.
 FOR_USERS_OF = {"callbacks/hugging_face.py": {"transformers"}}

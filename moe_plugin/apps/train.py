@@ -59,7 +59,7 @@ def train(composed: DictConfig) -> float | None:
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     config = without_hydra(composed, folder)
-    config.ckpt_path = find_checkpoint(config.ckpt_path, folder)
+    config.ckpt_path = find_checkpoint(config.ckpt_path, folder, trusted=config.trust)
     if is_first_node(config):
         prepare_(folder, config)
     if is_launched():

@@ -15,7 +15,7 @@ from torch.distributed._composable.checkpoint_activation import checkpoint
 
 from moe_plugin.apps.launch.compile_layers import CompileLayers
 from moe_plugin.apps.launch.time_limit import TimeLimit
-from moe_plugin.apps.launch.whole_checkpoint import WholeCheckpointIO
+from moe_plugin.checkpoints import VerifiedCheckpointIO
 from moe_plugin.sharding import find_layers
 
 LOSS_FREE = "loss_free"
@@ -86,7 +86,7 @@ def build_trainer(config: DictConfig, *, callbacks: Sequence[Callback], **object
         val_check_interval=val_check_interval,
         max_time=None,  # `TimeLimit` does that
         callbacks=[*callbacks, *time_limit],
-        plugins=[WholeCheckpointIO()],
+        plugins=[VerifiedCheckpointIO()],
         _convert_="all",
         **objects,
     )

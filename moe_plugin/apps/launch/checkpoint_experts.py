@@ -6,22 +6,23 @@ from pathlib import Path
 
 from torch import nn
 
-from moe_plugin.apps.launch.whole_checkpoint import shapes_in
 from moe_plugin.attach.discovery.routed_experts import find_routed_experts
+from moe_plugin.checkpoints.sharded import shapes_in
 from moe_plugin.errors import CheckpointError
 
 
-def check_checkpoint_experts(model: nn.Module, path: str | Path) -> None:
+def check_checkpoint_experts(model: nn.Module, path: str | Path, *, trusted: bool = False) -> None:
     """Check that each layer of the model has as many experts as in the checkpoint.
 
     Args:
         model: The model; the meta device is enough.
         path: A checkpoint, a file or a folder.
+        trusted: It is the user's own: it may hold any object, whose code then runs.
 
     Raises:
         CheckpointError: They differ; it names both numbers for each such layer.
     """
-    shapes, names = shapes_in(path), {module: name for name, module in model.named_modules()}
+    shapes, names = shapes_in(path, trusted=trusted), {module: name for name, module in model.named_modules()}
     wrong = []
     for routed in find_routed_experts(model):
         block = names[routed.module].rpartition(".")[0]

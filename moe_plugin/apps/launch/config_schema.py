@@ -13,6 +13,7 @@ class Settings:
     name: str
     seed: int
     ckpt_path: str | None
+    trust: bool
     count_only: bool
     optimized_metric: str
 

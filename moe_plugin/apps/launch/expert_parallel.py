@@ -10,12 +10,13 @@ from omegaconf import DictConfig
 
 from moe_plugin.apps.launch.build import build_model_on_meta
 from moe_plugin.apps.launch.processes import number_of_processes
+from moe_plugin.checkpoints import VerifiedShards
 from moe_plugin.errors import ConfigError
 from moe_plugin.experts.parallel import find_expert_layers
 from moe_plugin.number_checks import check_integer
 
 
-class ExpertParallelStrategy(ModelParallelStrategy):
+class ExpertParallelStrategy(VerifiedShards, ModelParallelStrategy):
     """FSDP2 over all processes, which also knows among how many of them each layer's experts are divided.
 
     Attributes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,12 @@ from lightning.pytorch.callbacks import Checkpoint
 from lightning.pytorch.trainer.states import TrainerFn
 
 from moe_plugin.apps.launch.step_boundary import is_at_step_boundary
+from moe_plugin.checkpoints.manifest import verify
+from moe_plugin.checkpoints.replace import previous_of
+from moe_plugin.checkpoints.sharded import shapes_in
+from moe_plugin.checkpoints.temporary import remove_leftovers
+from moe_plugin.checkpoints.verified_io import is_remote
+from moe_plugin.errors import CheckpointError
 
 LAST = "last"
 
@@ -29,6 +36,11 @@ class LastCheckpoint(Checkpoint):
         """Take the path; nothing is written yet."""
         self.path = path
         self.saved_step = -1
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        """Remove what an earlier process was saving when it was killed."""
+        if stage == TrainerFn.FITTING and trainer.is_global_zero:
+            remove_leftovers(Path(self.path).parent)
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -62,15 +74,60 @@ class LastCheckpoint(Checkpoint):
             trainer.save_checkpoint(self.path)
 
 
-def find_checkpoint(ckpt_path: str | None, run_folder: Path) -> str | None:
-    """Return the checkpoint to continue from.
+def find_checkpoint(ckpt_path: str | None, run_folder: Path, *, trusted: bool = False) -> str | None:
+    """Return the checkpoint to continue from, after verifying it.
 
     Args:
-        ckpt_path: A path; ``"last"`` for the run folder's own last checkpoint, None if there is none yet, so a job
-            that is queued again continues with the same command.
+        ckpt_path: A path; ``"last"`` for the run folder's own last checkpoint that is good, None if there is none yet,
+            so a job that is queued again continues with the same command.
         run_folder: The run's folder.
+        trusted: The checkpoint is the user's own: it may be at a URL and hold any object.
+
+    Raises:
+        CheckpointError: A checkpoint is damaged, and there is no other; it names the file.
     """
+    if ckpt_path is None or is_remote(ckpt_path):
+        return ckpt_path
     if ckpt_path != LAST:
+        _verify(Path(ckpt_path), trusted)
         return ckpt_path
     last = run_folder / "checkpoints" / "last.ckpt"
-    return str(last) if last.exists() else None
+    faults: list[str] = []
+    for path in _newest_first(last):
+        if fault := _fault_of(path, trusted):
+            faults.append(fault)
+            continue
+        if path != last:
+            reason = faults[0] if faults else f"{str(last)!r} is missing."
+            print(f"{reason} Continuing from {str(path)!r}.", file=sys.stderr, flush=True)
+        return str(path)
+    if faults:
+        raise CheckpointError(
+            f"{faults[0]} No other checkpoint of the run is good; start it in a new folder."
+        )
+    return None
+
+
+def _newest_first(last: Path) -> list[Path]:
+    """Return the last checkpoint, the one that it replaced, and then the others; nothing if neither is there."""
+    latest = [path for path in (last, previous_of(last)) if path.exists()]
+    patterns = ("*.ckpt", previous_of(Path("*.ckpt")).name)
+    others = {path for pattern in patterns for path in last.parent.glob(pattern)} - set(latest)
+    return latest and [*latest, *sorted(others, key=lambda path: path.stat().st_mtime, reverse=True)]
+
+
+def _fault_of(path: Path, trusted: bool) -> str:
+    """Return what is wrong with a checkpoint."""
+    try:
+        _verify(path, trusted)
+    except CheckpointError as error:
+        return str(error)
+    return ""
+
+
+def _verify(path: Path, trusted: bool) -> None:
+    """Verify a checkpoint, as far as that can be done."""
+    if not verify(path):
+        shapes_in(path, trusted=trusted)
+        note = f"{str(path)!r} was saved without a SHA-256, so only its form is verified."
+        print(note, file=sys.stderr, flush=True)

@@ -10,8 +10,17 @@ from torch import nn
 from torch.distributed.fsdp import MixedPrecision
 
 from moe_plugin.apps.models.transformer import TransformerLayer
+from moe_plugin.checkpoints import VerifiedShards
 from moe_plugin.errors import ConfigError
 from moe_plugin.number_checks import check_integer
+
+
+class FSDP2(VerifiedShards, ModelParallelStrategy):
+    """FSDP2 whose folders of shards are whole or not there."""
+
+
+class FSDP1(VerifiedShards, FSDPStrategy):
+    """FSDP of the first generation whose folders of shards are whole or not there."""
 
 
 def fsdp2(
@@ -37,7 +46,7 @@ def fsdp2(
     if devices % tensor_parallel_size:
         rule = f"must divide strategy.devices ({devices})"
         raise ConfigError("tensor_parallel_size", rule, tensor_parallel_size)
-    return ModelParallelStrategy(
+    return FSDP2(
         data_parallel_size=devices * num_nodes // tensor_parallel_size,
         tensor_parallel_size=tensor_parallel_size,
         save_distributed_checkpoint=save_distributed_checkpoint,
@@ -60,7 +69,7 @@ def fsdp1(
     if accelerator == "cpu" or not torch.cuda.is_available():
         rule = "must be a GPU for FSDP of the first generation, and there must be one"
         raise ConfigError("accelerator", rule, accelerator, "Set strategy=fsdp.")
-    return FSDPStrategy(
+    return FSDP1(
         auto_wrap_policy=is_unit,
         mixed_precision=mixed_precision(str(precision)),
         state_dict_type=state_dict_type,

@@ -29,6 +29,7 @@ from moe_plugin.apps.launch.last_checkpoint import LAST
 from moe_plugin.apps.launch.processes import check_processes, number_of_processes
 from moe_plugin.apps.launch.quiet_logs import quiet
 from moe_plugin.apps.launch.signature import check_arguments
+from moe_plugin.checkpoints.verified_io import is_remote
 from moe_plugin.errors import ConfigError
 from moe_plugin.number_checks import check_positive_integers
 
@@ -63,7 +64,7 @@ def check(config: DictConfig) -> None:
     if run.count_only:
         return
     _check_missing(run)
-    _check_checkpoint(run.ckpt_path)
+    _check_checkpoint(run.ckpt_path, run.trust)
     _check_end(run)
     _check_batch(run)
     elsewhere = _is_elsewhere(config)
@@ -73,8 +74,8 @@ def check(config: DictConfig) -> None:
         for key, build in BUILDERS.items():
             if not (elsewhere and key == "trainer"):
                 attempt(build, run, config, key)
-        if run.ckpt_path not in (None, LAST):
-            check_checkpoint_experts(build_model_on_meta(run), run.ckpt_path)
+        if run.ckpt_path not in (None, LAST) and not is_remote(run.ckpt_path):
+            check_checkpoint_experts(build_model_on_meta(run), run.ckpt_path, trusted=run.trust)
 
 
 def check_data(config: DictConfig) -> None:
@@ -159,9 +160,14 @@ def _check_missing(run: DictConfig) -> None:
         raise ConfigError(key, "must be given", fix=f"Add {key}=VALUE.")
 
 
-def _check_checkpoint(path: str | None) -> None:
+def _check_checkpoint(path: str | None, trusted: bool) -> None:
     """Check that the checkpoint to continue from exists; a run's own last one may come later."""
-    if path not in (None, LAST) and not Path(path).exists():
+    if path in (None, LAST):
+        return
+    if is_remote(path):
+        if not trusted:
+            raise ConfigError("ckpt_path", "must be a local path", path, "Of a URL of your own: trust=true.")
+    elif not Path(path).exists():
         raise ConfigError("ckpt_path", f"must be an existing checkpoint or '{LAST}'", path)
 
 

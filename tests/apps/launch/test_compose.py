@@ -44,7 +44,7 @@ class TestComposeJobs:
                 "callbacks",
                 "logger",
             ),
-            *("paths", "seed", "ckpt_path", "count_only"),
+            *("paths", "seed", "ckpt_path", "trust", "count_only"),
         }
 
     def test_every_rule_takes_the_callbacks_place(self) -> None:
