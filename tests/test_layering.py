@@ -35,7 +35,7 @@ PLUGIN = {
 }
 APPS = {
     "apps": set(),
-    "apps.data": {"errors", "number_checks"},
+    "apps.data": {"errors", "number_checks", "checkpoints"},
     "apps.models": {
         *("errors", "types", "number_checks", "routing", "losses", "experts", "attach", "sharding"),
     },

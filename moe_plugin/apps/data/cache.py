@@ -9,15 +9,19 @@ import logging
 import os
 import platform
 import shutil
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from moe_plugin.apps.data.corpus import Corpus, build_corpus
 from moe_plugin.apps.data.documents import Source, sha256
 from moe_plugin.apps.data.tokenization import Tokenizer
-from moe_plugin.apps.data.workplace import workplace, writable
+from moe_plugin.checkpoints.temporary import remove_leftovers, temporary_folder
+from moe_plugin.errors import ConfigError
 
 _FORMAT = 2  # raise it when the same settings would give other tokens, or another file
 _MANIFEST = "manifest"  # its JSON as a tensor of bytes; streams have a slash in their names
@@ -37,7 +41,7 @@ def load_or_build(source: Source, tokenizer: Tokenizer, validation_fraction: flo
     """Load the corpus of these settings, or build and keep it.
 
     A damaged file is built again, and a warning is logged. A file is put in place whole: another process never reads
-    half a corpus.
+    half a corpus. What killed processes were writing is removed.
 
     Args:
         source: Where the text comes from.
@@ -56,20 +60,45 @@ def load_or_build(source: Source, tokenizer: Tokenizer, validation_fraction: flo
         validation_fraction,
     ]
     name = f"corpus-{sha256(json.dumps(settings))[:20]}"
+    remove_leftovers(folder)
     kept = sorted(folder.glob(f"{name}-*.safetensors"))
     for path in kept:
         if _is_whole(path):
             return _read(path)
-    with workplace(folder) as place:  # before the work: a folder that cannot be written is found now
+    with _workplace(folder) as place:  # before the work: a folder that cannot be written is found now
         corpus = build_corpus(source, tokenizer, validation_fraction)
-        with writable(folder):
+        with _writable(folder):
             written = _write(corpus, place)
-            for path in kept:
+            target = folder / f"{name}-{written.name}.safetensors"
+            if target.is_dir():
+                _remove(target)
+            written.replace(target)
+            for path in set(kept) - {target}:
                 _remove(path)
-            written.replace(folder / f"{name}-{written.stem}.safetensors")
     for path in kept:
         _LOG.warning("The data cache %s was damaged and has been built again.", path)
     return corpus
+
+
+@contextmanager
+def _workplace(folder: Path) -> Iterator[Path]:
+    """Yield a new folder inside the cache folder."""
+    with ExitStack() as stack:
+        with _writable(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            place = stack.enter_context(temporary_folder(folder / "corpus"))
+            place.mkdir()
+        yield place
+
+
+@contextmanager
+def _writable(folder: Path) -> Iterator[None]:
+    """Turn errors of writing in its block into one about the cache folder."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        fix = "Set data.cache or the variable MOE_PLUGIN_CACHE to another folder."
+        raise ConfigError("data.cache", f"must be writable ({error})", str(folder), fix) from error
 
 
 def _write(corpus: Corpus, place: Path) -> Path:

@@ -27,6 +27,11 @@ class DomainsInTurn(CorpusDataModule):
         super().__init__(**settings)
         self.first, self.then, self.change_after = first, then, change_after
 
+    def validate(self) -> None:
+        """Check the domains too, and that the first one lasts until the change."""
+        super().validate()
+        self._order(len(self.train_sequences.domain), epoch=0)
+
     def _order(self, num_sequences: int, epoch: int) -> Tensor:
         order = super()._order(num_sequences, epoch)
         domain = self.train_sequences.domain[order]

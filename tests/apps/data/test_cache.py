@@ -9,7 +9,7 @@ from safetensors import SafetensorError
 
 from moe_plugin.apps.data import Bytes, Files
 from moe_plugin.apps.data.cache import cache_folder, load_or_build
-from moe_plugin.apps.data.workplace import workplace
+from moe_plugin.checkpoints.temporary import temporary_folder
 from moe_plugin.errors import ConfigError
 
 
@@ -57,8 +57,7 @@ class TestLoadOrBuild:
 
     def test_only_whole_files_are_left(self, texts, tmp_path):
         load(texts, tmp_path / "cache")
-        lock, corpus = sorted((tmp_path / "cache").iterdir())
-        assert (lock.name, corpus.suffix) == (".lock", ".safetensors")
+        assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".safetensors"]
 
     def test_file_is_named_by_its_hash(self, texts, tmp_path):
         load(texts, tmp_path / "cache")
@@ -109,7 +108,7 @@ class TestLoadOrBuild:
         monkeypatch.setattr("moe_plugin.apps.data.cache.save_file", write)
         with pytest.raises(ConfigError, match=r"'data.cache' must be writable \(I/O error: No space left"):
             load(texts, tmp_path / "cache")
-        assert [path.name for path in (tmp_path / "cache").iterdir()] == [".lock"]
+        assert list((tmp_path / "cache").iterdir()) == []
 
     def test_error_of_the_text_is_not_one_of_the_cache(self, texts, tmp_path, monkeypatch):
         def build(*_):
@@ -120,28 +119,26 @@ class TestLoadOrBuild:
             load(texts, tmp_path / "cache")
 
 
-class TestWorkplace:
-    def test_leftovers_of_the_dead_are_removed(self, tmp_path):
-        (tmp_path / ".writing-dead").mkdir()
-        (tmp_path / ".writing-dead" / "half").write_text("half")
-        with workplace(tmp_path) as place:
-            assert {path.name for path in tmp_path.iterdir()} == {".lock", place.name}
-        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+class TestLeftovers:
+    def test_of_the_dead_are_removed_when_the_next_corpus_is_built(self, texts, tmp_path):
+        folder = tmp_path / "cache"
+        folder.mkdir()
+        (folder / ".corpus.0123abcd.unfinished").touch()
+        (folder / ".corpus.0123abcd.unfinished.d").mkdir()
+        (folder / ".corpus.0123abcd.unfinished.d" / "corpus").write_text("half")
+        load(texts, folder)
+        assert [path.suffix for path in folder.iterdir()] == [".safetensors"]
 
-    def test_places_of_the_living_are_left_alone(self, tmp_path):
-        with workplace(tmp_path) as first, workplace(tmp_path) as second:
-            assert first != second
-            assert first.exists()
-        (tmp_path / ".writing-dead").mkdir()
-        with workplace(tmp_path):
-            assert not (tmp_path / ".writing-dead").exists()
+    def test_of_the_dead_are_removed_when_the_corpus_is_there(self, texts, tmp_path):
+        load(texts, tmp_path / "cache")
+        (tmp_path / "cache" / ".corpus.0123abcd.unfinished").touch()
+        load(texts, tmp_path / "cache")
+        assert [path.suffix for path in (tmp_path / "cache").iterdir()] == [".safetensors"]
 
-    def test_without_locks_nothing_is_removed(self, tmp_path, monkeypatch):
-        def no_locks(*_):
-            raise OSError("No locks available")
-
-        monkeypatch.setattr("fcntl.flock", no_locks)
-        (tmp_path / ".writing-dead").mkdir()
-        with workplace(tmp_path) as place:
+    def test_of_the_living_are_left_alone(self, texts, tmp_path):
+        folder = tmp_path / "cache"
+        folder.mkdir()
+        with temporary_folder(folder / "corpus") as place:
+            place.mkdir()
+            load(texts, folder)
             assert place.exists()
-        assert (tmp_path / ".writing-dead").exists()
