@@ -67,7 +67,7 @@ def check(config: DictConfig) -> None:
     _check_checkpoint(run.ckpt_path, run.trust)
     _check_end(run)
     _check_batch(run)
-    elsewhere = runs_elsewhere(config)
+    elsewhere = _runs_elsewhere(config)
     if not elsewhere:
         check_processes(run)
     with quiet():
@@ -88,12 +88,12 @@ def check_data(config: DictConfig) -> None:
         ConfigError: The text cannot be read or is too short, or the cache cannot be written.
     """
     run = without_hydra(config, Path(config.paths.runs, config.name))
-    if not (run.count_only or runs_elsewhere(config)):
+    if not (run.count_only or _runs_elsewhere(config)):
         with quiet():
             attempt(lambda run: build_data(run).prepare_data(), run, config, "data")
 
 
-def runs_elsewhere(config: DictConfig) -> bool:
+def _runs_elsewhere(config: DictConfig) -> bool:
     """Return whether jobs run on other machines than this one, through submitit."""
     return "submitit" in str(OmegaConf.select(config, "hydra.launcher._target_"))
 

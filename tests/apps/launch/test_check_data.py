@@ -27,8 +27,8 @@ class TestCheckData:
         monkeypatch.setattr("moe_plugin.apps.data.cache.build_corpus", None)
         data = build_data(configuration(folder=Path("run")))
         data.prepare_data()
-        data.setup()
-        assert len(data.train_sequences.domain) > 0
+        data.setup("fit")
+        assert next(iter(data.train_dataloader()))
         assert caplog.messages == []
 
     def test_damaged_cache_is_said_before_the_run_only(self, caplog):
@@ -37,7 +37,7 @@ class TestCheckData:
         path.write_bytes(path.read_bytes()[:-1])
         with caplog.at_level(logging.WARNING):
             check_data(composed())
-            build_data(configuration(folder=Path("run"))).setup()
+            build_data(configuration(folder=Path("run"))).setup("fit")
         assert len(caplog.messages) == 1
 
     @pytest.mark.parametrize(
@@ -47,8 +47,8 @@ class TestCheckData:
             (["data.context_length=9999"], r"'data.context_length' must be < the \d+ tokens of domain"),
             (["data.val_batch_size=9999"], r"'data.val_batch_size' must be <= \d+, the validation sequences"),
             (
-                ["data.source.encoding=utf-16"],
-                "'data.source.sources.letters' must match utf-16 text, but 8 of 8 files are not",
+                ["data.source.encoding=utf-32"],
+                "'data.source.sources.letters' must match utf-32 text, but 8 of 8 files are not",
             ),
             (
                 [
