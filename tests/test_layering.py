@@ -37,7 +37,7 @@ APPS = {
     "apps": set(),
     "apps.config_folder": set(),
     "apps.received": {"errors", "apps.config_folder"},
-    "apps.data": {"errors", "number_checks"},
+    "apps.data": {"errors", "number_checks", "checkpoints"},
     "apps.models": {
         *("errors", "types", "number_checks", "routing", "losses", "experts", "attach", "sharding"),
     },

@@ -99,9 +99,10 @@ def _take_switch_(changes: dict[str, Any], key: str, *, default: bool = False) -
 
 def _check(config: DictConfig, throughput: ThroughputSettings | None) -> None:
     """Check that everything can be built, before anything is read or written."""
-    from moe_plugin.apps.launch.validate_config import check
+    from moe_plugin.apps.launch.validate_config import check, check_data
 
     check(config)
+    check_data(config)
     if throughput is not None:
         from moe_plugin.apps.launch.build import build_data, build_model_on_meta
         from moe_plugin.apps.throughput.reading_speed import check_throughput

@@ -44,13 +44,12 @@ def build_corpus(source: Source, tokenizer: Tokenizer, validation_fraction: floa
     """Read, deduplicate, split and tokenise a source, see `load_or_build`.
 
     Raises:
-        ConfigError: If there is no text, or a domain cannot be split by file.
+        ConfigError: If a domain has no text or cannot be split by file.
     """
     with _garbage_uncollected():
         documents = _distinct(source.documents())
     if not documents:
-        rule = "must give text, but every file is empty, binary or not UTF-8"
-        raise ConfigError("source", rule, fix="Point it at text files.")
+        raise ConfigError("source", "must give text, but has no file", fix="Point it at text files.")
     held_out = validation_files(file_sizes(documents), validation_fraction)
     splits = {
         name: [d for d in documents if (d.file in held_out) == (name == "validation")] for name in SPLITS
@@ -84,11 +83,20 @@ def _garbage_uncollected() -> Iterator[None]:
 
 
 def _distinct(documents: Iterable[Document]) -> list[Document]:
-    """Return the first of identical texts, as no copy of a training text is validated on; without blank ones."""
+    """Return the first of identical texts, as no copy of a training text is validated on; without blank ones.
+
+    Raises:
+        ConfigError: If nothing is left of a domain.
+    """
     distinct: dict[str, Document] = {}
+    domains = set()
     for document in documents:
+        domains.add(document.domain)
         if document.text.strip():
             distinct.setdefault(sha256(document.text), document)
+    for domain in sorted(domains - {document.domain for document in distinct.values()}):
+        rule = f"must give text in domain '{domain}', but all of it is blank or already in another domain"
+        raise ConfigError("source", rule, fix="Give it other files or leave the domain out.")
     return list(distinct.values())
 
 

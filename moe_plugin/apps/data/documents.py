@@ -31,24 +31,29 @@ class Source(Protocol):
         ...
 
 
+DECODING_ERRORS = {"strict": "", "replace": "\N{REPLACEMENT CHARACTER}", "ignore": ""}
+"""Ways of `open` to treat bytes that are not text, and what becomes of a NUL."""
+
+
 def sha256(text: str) -> str:
     """Return the hash of a text, the same on every machine."""
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def read_text(content: bytes) -> str | None:
-    """Decode a file's content, with newlines as LF.
+def read_text(content: bytes, encoding: str = "utf-8", errors: str = "strict") -> str:
+    """Decode a file's content, without its byte order mark and with newlines as LF.
 
     Args:
         content: The file's bytes.
+        encoding: That of `open`.
+        errors: One of `DECODING_ERRORS`. A NUL, which separates documents, is such an error.
 
-    Returns:
-        The text, or None when it is not UTF-8 or holds a NUL (a binary file).
+    Raises:
+        UnicodeDecodeError: If it is not text of this encoding.
     """
-    try:
-        text = content.decode("utf-8-sig")
-    except UnicodeDecodeError:
-        return None
-    if "\0" in text:
-        return None
+    text = content.decode(encoding, errors)
+    if "\0" in text and errors == "strict":
+        start = len(text[: text.index("\0")].encode(encoding))
+        raise UnicodeDecodeError(encoding, content, start, start + 1, "a NUL (binary, or UTF-16?)")
+    text = text.replace("\0", DECODING_ERRORS[errors]).removeprefix("\ufeff")
     return text.replace("\r\n", "\n").replace("\r", "\n")

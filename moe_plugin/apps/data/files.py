@@ -4,27 +4,42 @@ from __future__ import annotations
 
 import glob
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 
-from moe_plugin.apps.data.documents import Document, read_text
+from moe_plugin.apps.data.documents import DECODING_ERRORS, Document, read_text
 from moe_plugin.errors import ConfigError
+
+_SHOWN = 5  # of the files that are no text
 
 
 class Files:
-    """One document per file that a domain's globs match; files that are not UTF-8 text are left out."""
+    """One document per file that a domain's globs match; files that are not text are an error."""
 
-    def __init__(self, sources: Mapping[str, str | Sequence[str]], root: str = ".") -> None:
+    def __init__(
+        self,
+        sources: Mapping[str, str | Sequence[str]],
+        root: str = ".",
+        *,
+        encoding: str = "utf-8",
+        errors: str = "strict",
+    ) -> None:
         """List the files; nothing is read yet.
 
         Args:
             sources: Domain -> a glob, or several, relative to `root`; `**` goes through folders.
             root: Folder the globs start from. The split depends only on names below it.
+            encoding: The files', as in `open`.
+            errors: What to do with bytes that are not text, as in `open`: strict (an error), replace or ignore.
 
         Raises:
-            ConfigError: If `root` or a glob's folder does not exist, a glob matches no file, a domain has fewer
-                than two files or only empty ones, or a file belongs to two domains.
+            ConfigError: If `root` or a glob's folder does not exist, a glob matches no file or something that cannot
+                be read as one, a domain has fewer than two files or only empty ones, or a file belongs to two
+                domains.
         """
+        _check_decoding(encoding, errors)
+        self.encoding, self.errors = encoding, errors
         self.root = Path(root).expanduser()
         if not self.root.is_dir():
             raise ConfigError("source.root", "must be a folder that exists", root)
@@ -37,7 +52,7 @@ class Files:
     def _match(self, domain: str, globs: str | Sequence[str]) -> list[str]:
         names: set[str] = set()
         for pattern in [globs] if isinstance(globs, str) else globs:
-            matched = matching_files(pattern, self.root)
+            matched = matching_files(pattern, self.root, key=f"source.sources.{domain}")
             if not matched:
                 rule, fix = _broken_rule(pattern, self.root)
                 raise ConfigError(f"source.sources.{domain}", rule, pattern, fix)
@@ -59,35 +74,70 @@ class Files:
                 raise ConfigError(key, f"must match a file with text; its {len(names)} files are empty")
 
     def fingerprint(self) -> str:
-        """Return names, sizes and modification times."""
+        """Return the encoding, and names, sizes and modification times."""
         stamps = {
             domain: file_stamps(self.root / name for name in names) for domain, names in self.files.items()
         }
-        return f"files {json.dumps(stamps)}"
+        return f"files {json.dumps([self.encoding, self.errors, stamps])}"
 
     def documents(self) -> Iterator[Document]:
-        """Yield domain by domain, files by name."""
+        """Yield domain by domain, files by name.
+
+        Raises:
+            ConfigError: If files of a domain are not text of the encoding; it names them and the first wrong byte.
+        """
         for domain, names in self.files.items():
+            wrong = []
             for name in names:
-                text = read_text((self.root / name).read_bytes())
-                if text is not None:
+                text = self._read(name)
+                if isinstance(text, str):
                     yield Document(name, domain, text)
+                else:
+                    wrong.append(f"{name}: {text.reason} at byte {text.start}")
+            if wrong:
+                rule = f"must match {self.encoding} text, but {len(wrong)} of {len(names)} files are not"
+                fix = "Narrow the glob, or set source.encoding, or source.errors to replace or ignore."
+                raise ConfigError(f"source.sources.{domain}", rule, wrong[:_SHOWN], fix)
+
+    def _read(self, name: str) -> str | UnicodeDecodeError:
+        try:
+            return read_text((self.root / name).read_bytes(), self.encoding, self.errors)
+        except UnicodeDecodeError as error:
+            return error
 
 
-def matching_files(pattern: str, root: Path) -> list[str]:
-    """Return the names of the files that a glob matches.
+def matching_files(pattern: str, root: Path, key: str) -> list[str]:
+    """Return the names of the files that a glob matches; the folders it matches are left out.
 
     Args:
         pattern: The glob.
         root: Names are relative to it, unless the glob is absolute.
+        key: The setting that holds the glob.
+
+    Raises:
+        ConfigError: If it matches something else, such as a pipe, which would be waited for, or what cannot be read.
     """
-    names = glob.glob(pattern, root_dir=root, recursive=True)
-    return sorted({Path(name).as_posix() for name in names if (root / name).is_file()})
+    matched = {Path(name).as_posix() for name in glob.glob(pattern, root_dir=root, recursive=True)}
+    names = sorted(name for name in matched if not (root / name).is_dir())
+    for name in names:
+        if not ((root / name).is_file() and os.access(root / name, os.R_OK)):
+            rule = "must match files that can be read: no pipe, socket, device or broken link"
+            raise ConfigError(key, rule, name, "Remove it or narrow the glob.")
+    return names
 
 
 def file_stamps(paths: Iterable[Path]) -> list[tuple[str, int, int]]:
     """Return absolute name, size and modification time (ns) of each file."""
     return [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+
+
+def _check_decoding(encoding: str, errors: str) -> None:
+    try:
+        "".encode(encoding)
+    except LookupError as error:
+        raise ConfigError("source.encoding", "must be one of Python's text encodings", encoding) from error
+    if errors not in DECODING_ERRORS:
+        raise ConfigError("source.errors", f"must be one of {', '.join(DECODING_ERRORS)}", errors)
 
 
 def _broken_rule(pattern: str, root: Path) -> tuple[str, str]:

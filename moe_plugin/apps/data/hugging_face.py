@@ -69,7 +69,7 @@ class HuggingFace:
         for pattern in self.data_files:
             if "://" in pattern or "/" in self.path:  # files of a dataset on the Hub
                 continue
-            matched = matching_files(pattern, _HERE)
+            matched = matching_files(pattern, _HERE, key="source.data_files")
             if not matched:
                 raise ConfigError("source.data_files", "must match a file", pattern, "Correct the path.")
             files += [_HERE / name for name in matched]

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from moe_plugin.apps.data.documents import sha256
 from moe_plugin.apps.data.module import CorpusDataModule
 from moe_plugin.errors import ConfigError
 
@@ -26,6 +27,11 @@ class DomainsInTurn(CorpusDataModule):
         super().__init__(**settings)
         self.first, self.then, self.change_after = first, then, change_after
 
+    def validate(self) -> None:
+        """Check the domains too, and that the first one lasts until the change."""
+        super().validate()
+        self._order(len(self.train_sequences.domain), epoch=0)
+
     def _order(self, num_sequences: int, epoch: int) -> Tensor:
         order = super()._order(num_sequences, epoch)
         domain = self.train_sequences.domain[order]
@@ -35,6 +41,9 @@ class DomainsInTurn(CorpusDataModule):
             rule = f"must be <= {len(before) // self.batch_size}, as domain {self.first!r} has no more text"
             raise ConfigError("data.change_after", rule, self.change_after)
         return torch.cat([before[:needed], after])
+
+    def _digest(self) -> str:
+        return sha256(f"{super()._digest()} {(self.first, self.then, self.change_after)}")
 
     def _place(self, key: str) -> int:
         domain = getattr(self, key)

@@ -167,12 +167,20 @@ class CorpusDataModule(LightningDataModule):
         _ = self.train_sequences, self.val_sequences
 
     def prepare_data(self) -> None:
-        """Fill the cache, in one process."""
-        _ = self.corpus
+        """Fill the cache and check the text, in one process; nothing is done twice."""
+        self.validate()
 
     def setup(self, stage: str | None = None) -> None:
-        """Load the tokens and check them, before the model is set up."""
+        """Load the tokens and check them, before the model is set up.
+
+        Raises:
+            ConfigError: If the text is not usable, or other text than the first rank's.
+        """
         self.validate()
+        digest = self.manifest["digest"]
+        if self.trainer is not None and self.trainer.strategy.broadcast(digest) != digest:
+            rule = f"must be the same text on all machines, but rank {self.trainer.global_rank} has other than rank 0"
+            raise ConfigError("data", rule, fix="Copy the files to all machines, or share them.")
 
     def train_dataloader(self) -> TrainingLoader:
         """Return a stateful loader of `batch_size / (ranks x accumulation)` sequences per micro-batch."""

@@ -9,6 +9,7 @@ import re
 import sys
 import sysconfig
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -66,10 +67,8 @@ class StandardLibrary:
 
     def documents(self) -> Iterator[Document]:
         """Yield library modules by name, then headers by name."""
-        for name in library_files(self.root):
-            text = read_text((self.root / name).read_bytes())
-            if text is not None:
-                yield from module_documents(name, text)
+        for name, text in _texts(self.root, library_files(self.root)):
+            yield from module_documents(name, text)
         yield from _headers(Path(torch.__file__).parent / "include", self.header_bytes)
 
 
@@ -108,15 +107,20 @@ def _topics(text: str) -> str:
 def _headers(include: Path, limit: int) -> Iterator[Document]:
     names = [name for folder in _HEADER_FOLDERS for name in _walk(include, ".h", folder)]
     chosen, total = [], 0
-    for name in sorted(names, key=sha256):
-        text = read_text((include / name).read_bytes())
-        if text is None or "generated" in name or "@generated" in text[:1000]:
+    for name, text in _texts(include, sorted(names, key=sha256)):
+        if "generated" in name or "@generated" in text[:1000]:
             continue
         total += len(text.encode())
         if total > limit:
             break
         chosen.append(Document(f"torch/include/{name}", "headers", text))
     yield from sorted(chosen)
+
+
+def _texts(root: Path, names: Iterable[str]) -> Iterator[tuple[str, str]]:
+    for name in names:
+        with suppress(UnicodeDecodeError):
+            yield name, read_text((root / name).read_bytes())
 
 
 def _walk(root: Path, suffix: str, folder: str = "") -> Iterable[str]:

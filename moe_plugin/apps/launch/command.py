@@ -93,10 +93,12 @@ def _check_all(args: Namespace) -> list[DictConfig]:
             raise ConfigError("-m", "must be used without torchrun", fix=fix)
         configs = list(compose_jobs(args.overrides, multirun=_is_sweep(args), config_dir=args.config_dir))
         # Torch and Lightning are imported only now: a misspelt key is answered at once.
-        from moe_plugin.apps.launch.validate_config import check
+        from moe_plugin.apps.launch.validate_config import check, check_data
 
         for config in configs:
             check(config)
+        for config in configs:
+            check_data(config)
     return configs
 
 

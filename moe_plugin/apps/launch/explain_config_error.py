@@ -66,22 +66,21 @@ def locate(error: Exception, config: DictConfig, near: str) -> ConfigError:
         error = error.__cause__ if isinstance(error.__cause__, Exception) else error
     if not isinstance(error, ConfigError):
         return ConfigError(near, f"cannot be used: {one_line(str(error)).removesuffix('.')}")
-    keys = [key for key in _leaves(config) if f".{key}".endswith(f".{error.name}")]
+    keys = [key for key in _keys(config) if f".{key}".endswith(f".{error.name}")]
     if keys:
         return error.renamed(min(keys, key=lambda key: not key.startswith(f"{near}.")))
     return ConfigError(near, f"has a parameter {error.name!r} that {error.rule}", error.value, error.fix)
 
 
-def _leaves(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    """Yield the full key of each value that isn't itself a mapping or an interpolation."""
+def _keys(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Yield the full key of each value that isn't an interpolation."""
     for name in map(str, config):
         key = f"{prefix}{name}"
         if OmegaConf.is_interpolation(config, name) or OmegaConf.is_missing(config, name) or key == "hydra":
             continue
+        yield key
         if isinstance(value := config[name], DictConfig):
-            yield from _leaves(value, f"{key}.")
-        else:
-            yield key
+            yield from _keys(value, f"{key}.")
 
 
 def one_line(text: str) -> str:

@@ -72,8 +72,7 @@ def check(config: DictConfig) -> None:
     _check_checkpoint(run.ckpt_path, run.trust)
     _check_end(run)
     _check_batch(run)
-    # Through submitit, jobs run on other machines than this one.
-    elsewhere = "submitit" in str(OmegaConf.select(config, "hydra.launcher._target_"))
+    elsewhere = _runs_elsewhere(config)
     if not elsewhere:
         check_processes(run)
     with quiet():
@@ -84,6 +83,26 @@ def check(config: DictConfig) -> None:
             check_checkpoint_experts(build_model_on_meta(run), run.ckpt_path, trusted=run.trust)
             check_resume(run)
         check_trains(run)
+
+
+def check_data(config: DictConfig) -> None:
+    """Check a run's text; nothing is created but the cache, which the run then reads.
+
+    Args:
+        config: As composed and checked.
+
+    Raises:
+        ConfigError: The text cannot be read or is too short, or the cache cannot be written.
+    """
+    run = without_hydra(config, Path(config.paths.runs, config.name))
+    if not (run.count_only or _runs_elsewhere(config)):
+        with quiet():
+            attempt(lambda run: build_data(run).prepare_data(), run, config, "data")
+
+
+def _runs_elsewhere(config: DictConfig) -> bool:
+    """Return whether jobs run on other machines than this one, through submitit."""
+    return "submitit" in str(OmegaConf.select(config, "hydra.launcher._target_"))
 
 
 def _check_types(config: DictConfig) -> None:
@@ -176,10 +195,12 @@ def _check_batch(run: DictConfig) -> None:
     # Ranks that split the computation of the same tokens share their part of the batch.
     sharing = run.strategy.get("tensor_parallel_size", 1)
     check_positive_integers(**factors, **{"strategy.tensor_parallel_size": sharing})
-    parts = max(1, math.prod(factors.values()) // sharing)
-    if run.data.batch_size % parts:
-        product = f"{' x '.join(factors)} ({' x '.join(map(str, factors.values()))} = {parts})"
-        raise ConfigError("data.batch_size", f"must be a multiple of {product}", run.data.batch_size)
+    for key in ("batch_size", "val_batch_size"):
+        parts = max(1, math.prod(factors.values()) // sharing)
+        if (size := run.data.get(key) or 0) % parts:
+            product = f"{' x '.join(factors)} ({' x '.join(map(str, factors.values()))} = {parts})"
+            raise ConfigError(f"data.{key}", f"must be a multiple of {product}", size)
+        factors.pop("trainer.accumulate_grad_batches", None)  # only training accumulates
 
 
 def attempt(build: Callable[[DictConfig], object], run: DictConfig, config: DictConfig, key: str) -> None:

@@ -77,5 +77,12 @@ class TestBuildCorpus:
         assert len(digests) == 2
 
     def test_no_text_is_refused(self):
-        with pytest.raises(ConfigError, match="'source' must give text, but every file is empty, binary"):
-            build_corpus(Texts([Document("a", "code", "")]), Bytes(), 0.1)
+        with pytest.raises(ConfigError, match="'source' must give text, but has no file"):
+            build_corpus(Texts([]), Bytes(), 0.1)
+
+    @pytest.mark.parametrize("text", ["", " \n", "code 3 " * 4])
+    def test_domain_that_ends_up_empty_is_refused(self, text):
+        documents = [*texts(), *(Document(f"copy/{i}", "copies", text) for i in range(9))]
+        message = "'source' must give text in domain 'copies', but all of it is blank or already in another"
+        with pytest.raises(ConfigError, match=message):
+            build_corpus(Texts(documents), Bytes(), 0.1)

@@ -32,11 +32,14 @@ pytestmark = [
 
 
 class Texts:
+    def __init__(self, first=0):
+        self.first = first
+
     def fingerprint(self):
-        return "texts for resuming"
+        return f"texts for resuming {self.first}"
 
     def documents(self):
-        for i in range(40):
+        for i in range(self.first, self.first + 40):
             yield Document(f"{i}", "text", f"{i:04d}" * 30)
 
 
@@ -67,17 +70,22 @@ class StopAt(Callback):
         trainer.should_stop = trainer.global_step >= self.step
 
 
-def corpus(cache):
+def corpus(cache, first=0):
     return CorpusDataModule(
-        Texts(), context_length=9, batch_size=32, val_batch_size=16, cache=str(cache), validation_fraction=0.2
+        Texts(first),
+        context_length=9,
+        batch_size=32,
+        val_batch_size=16,
+        cache=str(cache),
+        validation_fraction=0.2,
     )
 
 
-def fit(cache, callbacks=(), ckpt_path=None, **settings):
+def fit(cache, callbacks=(), ckpt_path=None, first=0, **settings):
     recorder = Recorder()
     ours = {"max_epochs": 3, "callbacks": list(callbacks), "default_root_dir": cache}
     trainer = Trainer(**{**QUIET, **ours, **settings})
-    trainer.fit(recorder, datamodule=corpus(cache), ckpt_path=ckpt_path)
+    trainer.fit(recorder, datamodule=corpus(cache, first), ckpt_path=ckpt_path)
     return recorder
 
 
@@ -125,6 +133,20 @@ class TestResume:
         assert len(resumed) == 4
         assert flat(resumed) == flat(whole[2:4])
 
+    def test_resume_with_other_text_is_refused_in_an_epoch_and_at_its_end(self, tmp_path):
+        steps_of_an_epoch = len(fit(tmp_path, [saver(tmp_path / "all")], max_epochs=1).train_rows)
+        for step in (1, steps_of_an_epoch):
+            checkpoint = tmp_path / "all" / f"step={step}.ckpt"
+            with pytest.raises(ConfigError, match="'data' must be the checkpoint's, which stopped"):
+                fit(tmp_path, ckpt_path=checkpoint, first=1)
+
+    def test_resume_from_a_cache_that_was_built_again_goes_on(self, tmp_path):
+        whole = fit(tmp_path, [saver(tmp_path / "all")]).train_rows
+        for path in tmp_path.glob("corpus-*"):
+            path.write_bytes(path.read_bytes()[:-1])
+        resumed = fit(tmp_path, ckpt_path=tmp_path / "all" / "step=2.ckpt", enable_checkpointing=False)
+        assert resumed.train_rows == whole[2:]
+
 
 class TestLoops:
     def test_epochs_cover_each_sequence_once_in_another_order(self, tmp_path):
@@ -150,36 +172,65 @@ class TestLoops:
             fit(tmp_path, enable_checkpointing=False, accumulate_grad_batches=3)
 
 
-def _rank(rank, port, cache, results):
+def _as_rank(rank, port):
     os.environ.update(
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port), WORLD_SIZE="2", NODE_RANK="0", LOCAL_RANK=str(rank)
     )
     torch.set_num_threads(1)
     seed_everything(0, verbose=False)
-    recorder = fit(
-        cache,
-        enable_checkpointing=False,
-        max_epochs=1,
-        strategy="ddp",
-        devices=2,
-        plugins=[LightningEnvironment()],
-    )
+    return {
+        "enable_checkpointing": False,
+        "max_epochs": 1,
+        "strategy": "ddp",
+        "devices": 2,
+        "plugins": [LightningEnvironment()],
+    }
+
+
+def _train(rank, port, cache, results):
+    recorder = fit(cache, **_as_rank(rank, port))
     results.put((rank, recorder.train_rows, recorder.val_rows))
+
+
+def _train_on_own_text(rank, port, cache, results):
+    try:
+        fit(cache, first=rank, **_as_rank(rank, port))
+    except ConfigError as error:
+        results.put(str(error))
+        results.close()
+        results.join_thread()
+        os._exit(0)  # the other rank waits for this one
+
+
+def in_two_ranks(target, cache):
+    """Starts two ranks, and returns the queue they write into and the processes."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    results = fork.Queue()
+    processes = [fork.Process(target=target, args=(rank, port, cache, results)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    return results, processes
 
 
 class TestRanks:
     def test_two_ranks_see_the_slices_of_one_ranks_batches(self, tmp_path):
         alone = fit(tmp_path, enable_checkpointing=False, max_epochs=1)
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        fork = multiprocessing.get_context("fork")
-        results = fork.Queue()
-        processes = [fork.Process(target=_rank, args=(rank, port, tmp_path, results)) for rank in range(2)]
-        for process in processes:
-            process.start()
+        results, processes = in_two_ranks(_train, tmp_path)
         (_, *first), (_, *second) = sorted(results.get(timeout=60) for _ in processes)
         for process in processes:
             process.join()
         for own, ours, theirs in zip((alone.train_rows, alone.val_rows), first, second, strict=True):
             assert [a + b for a, b in zip(ours, theirs, strict=True)] == own
+
+    def test_rank_with_other_text_is_refused(self, tmp_path):
+        results, processes = in_two_ranks(_train_on_own_text, tmp_path)
+        message = results.get(timeout=60)
+        for process in processes:
+            process.kill()
+            process.join()
+        assert message.startswith(
+            "'data' must be the same text on all machines, but rank 1 has other than rank 0. Copy"
+        )

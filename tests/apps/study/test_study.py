@@ -172,6 +172,22 @@ class TestDomainsInTurn:
         with pytest.raises(ConfigError, match="has no more text"):
             next(iter(data.train_dataloader()))
 
+    def test_change_that_is_not_the_checkpoints_is_refused_on_resume(self, tmp_path):
+        from moe_plugin.apps.data import Files
+        from moe_plugin.apps.data.in_turn import DomainsInTurn
+
+        write_texts(tmp_path)
+        source = Files({"letters": "texts/a*.txt", "digits": "texts/d*.txt"}, root=str(tmp_path))
+        settings = {"context_length": 16, "batch_size": 4, "val_batch_size": 4, "cache": str(tmp_path / "c")}
+        data, other = (
+            DomainsInTurn(source=source, first="letters", then="digits", change_after=steps, **settings)
+            for steps in (3, 4)
+        )
+        next(iter(data.train_dataloader()))
+        other.load_state_dict(data.state_dict())
+        with pytest.raises(ConfigError, match="'data' must be the checkpoint's"):
+            other.train_dataloader()
+
 
 class TestBudget:
     def test_parts_are_means_of_logged_windows(self, tmp_path, capsys):
