@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 from pathlib import Path
 
 from moe_plugin.checkpoints.manifest import Sums, file_sum, manifest_of, read_sums, write_sums
+from moe_plugin.checkpoints.safe_load import METADATA
+from moe_plugin.checkpoints.sharded import LIGHTNINGS_PART
 from moe_plugin.checkpoints.temporary import sync_path, unused_name
 from moe_plugin.errors import CheckpointError
 
 PREVIOUS = ".previous"
+_OF_FOLDERS = (METADATA, LIGHTNINGS_PART)
 
 
 def previous_of(path: Path) -> Path:
@@ -43,10 +47,16 @@ def put(new: Path, path: Path, sums: Sums) -> None:
 
 
 def set_aside(path: Path) -> None:
-    """Make what is there the previous one; a folder is no longer there then."""
+    """Make what is there the previous one; a folder is no longer there then.
+
+    Raises:
+        IsADirectoryError: It is a folder with something else in it.
+    """
     previous = previous_of(path)
     if not path.exists():
         return
+    if path.is_dir() and any(path.iterdir()) and not any((path / name).exists() for name in _OF_FOLDERS):
+        raise IsADirectoryError(errno.EISDIR, "a folder that is no checkpoint is in the way", str(path))
     discard(previous)
     if path.is_dir():
         path.rename(previous)

@@ -6,6 +6,7 @@ import pickle
 import re
 import struct
 import zipfile
+from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
@@ -115,9 +116,9 @@ class _MetadataUnpickler(_PythonUnpickler):
         return _CLASSES[module, name]
 
     def load_build(self) -> None:
-        """Fill an object; a class, which every user of torch shares, keeps its attributes."""
-        if isinstance(self.stack[-2], type):
-            raise pickle.UnpicklingError(f"GLOBAL {self.stack[-2].__name__}.__setattr__")
+        """Fill an object; classes and their constants, which all users of torch share, stay as they are."""
+        if isinstance(shared := self.stack[-2], type | Enum):
+            raise pickle.UnpicklingError(f"GLOBAL {shared}.__setattr__")
         super().load_build()
 
     dispatch[pickle.BUILD[0]] = load_build

@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from moe_plugin.checkpoints import VerifiedCheckpointIO
 from moe_plugin.checkpoints.safe_load import load_file, read_metadata
@@ -87,16 +87,18 @@ class TestReadMetadata:
             b"\x80\x04\x8c\x25torch.distributed.checkpoint.metadata\x8c\x11Metadata.__init__\x93.",
             b"\x80\x04\x8c\x05torch\x8c\x04load\x93.",
             b"ctorch.distributed.checkpoint.metadata\nMetadata\n(N(dVversion\nVx\nstb.",
+            b"ctorch.distributed.checkpoint.metadata\n_MEM_FORMAT_ENCODING\n(I0\ntR(dV_value_\nI7\nsb.",
             b"I1\n.",
             b"",
         ],
     )
     def test_anything_else_is_refused_and_changes_nothing(self, program, tmp_path):
-        before = dict(vars(Metadata))
+        before, encoding = dict(vars(Metadata)), dict(vars(_MEM_FORMAT_ENCODING(0)))
         (tmp_path / ".metadata").write_bytes(program)
         with pytest.raises(CheckpointError, match=r"\.metadata' (must hold|is damaged)"):
             read_metadata(tmp_path)
         assert dict(vars(Metadata)) == before
+        assert dict(vars(_MEM_FORMAT_ENCODING(0))) == encoding
 
     def test_file_outside_the_folder_is_refused(self, tmp_path):
         save_folder(tmp_path / "x", state(1))

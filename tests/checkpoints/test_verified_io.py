@@ -77,6 +77,15 @@ class TestSave:
         assert names(tmp_path) == ["last.ckpt", "last.ckpt.sha256"]
         assert IO.load_checkpoint(tmp_path / "last.ckpt")["global_step"] == 1
 
+    @pytest.mark.parametrize("name", ["last.ckpt", "best.ckpt"])
+    def test_folder_with_something_else_is_left_alone(self, name, tmp_path):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "thesis.txt").touch()
+        with pytest.raises(IsADirectoryError, match="a folder that is no checkpoint is in the way"):
+            IO.save_checkpoint(state(1), tmp_path / name)
+        assert names(tmp_path) == [name]
+        assert names(tmp_path / name) == ["thesis.txt"]
+
     def test_options_of_a_storage_are_refused(self, tmp_path):
         with pytest.raises(TypeError, match="storage_options"):
             IO.save_checkpoint(state(1), tmp_path / "a.ckpt", storage_options={})
