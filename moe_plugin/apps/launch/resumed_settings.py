@@ -17,7 +17,7 @@ from moe_plugin.apps.launch.resumed_end import end_of
 from moe_plugin.checkpoints.safe_load import load_file
 from moe_plugin.checkpoints.sharded import LIGHTNINGS_PART, is_sharded
 from moe_plugin.checkpoints.verified_io import is_remote
-from moe_plugin.errors import ConfigError
+from moe_plugin.errors import CheckpointError, ConfigError
 
 KEY = "run_config"
 """Of the settings in a checkpoint."""
@@ -27,6 +27,8 @@ OPTIMIZERS = re.compile(r"model\.optimizer\.(?!warmup_steps|floor).*")
 """What a checkpoint's optimizer holds. The schedule is a function, which checkpoints do not hold."""
 CALLBACKS = re.compile(r"callbacks\.\w+\.patience")
 """What a checkpoint's callback holds: Lightning's `EarlyStopping` goes on with its own patience."""
+NEEDED = {"global_step", "loops", "callbacks"}
+"""Of Lightning; a checkpoint of the weights only has less."""
 ABSENT = "nothing"
 UNKNOWN = "resume: changed settings are not told, since the checkpoint holds none or is remote"
 
@@ -55,7 +57,8 @@ class Change:
 
     def __str__(self) -> str:
         """Return it as one line."""
-        line = f"resume: {self.key}={self.after!r} takes effect, {self.before!r} before"
+        key = self.key if self.key.isprintable() else repr(self.key)
+        line = f"resume: {key}={self.after!r} takes effect, {self.before!r} before"
         return f"{line} (on the order of the data; random numbers go on)" if self.key == "seed" else line
 
 
@@ -89,22 +92,35 @@ def check_resume(run: DictConfig) -> list[str]:
     if is_remote(run.ckpt_path):
         return [UNKNOWN]
     checkpoint = _read(run.ckpt_path, trusted=run.trust)
-    changes = list(_changes(checkpoint[KEY], to_plain(run))) if KEY in checkpoint else []
+    stored = checkpoint.get(KEY)
+    changes = list(_changes(stored, to_plain(run))) if isinstance(stored, Mapping) else []
     for change in changes:
         _check_heeded(change, overrides=run.override_optimizer)
-    lines = list(map(str, changes)) if KEY in checkpoint else [UNKNOWN]
+    lines = list(map(str, changes)) if isinstance(stored, Mapping) else [UNKNOWN]
     return [*lines, *end_of(run, checkpoint, {change.key for change in changes})]
 
 
 def _read(path: str, *, trusted: bool) -> dict[str, Any]:
     """Return a checkpoint without reading its tensors."""
     file = Path(path, LIGHTNINGS_PART) if is_sharded(path) else Path(path)
-    return load_file(file, trusted=trusted, mmap=True)
+    checkpoint = load_file(file, trusted=trusted, mmap=True)
+    if not isinstance(checkpoint, dict) or not checkpoint.keys() >= NEEDED:
+        needs = ", ".join(sorted(NEEDED))
+        raise CheckpointError(
+            f"'ckpt_path' must be a checkpoint to continue from, with {needs}, got {path!r}."
+        )
+    return checkpoint
 
 
 def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Change]:
-    """Yield each setting that differs; one that interpolations repeat comes once, by its shortest key."""
-    old, new = (dict(_flat(each, each["paths"]["output"])) for each in (before, after))
+    """Yield each setting that differs; one that interpolations repeat comes once, by its shortest key.
+
+    Of paths the part below the run's folder counts.
+    """
+    old, new = dict(_flat(before)), dict(_flat(after))
+    for values in (old, new):
+        folder = str(values.get("paths.output"))
+        values.update({k: v.replace(folder, "") for k, v in values.items() if isinstance(v, str)})
     seen = set()
     for key in sorted(old.keys() | new.keys(), key=lambda key: (key.count("."), key)):
         values = old.get(key, ABSENT), new.get(key, ABSENT)
@@ -114,13 +130,13 @@ def _changes(before: Mapping[str, Any], after: Mapping[str, Any]) -> Iterator[Ch
             yield Change(key, *values)
 
 
-def _flat(node: Any, folder: str, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield each value of nested mappings with its key; of paths the part below the run's folder."""
+def _flat(node: Mapping[Any, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield each value of nested mappings with its key."""
     for name, value in node.items():
         if isinstance(value, Mapping):
-            yield from _flat(value, folder, f"{prefix}{name}.")
+            yield from _flat(value, f"{prefix}{name}.")
         else:
-            yield f"{prefix}{name}", value.replace(folder, "") if isinstance(value, str) else value
+            yield f"{prefix}{name}", value
 
 
 def _check_heeded(change: Change, *, overrides: bool) -> None:

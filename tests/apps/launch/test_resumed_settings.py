@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 from moe_plugin.apps.launch.resumed_end import check_trains
 from moe_plugin.apps.launch.resumed_settings import UNKNOWN, check_resume, report_resume
 from moe_plugin.apps.launch.train_job import train
-from moe_plugin.errors import ConfigError
+from moe_plugin.errors import CheckpointError, ConfigError
 from tests.apps.launch.small_job import configuration
 
 ROUTER = "network.layers.0.feed_forward.router"
@@ -121,6 +121,21 @@ class TestCheckResume:
         assert check_resume(resumed("rule.rate=0.5")) == [
             "resume: rule.rate=0.5 takes effect, 'auto' before",
         ]
+
+    def test_what_no_run_can_continue_from_is_refused(self, checkpoint: Path) -> None:
+        torch.save({"state_dict": {}, "global_step": 2}, checkpoint)
+        with pytest.raises(
+            CheckpointError, match=r"to continue from, with callbacks, global_step, loops, got"
+        ):
+            check_resume(resumed())
+
+    def test_odd_settings_in_a_received_checkpoint_are_shown_escaped(self, checkpoint: Path) -> None:
+        content = torch.load(checkpoint)
+        for odd in ("text", {"a": "${oc.env:HOME}", "\x1b[31m": "\x1b[0m"}):
+            torch.save(content | {"run_config": odd}, checkpoint)
+            text = "".join(check_resume(resumed("override_optimizer=true")))
+            assert text.isprintable()
+            assert (text == UNKNOWN) == (odd == "text")
 
     def test_checkpoint_without_settings_is_told(self, checkpoint: Path) -> None:
         content = torch.load(checkpoint)
