@@ -26,6 +26,7 @@ from moe_plugin.apps.launch.build import (
     build_model_on_meta,
     build_trainer,
 )
+from moe_plugin.apps.launch.heartbeat import Heartbeat
 from moe_plugin.apps.launch.hparams import log_hyperparameters
 from moe_plugin.apps.launch.quiet_logs import quiet
 from moe_plugin.apps.launch.random_state import RandomState
@@ -48,10 +49,10 @@ def train(config: DictConfig) -> None:
         config: A run's resolved configuration; ``paths.output`` is its folder.
     """
     folder, clock = Path(config.paths.output), Throughput()
-    with StopSignals() as signals, quiet(), _ended_process_group():
+    with StopSignals(folder) as signals, quiet(), _ended_process_group():
         seed_everything(config.seed, workers=True, verbose=False)
         data, model = build_data(config), build_model_for(config)
-        callbacks = [*build_callbacks(config), clock, RandomState(), StopAtSignal(signals)]
+        callbacks = [*build_callbacks(config), clock, RandomState(), Heartbeat(), StopAtSignal(signals)]
         trainer = build_trainer(config, callbacks=callbacks, logger=build_loggers(config))
         if trainer.is_global_zero:
             write_environment(describe_environment(trainer.world_size, trainer.strategy.root_device), folder)
