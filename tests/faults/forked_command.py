@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 
 from moe_plugin.apps import train
 from moe_plugin.apps.launch import rank_state, supervise, worker_process
@@ -73,7 +74,7 @@ class Command:
         sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", closefd=False)
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
-        supervise.subprocess.Popen = Forked  # pyright: ignore
+        supervise.subprocess = SimpleNamespace(Popen=Forked)  # pyright: ignore[reportAttributeAccessIssue]
         train.main(words)
 
     def ranks(self) -> dict[int, int]:
