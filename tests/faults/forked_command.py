@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NoReturn
 
 from moe_plugin.apps import train
 from moe_plugin.apps.launch import rank_state, supervise, worker_process
@@ -46,9 +47,10 @@ class Forked:
 
 def fork(task: Callable[[], object], env: Mapping[str, str]) -> int:
     """Starts a session of its own that does the task and ends as a process does."""
-    pid = os.fork()
-    if pid:
-        return pid
+    return os.fork() or _begin(task, dict(env))
+
+
+def _begin(task: Callable[[], object], env: Mapping[str, str]) -> NoReturn:
     os.setsid()
     os.environ.clear()
     os.environ.update(env)
@@ -61,7 +63,7 @@ class Command:
     """``moe-train`` with the given words in a folder; what it prints is in ``out.txt`` there."""
 
     def __init__(self, folder: Path, words: Sequence[str]) -> None:
-        self.folder, self.started = folder, time.monotonic()
+        self.folder = folder
         folder.mkdir(parents=True)
         self.pid = fork(lambda: self._run(words), {**os.environ})
         self.code: int | None = None

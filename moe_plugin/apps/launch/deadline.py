@@ -9,11 +9,12 @@ from __future__ import annotations
 import os
 import signal
 import threading
+import time
 from collections.abc import Callable
 
 # Preemption and time limits (SLURM sends SIGTERM, submitit SIGUSR2), Ctrl-C, a closed terminal.
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
-_TICK = 0.25
+_TICK, _LONGEST_TICK = 0.25, 1.0
 
 
 class Deadline:
@@ -53,11 +54,12 @@ class Deadline:
 
     def _count_down(self, number: int) -> None:
         """End the process unless it gets on; seconds in which it is stopped, as by Ctrl-Z, don't count."""
-        seconds, moves = 0.0, self.moves()
+        seconds, moves, looked = 0.0, self.moves(), time.monotonic()
         while seconds < self.limit():
             if self._left.wait(_TICK):
                 return
-            seconds += _TICK
+            now, before = time.monotonic(), looked
+            seconds, looked = seconds + min(now - before, _LONGEST_TICK), now
             if moves != (moves := self.moves()):
                 seconds = 0.0
         self.end(number)

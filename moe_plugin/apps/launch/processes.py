@@ -106,11 +106,14 @@ class _Watch:
         # A little before those that wait for it time out and fail too.
         limit = SILENT_AT_END if self.signals.received else 0.9 * timeout
         if hung := self.ranks.stopped(limit) or self.ranks.behind(0.9 * timeout):
-            self._end(f"{_names(hung)} did not get on for {limit:.0f} s {hung[0].where}")
+            for rank in hung:  # those that wait for it then fail at once
+                rank.process.kill()
+            seconds = max(hung[0].stopped, hung[0].idle)
+            self._end(f"{_names(hung)} made no progress for {seconds:.0f} s {hung[0].where}")
         silent = [rank for rank in self.ranks.stopped(SILENT) if rank not in self._mentioned]
         if silent:
             self._mentioned += silent
-            tell(f"{_names(silent)} has not answered for {SILENT:.0f} s {silent[0].where}")
+            tell(f"no sign of life from {_names(silent)} for {SILENT:.0f} s, {silent[0].where}")
 
     def _report(self, rank: Rank) -> None:
         """End the others of a rank that has ended, and say why it did."""

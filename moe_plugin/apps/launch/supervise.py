@@ -15,6 +15,8 @@ from moe_plugin.apps.launch.rank_state import SHARED, RankState, shared_states
 
 LOOK = 0.1
 """Seconds between two looks at the processes."""
+LONGEST_LOOK = 1.0
+"""More seconds have not passed for the processes either."""
 LEAVING = 3.0
 """Seconds in which the others end when one has failed: nothing can be saved without it."""
 SAVED = 10.0
@@ -72,6 +74,7 @@ class Ranks:
         self._command = [sys.executable, *arguments]
         self._places = places
         self.all: list[Rank] = []
+        self._looked = time.monotonic()
 
     def __enter__(self) -> Ranks:
         """Start them, with signals blocked until they can handle them."""
@@ -113,8 +116,10 @@ class Ranks:
     def look(self) -> None:
         """Wait a moment and look at each; a pause of this process, as by Ctrl-Z, doesn't count."""
         time.sleep(LOOK)
+        now, before = time.monotonic(), self._looked
+        self._looked = now
         for rank in self.running:
-            rank.look(LOOK)
+            rank.look(min(now - before, LONGEST_LOOK))
 
     def end(self, seconds: float) -> None:
         """End all.
