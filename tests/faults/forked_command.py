@@ -60,15 +60,15 @@ def _begin(task: Callable[[], object], env: Mapping[str, str]) -> NoReturn:
 
 
 class Command:
-    """``moe-train`` with the given words in a folder; what it prints is in ``out.txt`` there."""
+    """``moe-train`` with the given words, or another task, in a folder; what it prints is in ``out.txt`` there."""
 
-    def __init__(self, folder: Path, words: Sequence[str]) -> None:
+    def __init__(self, folder: Path, words: Sequence[str], task: Callable[..., object] = train.main) -> None:
         self.folder = folder
         folder.mkdir(parents=True)
-        self.pid = fork(lambda: self._run(words), {**os.environ})
+        self.pid = fork(lambda: self._run(task, words), {**os.environ})
         self.code: int | None = None
 
-    def _run(self, words: Sequence[str]) -> None:
+    def _run(self, task: Callable[..., object], words: Sequence[str]) -> None:
         os.chdir(self.folder)
         file = os.open("out.txt", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
         os.dup2(file, 1)
@@ -77,7 +77,7 @@ class Command:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, signal.SIG_DFL if number == signal.SIGTERM else signal.default_int_handler)
         supervise.subprocess = SimpleNamespace(Popen=Forked)  # pyright: ignore[reportAttributeAccessIssue]
-        train.main(words)
+        task(words)
 
     def ranks(self) -> dict[int, int]:
         """Returns the process id of each rank that was started."""

@@ -15,13 +15,15 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from omegaconf import DictConfig, OmegaConf
 
 import moe_plugin.apps.launch.train_job
 import moe_plugin.apps.launch.validate_config  # noqa: F401 (the forks find everything imported)
 from moe_plugin.apps.launch import processes
+from moe_plugin.apps.launch.command import one_line_errors
 from moe_plugin.apps.launch.end_process import end_process
 from moe_plugin.apps.launch.signals import STOPPED
-from tests.apps.launch.small_job import NOISY, WORDS, write_texts
+from tests.apps.launch.small_job import NOISY, WORDS, configuration, write_texts
 from tests.faults.forked_command import Command, fork, is_alive
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1)
@@ -36,9 +38,13 @@ def start(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., Comm
     monkeypatch.setenv("MOE_PLUGIN_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("NODE_RANK", "0")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    source = f"data.source.sources={{letters: '{tmp_path}/texts/a*.txt', digits: '{tmp_path}/texts/d*.txt'}}"
-    words = [*WORDS, NOISY, source, "hydra.run.dir=run", "trainer.val_check_interval=8"]
+    words = [*WORDS, NOISY, texts_in(tmp_path), "hydra.run.dir=run", "trainer.val_check_interval=8"]
     return lambda name, *more: Command(tmp_path / name, [*words, *more])
+
+
+def texts_in(folder: Path) -> str:
+    """Returns the word for the small job's texts that holds in any folder."""
+    return f"data.source.sources={{letters: '{folder}/texts/a*.txt', digits: '{folder}/texts/d*.txt'}}"
 
 
 def wait_until(is_so: Callable[[], object]) -> float:
@@ -179,6 +185,54 @@ class TestRanks:
             ranks = command.ranks().values()
             seconds.append(wait_until(lambda ranks=ranks: not any(map(is_alive, ranks))))
         figure(f"kill -9 of the command: 0 orphans of 4 ranks, the last ended after {max(seconds):.1f} s")
+
+
+class TestMachines:
+    """The commands that SLURM starts, one on each machine; here both are on this one."""
+
+    @pytest.fixture
+    def machines(self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[Command]]:
+        def begin(*words: str) -> list[Command]:
+            more = (texts_in(tmp_path), "strategy=ddp", "strategy.devices=1")
+            config = configuration(*words, *more, folder=tmp_path / "run")
+            config.trainer.num_nodes = 2
+            OmegaConf.save(config, tmp_path / "run" / "config.yaml")
+            monkeypatch.setenv("SLURM_JOB_NODELIST", "localhost")
+            monkeypatch.setenv("SLURM_JOB_ID", str(os.getpid()))
+            commands = []
+            for node in ("0", "1"):
+                monkeypatch.setenv("SLURM_NODEID", node)
+                commands.append(Command(tmp_path / node, [], lambda _: run(tmp_path / "run", config)))
+            return commands
+
+        def run(folder: Path, config: DictConfig) -> None:
+            with one_line_errors():
+                processes.run_in_processes(folder, config)
+
+        write_texts(tmp_path)
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("MOE_PLUGIN_CACHE", str(tmp_path / "cache"))
+        monkeypatch.delenv("NODE_RANK", raising=False)
+        return begin
+
+    def test_both_finish_one_run(self, tmp_path: Path, machines: Callable[..., list[Command]]) -> None:
+        commands = machines(NOISY)
+        for command in commands:
+            command.wait(HANG)
+        assert [command.code for command in commands] == [0, 0], [command.out for command in commands]
+        assert (tmp_path / "run" / "summary.json").exists()
+
+    def test_rank_killed_on_one_ends_both(
+        self, machines: Callable[..., list[Command]], figure: Callable[[str], None]
+    ) -> None:
+        commands = machines(NOISY, "trainer.max_steps=100000")
+        table = commands[0].folder.parent / "run" / "losses_1.txt"
+        wait_until(lambda: table.exists() and len(table.read_text().splitlines()) > 10)
+        os.kill(commands[1].ranks()[1], signal.SIGKILL)
+        seconds = sum(command.wait(HANG) for command in commands)
+        figure(f"SIGKILL of a rank on another machine: both commands ended after {seconds:.1f} s")
+        assert [command.code for command in commands] == [1, 1]
+        assert "rank 1 was killed by SIGKILL in step " in commands[1].out[-1]
 
 
 class TestEnd:
