@@ -66,7 +66,7 @@ class TestSignals:
     ) -> None:
         slowest, codes, wrong, draw = 0.0, Counter[int | None](), [], random.Random(20)
         for strategy in ("single", "ddp", "fsdp"):
-            words = (f"strategy={strategy}", "trainer.max_steps=40")
+            words = (f"strategy={strategy}", "trainer.max_steps=20")
             whole = start(strategy, *words).wait(HANG)
             for trial in range(10):
                 number, moment = draw.choice(SIGNALS), draw.uniform(0, whole)
