@@ -6,12 +6,14 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hydra.core.hydra_config import HydraConfig
-from omegaconf import DictConfig
-
-from moe_plugin.apps.launch.command import one_line_errors, run
+from moe_plugin.apps.launch.end_process import run_and_end
 from moe_plugin.apps.launch.process_environment import is_first_node, is_launched
+from moe_plugin.apps.launch.signals import StopSignals
+
+if TYPE_CHECKING:
+    from omegaconf import DictConfig
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -20,15 +22,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Words after the program's name; by default the program's own.
     """
-    if is_launched():
-        _train_by_hand(sys.argv[1:] if arguments is None else arguments)
-    else:
-        run(sys.argv[1:] if arguments is None else arguments, train)
+    with StopSignals():
+        # Hydra and torch take seconds to import: signals are obeyed in that time too.
+        from moe_plugin.apps.launch.command import run
+
+        if is_launched():
+            _train_by_hand(sys.argv[1:] if arguments is None else arguments)
+        else:
+            run(sys.argv[1:] if arguments is None else arguments, train)
 
 
 def _train_by_hand(arguments: Sequence[str]) -> None:
     """Run the command line in a process that torchrun has started."""
     from moe_plugin.apps.launch import torchrun_config
+    from moe_plugin.apps.launch.command import one_line_errors, run
     from moe_plugin.apps.launch.train_job import train as train_here
 
     if not torchrun_config.is_follower():
@@ -50,6 +57,8 @@ def train(composed: DictConfig) -> float | None:
     Returns:
         The metric that a sweeper optimises, ``optimized_metric`` of the run's summary; None after a dry run.
     """
+    from hydra.core.hydra_config import HydraConfig
+
     from moe_plugin.apps.launch import torchrun_config
     from moe_plugin.apps.launch.disk_errors import DiskErrors
     from moe_plugin.apps.launch.last_checkpoint import find_checkpoint
@@ -78,4 +87,4 @@ def train(composed: DictConfig) -> float | None:
 
 
 if __name__ == "__main__":
-    main()
+    run_and_end(main) if is_launched() else main()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -10,10 +11,12 @@ from hydra.utils import instantiate
 from lightning.pytorch import Callback, LightningDataModule, LightningModule, Trainer
 from lightning.pytorch.callbacks import ProgressBar
 from lightning.pytorch.loggers import Logger
+from lightning.pytorch.strategies import Strategy
 from omegaconf import DictConfig, OmegaConf
 from torch.distributed._composable.checkpoint_activation import checkpoint
 
 from moe_plugin.apps.launch.compile_layers import CompileLayers
+from moe_plugin.apps.launch.processes import TIMEOUT
 from moe_plugin.apps.launch.time_limit import TimeLimit
 from moe_plugin.checkpoints import VerifiedCheckpointIO
 from moe_plugin.sharding import find_layers
@@ -66,6 +69,16 @@ def build_loggers(config: DictConfig) -> list[Logger]:
     return [instantiate(node) for node in (config.logger or {}).values() if node is not None]
 
 
+def _build_strategy(config: DictConfig) -> str | Strategy:
+    """Return Lightning's name of a strategy, or the object, whose ranks wait for one another for a limited time."""
+    node = config.strategy.lightning
+    if isinstance(node, str):
+        return node
+    strategy = instantiate(node)
+    strategy._timeout = timedelta(seconds=config.strategy.get("timeout", TIMEOUT))
+    return strategy
+
+
 def build_trainer(config: DictConfig, *, callbacks: Sequence[Callback], **objects: Any) -> Trainer:
     """Return the trainer.
 
@@ -76,13 +89,13 @@ def build_trainer(config: DictConfig, *, callbacks: Sequence[Callback], **object
     """
     max_time = config.trainer.max_time
     time_limit = [] if max_time is None else [TimeLimit(to_plain(max_time))]
-    strategy, val_check_interval = config.strategy.lightning, config.trainer.val_check_interval
+    val_check_interval = config.trainer.val_check_interval
     if isinstance(val_check_interval, int):  # ours counts steps, Lightning's micro-batches
         val_check_interval *= config.trainer.accumulate_grad_batches
     return instantiate(
         config.trainer,
         devices=config.strategy.devices,
-        strategy=strategy if isinstance(strategy, str) else instantiate(strategy),
+        strategy=_build_strategy(config),
         val_check_interval=val_check_interval,
         max_time=None,  # `TimeLimit` does that
         callbacks=[*callbacks, *time_limit],

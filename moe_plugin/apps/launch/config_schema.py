@@ -24,6 +24,7 @@ class Strategy:
     """Where a run takes place: the number of processes, the switches, and ``"auto"`` or a ``_target_`` node."""
 
     devices: int | Literal["auto"]
+    timeout: float
     lightning: Any
     activation_checkpointing: bool = False
     compile: str | None = None

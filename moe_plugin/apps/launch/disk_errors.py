@@ -12,7 +12,7 @@ from typing import TypeGuard
 
 from torch.distributed.checkpoint.api import CheckpointException
 
-from moe_plugin.checkpoints.replace import previous_of
+from moe_plugin.apps.launch.last_checkpoint import newest_checkpoint
 from moe_plugin.errors import RunError
 
 OF_DISKS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
@@ -63,8 +63,7 @@ class DiskErrors:
 
     def _line(self, error: OSError) -> str:
         what = f"{error.strerror}: {_file(error) or self._folder}"
-        last = self._folder / "checkpoints" / "last.ckpt"
-        left = next((path for path in (last, previous_of(last)) if path.exists()), None)
+        left = newest_checkpoint(self._folder)
         return f"{what}. " + (f"{left} is left to continue from." if left else "No checkpoint is left.")
 
 

@@ -108,6 +108,12 @@ def find_checkpoint(ckpt_path: str | None, run_folder: Path, *, trusted: bool = 
     return None
 
 
+def newest_checkpoint(run_folder: Path) -> Path | None:
+    """Return the last checkpoint that a run has saved, if any; it is verified when a run continues from it."""
+    last = run_folder / "checkpoints" / "last.ckpt"
+    return next((path for path in (last, previous_of(last)) if path.exists()), None)
+
+
 def _newest_first(last: Path) -> list[Path]:
     """Return the last checkpoint, the one that it replaced, and then the others; nothing if neither is there."""
     latest = [path for path in (last, previous_of(last)) if path.exists()]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 
 # Lightning's tips, the devices it sees, the seed, each process's start, the stop reason, how it reads checkpoints
 # (the user's own, with data and callback states), SLURM's requeueing (ours): the app itself shows what matters.
@@ -41,12 +41,6 @@ WARNINGS = (
     r"Be aware that when using `ckpt_path`, callbacks used to create the checkpoint",
 )
 
-# torchrun's agent, on each signal and failed process: our own line reports it.
-AGENT_LOGGERS = (
-    "torch.distributed.elastic.agent.server.api",
-    "torch.distributed.elastic.multiprocessing.api",
-)
-
 
 @contextmanager
 def quiet() -> Iterator[None]:
@@ -55,11 +49,6 @@ def quiet() -> Iterator[None]:
         for message in WARNINGS:
             warnings.filterwarnings("ignore", message=message)
         yield
-
-
-def quiet_agent() -> AbstractContextManager[None]:
-    """Silence torchrun's agent within its block."""
-    return _level(AGENT_LOGGERS, logging.CRITICAL)
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,10 +13,10 @@ from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 
 from moe_plugin.apps.launch.agreement_interval import AgreementInterval
+from moe_plugin.apps.launch.heartbeat import patience
 from moe_plugin.apps.launch.last_checkpoint import LastCheckpoint
-from moe_plugin.apps.launch.signals import STOPPED, StopSignals
+from moe_plugin.apps.launch.signals import STOPPED, StopSignals, tell
 from moe_plugin.apps.launch.step_boundary import is_at_step_boundary
-from moe_plugin.apps.received.printable import printable
 from moe_plugin.apps.report.stopped import write_stopped
 
 
@@ -43,6 +42,7 @@ class StopAtSignal(Callback):
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         """Defer signals: from here on there is something to save."""
+        self.signals.patience = patience
         self.signals.deferred = True
 
     def on_train_batch_end(self, trainer: Trainer, *args: Any, **kwargs: Any) -> None:
@@ -94,7 +94,7 @@ def told_when_stopped(signals: StopSignals, trainer: Trainer, folder: Path) -> I
         if trainer.is_global_zero:
             line = f"stopped by {signals.name} after step {trainer.global_step}; {where}"
             write_stopped(folder, line)
-            print(printable(line), file=sys.stderr, flush=True)
+            tell(line)
         raise SystemExit(STOPPED if saved else 128 + signals.received) from None
 
 

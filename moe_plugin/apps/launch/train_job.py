@@ -28,6 +28,7 @@ from moe_plugin.apps.launch.build import (
 )
 from moe_plugin.apps.launch.disk_errors import DiskErrors
 from moe_plugin.apps.launch.exact_restart import ExactRestart
+from moe_plugin.apps.launch.heartbeat import Heartbeat
 from moe_plugin.apps.launch.hparams import log_hyperparameters
 from moe_plugin.apps.launch.override_optimizer import OverrideOptimizer
 from moe_plugin.apps.launch.quiet_logs import quiet
@@ -57,11 +58,12 @@ def train(config: DictConfig) -> None:
         RunError: The disk failed.
     """
     folder, clock = Path(config.paths.output), Throughput()
-    with StopSignals() as signals, quiet(), _ended_process_group(), DiskErrors(folder):
+    with StopSignals(folder) as signals, quiet(), _ended_process_group(), DiskErrors(folder):
         seed_everything(config.seed, workers=True, verbose=False)
         data, model = build_data(config), build_model_for(config)
-        callbacks = [*build_callbacks(config), clock, RandomState(), ExactRestart(), StopAtSignal(signals)]
-        callbacks += [StoredSettings(config), *([OverrideOptimizer()] if config.override_optimizer else [])]
+        callbacks = [*build_callbacks(config), clock, RandomState(), ExactRestart(), Heartbeat()]
+        callbacks += [StopAtSignal(signals), StoredSettings(config)]
+        callbacks += [OverrideOptimizer()] if config.override_optimizer else []
         trainer = build_trainer(config, callbacks=callbacks, logger=build_loggers(config))
         if trainer.is_global_zero:
             write_environment(describe_environment(trainer.world_size, trainer.strategy.root_device), folder)

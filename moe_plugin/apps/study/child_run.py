@@ -8,6 +8,7 @@ import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
+from moe_plugin.apps.launch.lifeline import end_with_parent
 from moe_plugin.apps.report.summary import SUMMARY_FILE
 from moe_plugin.apps.train import main as train
 
@@ -37,7 +38,7 @@ def run_in_child(words: Sequence[str], folder: Path) -> bool:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / COMMIT_FILE).write_text(_commit() + "\n")
     child = multiprocessing.get_context("fork").Process(
-        target=_train, args=([*words, f"hydra.run.dir={folder}"], folder)
+        target=_train, args=([*words, f"hydra.run.dir={folder}"], folder, os.getpid())
     )
     child.start()
     child.join()
@@ -53,7 +54,8 @@ def _commit() -> str:
         return ""
 
 
-def _train(words: list[str], folder: Path) -> None:
+def _train(words: list[str], folder: Path, parent: int) -> None:
+    end_with_parent(parent)
     with (folder / LOG_FILE).open("w") as log:
         os.dup2(log.fileno(), 1)
         os.dup2(log.fileno(), 2)

@@ -13,7 +13,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from moe_plugin.apps import train
-from moe_plugin.apps.launch.processes import slurm_rendezvous
+from moe_plugin.apps.launch.meeting_point import slurm_meeting_point
 from moe_plugin.apps.launch.signals import STOPPED
 from tests.apps.launch.small_job import NOISY, WORDS
 
@@ -126,12 +126,11 @@ class TestWrongUse:
         assert message in capsys.readouterr().err
 
 
-class TestSlurmRendezvous:
+class TestSlurmMeetingPoint:
     def test_first_host_of_the_job_is_the_meeting_point(self, monkeypatch: pytest.MonkeyPatch) -> None:
         for name, value in (
             ("SLURM_JOB_NODELIST", "gpu[07-09],gpu12"),
             ("SLURM_JOB_ID", "1234"),
         ):
             monkeypatch.setenv(name, value)
-        endpoint, run_id = slurm_rendezvous()
-        assert (endpoint, run_id) == ("gpu07:16234", "1234")
+        assert slurm_meeting_point() == ("gpu07", 16234, "1234")
