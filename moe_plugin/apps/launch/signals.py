@@ -13,6 +13,7 @@ from typing import Any
 
 from moe_plugin.apps.launch.deadline import STOP_SIGNALS, Deadline
 from moe_plugin.apps.launch.rank_state import is_supervised, own_state
+from moe_plugin.apps.received.printable import printable
 
 # "Temporary failure, try again" of sysexits.h: the run was stopped by a signal and can continue from its checkpoint.
 STOPPED = os.EX_TEMPFAIL
@@ -123,6 +124,4 @@ def stopped_without_saving(what: str, folder: Path | None) -> tuple[int, str]:
 def tell(line: str) -> None:
     """Print how this process ends, safe in a signal handler; a process that a command of ours started stays silent."""
     if not is_supervised():
-        from moe_plugin.apps.received.printable import printable
-
         os.write(2, f"{printable(line)}\n".encode())
