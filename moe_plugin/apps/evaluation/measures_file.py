@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from moe_plugin.apps.evaluation.stored_run import run_folder
-from moe_plugin.apps.report.atomic_write import write_atomically
 from moe_plugin.errors import ConfigError
 
 
@@ -37,6 +36,8 @@ def write_measures(measures: Mapping[str, Any], target: Path) -> None:
         measures: Numbers, and mappings and lists of them.
         target: The file.
     """
+    from moe_plugin.apps.report.atomic_write import write_atomically  # with torch: too slow for a refusal
+
     write_atomically(target, json.dumps(measures, indent=2, allow_nan=False) + "\n")
 
 
