@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from moe_plugin.checkpoints.temporary import sync, sync_path, temporary_file
+from moe_plugin.checkpoints.temporary import sync_path, temporary_file, write
 from moe_plugin.errors import CheckpointError
 
 SUFFIX, IN_FOLDER = ".sha256", "SHA256SUMS"
@@ -44,8 +44,8 @@ def write_sums(path: Path, sums: Sums) -> None:
     target = manifest_of(path)
     lines = [f"{sum_}  {name if path.is_dir() else path.name}\n" for name, sum_ in sums]
     with temporary_file(target) as file:
-        file.write("".join(lines).encode())
-        sync(file)
+        write(file, "".join(lines).encode())
+        os.fsync(file.fileno())
         os.replace(file.name, target)
     sync_path(target.parent)
 

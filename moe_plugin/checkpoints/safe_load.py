@@ -5,7 +5,8 @@ from __future__ import annotations
 import pickle
 import re
 import struct
-from pathlib import Path, PurePosixPath, PureWindowsPath
+import zipfile
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar
 
 import torch
@@ -31,7 +32,6 @@ _CLASSES = {
     ("torch.serialization", "_get_layout"): _LAYOUTS.__getitem__,
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"): filesystem._StorageInfo,
     **{("pathlib", name): PurePosixPath for name in ("PosixPath", "PurePosixPath")},
-    **{("pathlib", name): PureWindowsPath for name in ("WindowsPath", "PureWindowsPath")},
     **{
         (metadata.__name__, name): getattr(metadata, name)
         for name in (*metadata.__all__, "_MEM_FORMAT_ENCODING")
@@ -56,7 +56,8 @@ def load_file(path: str | Path, *, trusted: bool = False, mmap: bool = False) ->
     if not Path(path).is_file():
         raise _no_file(path)
     try:
-        return torch.load(path, map_location="cpu", weights_only=not trusted, mmap=mmap)
+        mapped = mmap and zipfile.is_zipfile(path)  # torch's older format cannot be
+        return torch.load(path, map_location="cpu", weights_only=not trusted, mmap=mapped)
     except DAMAGES as error:
         raise told(path, error) from error
 
@@ -69,7 +70,7 @@ def read_metadata(folder: str | Path, *, trusted: bool = False) -> Metadata:
         trusted: The checkpoint is the user's own: the file may name any class, whose code then runs.
 
     Raises:
-        CheckpointError: The file is missing or damaged, or names a type that is refused; it names the type.
+        CheckpointError: The file is missing or damaged, or names a type or another file that is refused.
     """
     path = Path(folder) / METADATA
     if not path.is_file():
@@ -83,7 +84,20 @@ def read_metadata(folder: str | Path, *, trusted: bool = False) -> Metadata:
         isinstance(read.__dict__.get(name), dict) for name in _PARTS
     ):
         raise CheckpointError(f"{str(path)!r} must hold the metadata of a sharded checkpoint, and does not.")
+    if not trusted:
+        _check_files(path, read)
     return read
+
+
+def _check_files(path: Path, metadata: Metadata) -> None:
+    """Check that torch will read no other files than those of the folder that we know."""
+    for stored in metadata.storage_data.values():
+        name = getattr(stored, "relative_path", "")
+        if not isinstance(name, str) or Path(name).name != name:
+            raise CheckpointError(f"{str(path)!r} must name files of its own folder only, got {name!r}.")
+    # Torch turns to one of a rank if something about the first makes it fail.
+    for file in path.parent.glob(f"__*{METADATA}"):
+        raise CheckpointError(f"{str(file)!r} must not be there: {METADATA!r} is for all ranks.")
 
 
 class _MetadataUnpickler(_PythonUnpickler):

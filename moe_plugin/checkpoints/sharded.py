@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadat
 from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict_loader import load
 
-from moe_plugin.checkpoints.safe_load import DAMAGES, METADATA, load_file, read_metadata, told
+from moe_plugin.checkpoints.safe_load import DAMAGES, load_file, read_metadata, told
 from moe_plugin.errors import CheckpointError
 
 LIGHTNINGS_PART = "meta.pt"
@@ -41,6 +41,8 @@ def shapes_in(path: str | Path, *, trusted: bool = False) -> dict[str, torch.Siz
         CheckpointError: The file or folder is no checkpoint, or must not be read as one.
     """
     if is_sharded(path):
+        if not trusted:
+            check_plain(path)
         stored = read_metadata(path, trusted=trusted).state_dict_metadata
         tensors = {
             name: each.size for name, each in stored.items() if isinstance(each, TensorStorageMetadata)
@@ -66,11 +68,13 @@ def check_plain(path: str | Path) -> None:
     if not is_sharded(path):
         load_file(path, mmap=True)
         return
-    load_file(Path(path) / LIGHTNINGS_PART, mmap=True)
-    stored = read_metadata(path).state_dict_metadata
-    with _read_as_data(Path(path)):
-        values = {name: None for name, each in stored.items() if not isinstance(each, TensorStorageMetadata)}
-        _read_(values, Path(path), trusted=False)
+    folder = Path(path)
+    load_file(folder / LIGHTNINGS_PART, mmap=True)
+    metadata = read_metadata(folder)
+    stored = metadata.state_dict_metadata
+    values = {name: None for name, each in stored.items() if not isinstance(each, TensorStorageMetadata)}
+    with _read_as_data(folder):
+        _read_(values, folder, _PlainReader(folder, metadata), _PlainPlanner(folder))
 
 
 def read_sharded(folder: Path, *, trusted: bool = False) -> dict[str, Any]:
@@ -94,7 +98,10 @@ def read_sharded(folder: Path, *, trusted: bool = False) -> dict[str, Any]:
             else None
             for name, each in metadata.state_dict_metadata.items()
         }
-        _read_(values, folder, trusted=trusted)
+        if trusted:
+            _read_(values, folder, FileSystemReader(folder), DefaultLoadPlanner())
+        else:
+            _read_(values, folder, _PlainReader(folder, metadata), _PlainPlanner(folder))
         tree = _nested(values, metadata.planner_data)
         optimizers = sorted(key for key in tree if key.startswith(OPTIMIZER))
         states = [_numbered(tree[optimizer]) for optimizer in optimizers]
@@ -102,17 +109,14 @@ def read_sharded(folder: Path, *, trusted: bool = False) -> dict[str, Any]:
 
 
 class _PlainReader(FileSystemReader):
-    """A reader of shards that takes the metadata as data, and reads no file outside the folder."""
+    """A reader of shards that takes metadata that were read as data."""
+
+    def __init__(self, folder: Path, metadata: Metadata) -> None:
+        super().__init__(folder)
+        self.metadata = metadata
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        folder = Path(self.path)
-        metadata = read_metadata(folder)
-        names = {stored.relative_path for stored in metadata.storage_data.values()}
-        if outside := sorted(name for name in names if Path(name).name != name):
-            raise CheckpointError(
-                f"{str(folder / METADATA)!r} names a file outside its folder: {outside[0]!r}."
-            )
-        return metadata
+        return self.metadata
 
 
 class _PlainPlanner(DefaultLoadPlanner):
@@ -131,12 +135,13 @@ class _PlainPlanner(DefaultLoadPlanner):
         super().load_bytes(read_item, value)
 
 
-def _read_(values: dict[str, Any], folder: Path, *, trusted: bool) -> None:
+def _read_(
+    values: dict[str, Any], folder: Path, reader: FileSystemReader, planner: DefaultLoadPlanner
+) -> None:
     """Fill in what a folder holds under the names of the values."""
-    parts = {} if trusted else {"planner": _PlainPlanner(folder), "storage_reader": _PlainReader(folder)}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
-        load(values, checkpoint_id=folder, no_dist=True, **parts)
+        load(values, checkpoint_id=folder, storage_reader=reader, planner=planner, no_dist=True)
 
 
 def cause_of(error: CheckpointException) -> BaseException:

@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import shutil
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch.distributed as dist
+from lightning.pytorch.strategies import ParallelStrategy
 from lightning.pytorch.utilities import rank_zero_info
 from torch.distributed.checkpoint.api import CheckpointException
 
@@ -18,15 +22,10 @@ from moe_plugin.checkpoints.sharded import cause_of, check_plain
 from moe_plugin.checkpoints.temporary import sync_path, temporary_folder
 from moe_plugin.errors import CheckpointError
 
-if TYPE_CHECKING:
-    from lightning.pytorch.strategies import ModelParallelStrategy as Sharding
-else:
-    Sharding = object
-
 _OF_A_RANK = re.compile(r"__(\d+)_.*")
 
 
-class VerifiedShards(Sharding):
+class VerifiedShards(ParallelStrategy):
     """Folders of shards that are whole or not there: what `VerifiedCheckpointIO` does for files.
 
     To be put before `ModelParallelStrategy` or `FSDPStrategy`. All ranks save into a temporary folder, each sums up
@@ -59,14 +58,18 @@ class VerifiedShards(Sharding):
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary_folder(path) if self.is_global_zero else nullcontext() as temporary:
             folder = Path(self.broadcast(temporary))  # pyright: ignore[reportArgumentType]
-            sums = self._gathered(lambda: self._saved(checkpoint, folder, storage_options))
+            sums = self._gathered(lambda: self._saved(checkpoint, path, folder, storage_options))
             if self.is_global_zero:
                 put(folder, path, sums)
 
     def load_checkpoint(
         self, checkpoint_path: str | Path, weights_only: bool | None = None
     ) -> dict[str, Any]:
-        """Load a checkpoint that is verified and that runs no code, unless ``weights_only`` is False."""
+        """Load a checkpoint that is verified and that runs no code, unless ``weights_only`` is False.
+
+        Raises:
+            CheckpointError: It is damaged, is refused, or belongs to another model.
+        """
         path = Path(self.broadcast(checkpoint_path))
         self._gathered(lambda: self._verified(path, weights_only))
         given = {} if weights_only is None else {"weights_only": weights_only}
@@ -82,9 +85,12 @@ class VerifiedShards(Sharding):
         kind = getattr(self, "_state_dict_type", "")
         return getattr(self, "_save_distributed_checkpoint", kind == "sharded")
 
-    def _saved(self, checkpoint: dict[str, Any], folder: Path, storage_options: Any) -> Sums:
-        """Let Lightning save, and return the sums of this rank's files."""
-        super().save_checkpoint(checkpoint, folder, storage_options)
+    def _saved(self, checkpoint: dict[str, Any], path: Path, folder: Path, storage_options: Any) -> Sums:
+        """Let Lightning save into the folder, and return the sums of this rank's files."""
+        try:
+            super().save_checkpoint(checkpoint, folder, storage_options)
+        except (CheckpointException, RuntimeError) as error:
+            raise _not_saved(path, error) from error
         mine = [file for file in sorted(folder.iterdir()) if _rank_of(file) == self.global_rank]
         for file in mine:
             sync_path(file)
@@ -111,11 +117,22 @@ class VerifiedShards(Sharding):
 def _outcome(work: Callable[[], Sums]) -> Sums | Exception:
     try:
         return work()
-    except CheckpointException as error:
-        cause = cause_of(error)
-        return cause if isinstance(cause, OSError) else CheckpointError(" ".join(str(cause).split()))
-    except (CheckpointError, OSError, RuntimeError) as error:
+    except (CheckpointError, OSError) as error:
         return error
+
+
+def _not_saved(path: Path, error: BaseException) -> OSError | CheckpointError:
+    """Return an error of one line for one of torch's."""
+    cause = cause_of(error) if isinstance(error, CheckpointException) else error
+    # Where a disk is full, torch may complain of positions in a file instead.
+    full = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) if _is_full(path.parent) else None
+    if isinstance(known := full or cause, OSError):
+        return OSError(known.errno, known.strerror, str(path))
+    return CheckpointError(f"{str(path)!r} was not saved: {' '.join(str(cause).split())}")
+
+
+def _is_full(folder: Path) -> bool:
+    return shutil.disk_usage(folder).free < 2**20
 
 
 def _rank_of(file: Path) -> int:

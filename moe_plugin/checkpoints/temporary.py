@@ -8,14 +8,14 @@ import secrets
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import FileIO
 from pathlib import Path
-from typing import IO
 
 SUFFIX, FOLDER_SUFFIX = ".unfinished", ".unfinished.d"
 
 
 @contextmanager
-def temporary_file(target: Path) -> Iterator[IO[bytes]]:
+def temporary_file(target: Path) -> Iterator[FileIO]:
     """Open a new file in the target's folder, and remove it unless the block renames it.
 
     What processes that are dead left in the folder is removed first.
@@ -24,6 +24,9 @@ def temporary_file(target: Path) -> Iterator[IO[bytes]]:
     with _locked(target) as file:
         try:
             yield file
+        except OSError as error:
+            error.filename = str(target)  # what the user knows
+            raise
         finally:
             Path(file.name).unlink(missing_ok=True)
 
@@ -56,10 +59,17 @@ def remove_leftovers(folder: Path) -> None:
             shutil.rmtree(path, ignore_errors=True)
 
 
-def sync(file: IO[bytes]) -> None:
-    """Wait until the disk has what was written into a file."""
-    file.flush()
-    os.fsync(file.fileno())
+def write(file: FileIO, data: bytes) -> int:
+    """Write all of the data, which the system may take in parts, and return how much that is.
+
+    Args:
+        file: A file without a buffer.
+        data: Any number of bytes.
+    """
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+    return len(data)
 
 
 def sync_path(path: Path) -> None:
@@ -71,10 +81,10 @@ def sync_path(path: Path) -> None:
         os.close(descriptor)
 
 
-def _locked(target: Path) -> IO[bytes]:
+def _locked(target: Path) -> FileIO:
     """Return a new file under a lock; whoever looks for leftovers may take it before the lock, so try again."""
     while True:
-        file = target.with_name(f".{target.name}.{secrets.token_hex(4)}{SUFFIX}").open("xb")
+        file = target.with_name(f".{target.name}.{secrets.token_hex(4)}{SUFFIX}").open("xb", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:

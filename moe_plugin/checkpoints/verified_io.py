@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import os
+from io import FileIO
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import torch
 from lightning.fabric.plugins.io.torch_io import TorchCheckpointIO
@@ -15,7 +16,7 @@ from moe_plugin.checkpoints.manifest import file_sum, verify
 from moe_plugin.checkpoints.replace import discard, previous_of, put
 from moe_plugin.checkpoints.safe_load import load_file
 from moe_plugin.checkpoints.sharded import is_sharded, read_sharded
-from moe_plugin.checkpoints.temporary import sync, temporary_file
+from moe_plugin.checkpoints.temporary import temporary_file, write
 from moe_plugin.errors import CheckpointError
 
 
@@ -52,7 +53,7 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
         path = Path(path)
         path.parent.mkdir(parents=True, exist_ok=True)
         with temporary_file(path) as file:
-            sum_ = _write(checkpoint, file, path)
+            sum_ = _write(checkpoint, file)
             put(Path(file.name), path, [(path.name, sum_)])
 
     def load_checkpoint(self, path: str | Path, *arguments: Any, **options: Any) -> dict[str, Any]:
@@ -81,37 +82,35 @@ def is_remote(path: str | Path) -> bool:
 class _Summed:
     """A file for ``torch.save`` that sums up what is written, and keeps the error, which torch does not pass on."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: FileIO) -> None:
         self.file = file
         self.sha = hashlib.sha256()
         self.error: OSError | None = None
 
     def write(self, data: bytes) -> int:
+        self.sha.update(data)
         try:
-            written = self.file.write(data)
+            return write(self.file, data)
         except OSError as error:
             self.error = error
             raise
-        self.sha.update(data)
-        return written
 
     def flush(self) -> None:
-        self.file.flush()
+        pass  # torch asks for it; there is no buffer
 
 
-def _write(checkpoint: object, file: IO[bytes], path: Path) -> str:
-    """Write a checkpoint that is to be called `path`, read it back, and return its SHA-256."""
+def _write(checkpoint: object, file: FileIO) -> str:
+    """Write a checkpoint, read it back, and return its SHA-256."""
     summed = _Summed(file)
     try:
         torch.save(checkpoint, summed)  # pyright: ignore[reportArgumentType]
-        sync(file)
-    except (OSError, RuntimeError) as error:
-        cause = summed.error or error
-        if isinstance(cause, OSError):
-            raise OSError(cause.errno, cause.strerror, str(path)) from None
-        raise
+    except RuntimeError as error:
+        raise summed.error or error from None
+    os.fsync(file.fileno())
     if hasattr(os, "posix_fadvise"):  # read the disk, not what the system remembers of it
         os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
     if file_sum(Path(file.name)) != summed.sha.hexdigest():
-        raise CheckpointError(f"{str(path)!r} was not saved: the disk returns other bytes than were written.")
+        raise CheckpointError(
+            f"{file.name!r} was not written: the disk returns other bytes than it was given."
+        )
     return summed.sha.hexdigest()

@@ -94,7 +94,7 @@ def _fit_and_validate(
 ) -> Mapping[str, float]:
     """Return the metrics of the whole validation split after training; none after a dry run."""
     log_hyperparameters(trainer.loggers, Path(config.paths.output), config.seed)
-    trusted = {"weights_only": False} if config.trust else {}
+    trusted: dict[str, Any] = {"weights_only": False} if config.trust else {}
     trainer.fit(model, data, ckpt_path=config.ckpt_path, **trusted)
     if config.trainer.fast_dev_run:
         return {}

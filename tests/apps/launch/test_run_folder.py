@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-import pytest
+import torch
 from omegaconf import OmegaConf
 
 from moe_plugin.apps.launch.last_checkpoint import find_checkpoint
@@ -25,13 +25,14 @@ class TestPrepare:
 
 
 class TestFindCheckpoint:
-    @pytest.mark.parametrize("path", [None, "elsewhere/best.ckpt"])
-    def test_anything_but_last_is_taken_as_it_is(self, path: str | None, tmp_path: Path) -> None:
-        assert find_checkpoint(path, tmp_path) == path
+    def test_anything_but_last_is_taken_as_it_is(self, tmp_path: Path) -> None:
+        torch.save({"state_dict": {}}, tmp_path / "best.ckpt")
+        for path in (None, str(tmp_path / "best.ckpt")):
+            assert find_checkpoint(path, tmp_path) == path
 
     def test_last_is_the_folders_own_and_nothing_before_there_is_one(self, tmp_path: Path) -> None:
         assert find_checkpoint("last", tmp_path) is None
         checkpoint = tmp_path / "checkpoints" / "last.ckpt"
         checkpoint.parent.mkdir()
-        checkpoint.touch()
+        torch.save({"state_dict": {}}, checkpoint)
         assert find_checkpoint("last", tmp_path) == str(checkpoint)

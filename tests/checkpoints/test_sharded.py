@@ -5,12 +5,15 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
+from lightning.pytorch.strategies import ModelParallelStrategy
 
 from moe_plugin import LossFreeBalancing, Sign
 from moe_plugin.apps.launch.checkpoint_experts import check_checkpoint_experts
-from moe_plugin.apps.launch.whole_checkpoint import WholeCheckpointIO, shapes_in
 from moe_plugin.attach.balanced_model import find_balanced
+from moe_plugin.checkpoints import VerifiedCheckpointIO, VerifiedShards
+from moe_plugin.checkpoints.sharded import shapes_in
 from moe_plugin.errors import CheckpointError
 from moe_plugin.experts import ExpertShape
 from moe_plugin.routing import Router, Sigmoid
@@ -36,6 +39,10 @@ MAKES = {"own": Host, "owned": partial(Host, OwningRouter)}
 STEPS = 4
 
 
+class Sharding(VerifiedShards, ModelParallelStrategy):
+    pass
+
+
 def batches(epochs=1):
     generator = torch.Generator().manual_seed(1)
     return [torch.randint(0, 32, (4, 8), generator=generator) for _ in range(STEPS)] * epochs
@@ -43,13 +50,12 @@ def batches(epochs=1):
 
 def runner(kind, callbacks, **settings):
     strategy, sharded = KINDS[kind]
-    distributed = {"save_distributed_checkpoint": sharded} if strategy == "fsdp" else {}
     balancing = LossFreeBalancing(Sign(rate=0.01))
-    # A checkpoint's own plugin is what the strategies that know only files read folders with.
-    plugins = [WholeCheckpointIO()]
-    return trainer(
-        strategy, distributed=distributed, plugins=plugins, callbacks=[balancing, *callbacks], **settings
-    )
+    if strategy == "fsdp":
+        settings["strategy"] = Sharding(dist.get_world_size(), 1, save_distributed_checkpoint=sharded)
+    # The strategies that know only files read folders with the plugin.
+    plugins = [VerifiedCheckpointIO()]
+    return trainer(strategy, plugins=plugins, callbacks=[balancing, *callbacks], **settings)
 
 
 def save(rank, results, folder, make, kinds):
@@ -110,10 +116,13 @@ class TestShapesIn:
     def test_file_that_is_no_checkpoint_is_named(self, tmp_path):
         path = tmp_path / "notes.txt"
         path.write_text("not a checkpoint")
-        with pytest.raises(
-            CheckpointError, match=r"'ckpt_path' must be a checkpoint of Lightning, got .*notes\.txt"
-        ):
+        with pytest.raises(CheckpointError, match=r"notes\.txt' is damaged or no checkpoint"):
             shapes_in(path)
+
+    def test_file_of_another_form_is_named(self, tmp_path):
+        torch.save({"weights": torch.zeros(1)}, tmp_path / "other.pt")
+        with pytest.raises(CheckpointError, match=r"must be a checkpoint of Lightning, got .*other\.pt"):
+            shapes_in(tmp_path / "other.pt")
 
 
 class TestCheckpointExperts:
