@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from moe_plugin.apps.launch.folder_lock import LOCK_FILE, locked
+from moe_plugin.apps.study.__main__ import main as study
 from moe_plugin.errors import ConfigError
 from tests.apps.launch.other_process import in_other_process
 
@@ -56,3 +57,12 @@ class TestLocked:
         monkeypatch.setattr(fcntl, "lockf", fail)
         with locked(tmp_path, KEY):
             assert "not locked (No locks available)" in capsys.readouterr().err
+
+    def test_second_study_is_refused_before_it_begins(
+        self, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        folder = tmp_path / "demo"
+        with in_other_process(lambda: locked(folder, KEY)), pytest.raises(SystemExit, match="2"):
+            study(["demo", "--folder", str(tmp_path), "--csv", str(tmp_path / "study.csv")])
+        assert "'--folder' must be a folder that is not in use" in capsys.readouterr().err
+        assert [path.name for path in tmp_path.rglob("*")] == ["demo", LOCK_FILE]
