@@ -10,6 +10,7 @@ from pathlib import Path
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig
 
+from moe_plugin.apps.launch.check_jobs import check_jobs
 from moe_plugin.apps.launch.command import one_line_errors, run
 from moe_plugin.apps.launch.process_environment import is_first_node, is_launched
 
@@ -23,7 +24,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if is_launched():
         _train_by_hand(sys.argv[1:] if arguments is None else arguments)
     else:
-        run(sys.argv[1:] if arguments is None else arguments, train)
+        _run(sys.argv[1:] if arguments is None else arguments)
+
+
+def _run(arguments: Sequence[str]) -> None:
+    run(arguments, train, config_name="config", check=check_jobs)
 
 
 def _train_by_hand(arguments: Sequence[str]) -> None:
@@ -33,7 +38,7 @@ def _train_by_hand(arguments: Sequence[str]) -> None:
 
     if not torchrun_config.is_follower():
         try:
-            run(arguments, train)
+            _run(arguments)
         finally:
             torchrun_config.release()
     elif config := torchrun_config.receive():
@@ -55,7 +60,7 @@ def train(composed: DictConfig) -> float | None:
     from moe_plugin.apps.launch.processes import number_of_processes, run_in_processes
     from moe_plugin.apps.launch.run_folder import prepare_
     from moe_plugin.apps.launch.train_job import train as train_here
-    from moe_plugin.apps.launch.validate_config import without_hydra
+    from moe_plugin.apps.launch.compose import without_hydra
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     config = without_hydra(composed, folder)

@@ -10,10 +10,9 @@ from typing import Any, cast
 from omegaconf import DictConfig, OmegaConf
 from torch import nn
 
-from moe_plugin.apps.launch.build import build_model_on_meta
-from moe_plugin.apps.launch.quiet_logs import quiet
+from moe_plugin.apps.launch.bounds import check_bounds
+from moe_plugin.apps.launch.config_nodes import check_nodes_in_source
 from moe_plugin.apps.launch.signature import check_arguments
-from moe_plugin.apps.launch.validate_config import attempt, locate_target, nodes, present
 from moe_plugin.apps.models.size import measure
 from moe_plugin.apps.plan.cluster import Cluster, Hardware
 from moe_plugin.apps.plan.meta_model import Precision, prepare_, routed_experts
@@ -42,7 +41,7 @@ class Settings:
         """Check the lists.
 
         Raises:
-            ConfigError: A layout is unknown, a violation is negative, or the folder of `output` is missing.
+            ConfigError: A layout is unknown, a violation is negative, or `output` cannot be written.
         """
         unknown = [name for name in self.layouts if name not in LAYOUTS]
         if unknown or not self.layouts:
@@ -51,6 +50,7 @@ class Settings:
             check_not_negative(f"max_violations[{place}]", violation)
         if not Path(self.output).absolute().parent.is_dir():
             raise ConfigError("output", "must be in a folder that exists", self.output)
+        check_output_file("output", Path(self.output))
 
 
 def check_settings(config: DictConfig) -> Settings:
@@ -59,11 +59,11 @@ def check_settings(config: DictConfig) -> Settings:
     Raises:
         ConfigError: One does not.
     """
+    check_nodes_in_source(config)
+    check_bounds(config)
     values = cast(dict[str, Any], OmegaConf.to_object(config))
     own = {entry.name: values[entry.name] for entry in fields(Settings)}
     check_arguments(Settings, own, "")
-    for key, node in nodes(config):
-        check_arguments(locate_target(node, key), present(node), key)
     return Settings(**own)
 
 

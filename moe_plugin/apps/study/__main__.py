@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moe_plugin.apps.launch.command import FAILED, one_line_errors
+from moe_plugin.apps.one_line_parser import one_line_
+from moe_plugin.apps.outputs import check_output_file, check_output_folder
 from moe_plugin.apps.study.arms import Arm, Study, read_study
+from moe_plugin.apps.study.check_runs import check_runs, words_of
 from moe_plugin.apps.study.child_run import LOG_FILE, is_finished, run_in_child
 from moe_plugin.apps.study.results import collect, run_folder, write_csv
 
@@ -22,6 +25,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     options = _parser().parse_args(arguments)
     with one_line_errors():
         studies = [read_study(name) for name in options.studies]
+        check_output_file("--csv", options.csv)
+        check_output_folder("--folder", options.folder)
+        check_runs(studies, options.change)
     failed = []
     for study in studies:
         for arm, seed in study.runs():
@@ -34,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    words = argparse.ArgumentParser(prog="moe-study", description=__doc__)
+    words = one_line_(argparse.ArgumentParser(prog="moe-study", description=__doc__))
     words.add_argument("studies", nargs="+", help="options of conf/study, or YAML files like them")
     words.add_argument("--folder", type=Path, default=Path("runs/study"), help="default: %(default)s")
     words.add_argument("--csv", type=Path, default=Path("runs/study/study.csv"), help="default: %(default)s")
@@ -50,8 +56,7 @@ def _run(study: Study, arm: Arm, seed: int, root: Path, changes: Sequence[str]) 
     if is_finished(folder):
         return True
     print(f"{study.name}: {arm.name}, seed {seed}", flush=True)
-    words = [f"experiment={study.experiment}", *arm.overrides, *changes, f"seed={seed}"]
-    done = run_in_child(words, folder.resolve())
+    done = run_in_child([*words_of(study, arm, changes), f"seed={seed}"], folder.resolve())
     if not done:
         print(f"failed: {arm.name}, seed {seed}; see {folder / LOG_FILE}", file=sys.stderr, flush=True)
     return done

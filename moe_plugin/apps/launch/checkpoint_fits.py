@@ -1,4 +1,4 @@
-"""Compares a checkpoint's numbers of experts with the model's, before torch lists every tensor that doesn't fit."""
+"""Compares a checkpoint's shapes with the model's, before torch lists every tensor that doesn't fit."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from moe_plugin.attach.discovery.routed_experts import find_routed_experts
 from moe_plugin.errors import CheckpointError
 
 
-def check_checkpoint_experts(model: nn.Module, path: str | Path) -> None:
-    """Check that each layer of the model has as many experts as in the checkpoint.
+def check_checkpoint_fits(model: nn.Module, path: str | Path) -> None:
+    """Check that a checkpoint is of this model: that each layer has as many experts, and that shapes are the same.
 
     Args:
         model: The model; the meta device is enough.
         path: A checkpoint, a file or a folder.
 
     Raises:
-        CheckpointError: They differ; it names both numbers for each such layer.
+        CheckpointError: They differ; it names both numbers for each such layer, or the first other shape.
     """
     shapes, names = shapes_in(path), {module: name for name, module in model.named_modules()}
     wrong = []
@@ -32,3 +32,12 @@ def check_checkpoint_experts(model: nn.Module, path: str | Path) -> None:
                 break
     if wrong:
         raise CheckpointError(f"'ckpt_path' has other numbers of experts. {'; '.join(wrong)}.")
+    parameters = dict(model.named_parameters())
+    if not parameters.keys() & shapes.keys():
+        raise CheckpointError(f"'ckpt_path' must be a checkpoint of this model, got {str(path)!r}.")
+    for name, parameter in parameters.items():
+        if name in shapes and len(shapes[name]) and shapes[name] != parameter.shape:
+            stored, wanted = (" x ".join(map(str, shape)) for shape in (shapes[name], parameter.shape))
+            raise CheckpointError(
+                f"'ckpt_path' is of another model. {name}: {stored} in the checkpoint, {wanted} in the model."
+            )
