@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moe_plugin.apps.models.size import measure
+from moe_plugin.apps.plan.choices import LAYOUTS
 from moe_plugin.apps.plan.cluster import Cluster
 from moe_plugin.apps.plan.exchange import RowExchange, row_exchange
 from moe_plugin.apps.plan.layouts import DistributedDataParallel, ExpertParallel, FullySharded, Layout
@@ -15,7 +16,6 @@ from moe_plugin.apps.plan.steps import Steps, spread_steps, whole_steps
 from moe_plugin.apps.plan.traffic import Transfer
 from moe_plugin.apps.plan.workload import Workload
 
-LAYOUTS = ("ddp", "fsdp", "ep")
 
 
 @dataclass(frozen=True)
