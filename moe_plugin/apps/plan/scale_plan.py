@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from moe_plugin.apps.models.size import measure
-from moe_plugin.apps.plan.choices import LAYOUTS
 from moe_plugin.apps.plan.cluster import Cluster
 from moe_plugin.apps.plan.exchange import RowExchange, row_exchange
 from moe_plugin.apps.plan.layouts import DistributedDataParallel, ExpertParallel, FullySharded, Layout

@@ -89,6 +89,8 @@ def _study(
     name: str, *, experiment: Any, seeds: Any, reference: Any, arms: dict[Any, Any], fewer_seeds: Any = None
 ) -> Study:
     """Return the study with these keys, once each is checked."""
+    if not arms:
+        raise ConfigError("arms", "must have at least one", arms)
     fewer = {} if fewer_seeds is None else fewer_seeds
     check_integer("seeds", seeds)
     if not isinstance(fewer, dict):
