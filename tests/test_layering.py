@@ -34,14 +34,20 @@ PLUGIN = {
 }
 APPS = {
     "apps": set(),
+    "apps.one_line_parser": set(),
+    "apps.outputs": {"errors"},
+    "apps.received": {"errors"},
     "apps.data": {"errors", "number_checks"},
     "apps.models": {
         *("errors", "types", "number_checks", "routing", "losses", "experts", "attach", "sharding"),
     },
-    "apps.report": {"errors", "metrics", "plots", "callbacks", "__init__"},
+    "apps.report": {
+        *("errors", "metrics", "plots", "callbacks", "__init__"),
+        *("apps.one_line_parser", "apps.outputs", "apps.received"),
+    },
     "apps.launch": {
         *("errors", "number_checks", "experts", "attach", "sharding", "callbacks"),
-        *("apps.models", "apps.report"),
+        *("apps.models", "apps.one_line_parser", "apps.outputs", "apps.report"),
     },
     "apps.throughput": {"errors", "number_checks", "apps.data", "apps.models"},
     "apps.train": {"apps.launch"},
@@ -49,12 +55,13 @@ APPS = {
     "apps.inspection": {"errors", "attach", "apps.launch"},
     "apps.plan": {
         *("errors", "types", "number_checks", "routing", "balancing", "experts", "attach", "sharding"),
-        *("apps.launch", "apps.models"),
+        *("apps.launch", "apps.models", "apps.outputs"),
     },
     "apps.simulate": {"errors", "number_checks", "routing", "balancing", "metrics", "plots", "apps.launch"},
     "apps.study": {
-        *("errors", "metrics", "attach", "plots"),
-        *("apps.data", "apps.models", "apps.report", "apps.launch", "apps.train"),
+        *("errors", "number_checks", "metrics", "attach", "plots"),
+        *("apps.data", "apps.models", "apps.one_line_parser", "apps.outputs", "apps.received", "apps.report"),
+        *("apps.launch", "apps.train"),
     },
 }
 MAY_IMPORT = GROUND | PLUGIN | APPS

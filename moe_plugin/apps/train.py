@@ -56,11 +56,11 @@ def train(composed: DictConfig) -> float | None:
         The metric that a sweeper optimises, ``optimized_metric`` of the run's summary; None after a dry run.
     """
     from moe_plugin.apps.launch import torchrun_config
+    from moe_plugin.apps.launch.compose import without_hydra
     from moe_plugin.apps.launch.last_checkpoint import find_checkpoint
     from moe_plugin.apps.launch.processes import number_of_processes, run_in_processes
     from moe_plugin.apps.launch.run_folder import prepare_
     from moe_plugin.apps.launch.train_job import train as train_here
-    from moe_plugin.apps.launch.compose import without_hydra
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     config = without_hydra(composed, folder)

@@ -75,7 +75,9 @@ class _Closed(Loader):
 class _Gate(MetaPathFinder):
     """Lets slow packages be found but not imported."""
 
-    def find_spec(self, name: str, path: Sequence[str] | None = None, target: object = None) -> ModuleSpec | None:
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: object = None
+    ) -> ModuleSpec | None:
         spec = PathFinder.find_spec(name, path) if name.partition(".")[0] in SLOW else None
         if spec is not None:
             spec.loader = _Closed()
@@ -98,7 +100,12 @@ def _answer(
 ) -> Answer:
     out, err, clock = io.StringIO(), io.StringIO(), time.process_time()
     sys.argv = [command, *words]
-    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err), _limit(), warnings.catch_warnings():
+    with (
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(err),
+        _limit(),
+        warnings.catch_warnings(),
+    ):
         try:
             code = importlib.import_module(MODULES[command]).main(words) or 0
         except SystemExit as end:
@@ -134,7 +141,10 @@ def _limit() -> Iterator[None]:
         raise TimeoutError("still running")
 
     # Processor time for loops, and time for waiting.
-    for kind, timer, seconds in ((signal.SIGPROF, signal.ITIMER_PROF, 20), (signal.SIGALRM, signal.ITIMER_REAL, 120)):
+    for kind, timer, seconds in (
+        (signal.SIGPROF, signal.ITIMER_PROF, 20),
+        (signal.SIGALRM, signal.ITIMER_REAL, 120),
+    ):
         signal.signal(kind, end)
         signal.setitimer(timer, seconds)
     try:

@@ -74,13 +74,17 @@ def _for_report() -> None:
     for name, (file, content) in DAMAGED.items():
         run(Path(name))
         Path(name, file).write_bytes(content if isinstance(content, bytes) else content.encode())
-    for name in ("bad_events", "cut_events"):
+    for name in ("bad_events", "cut_events", "cut_short"):
         Path(name).mkdir()
         shutil.copy(os.environ["EVENTS"], Path(name, "events.out.tfevents.1.host.1.0"))
     events = Path("bad_events", "events.out.tfevents.1.host.1.0")
-    events.write_bytes(bytes(byte ^ 255 if place % 7 == 3 else byte for place, byte in enumerate(events.read_bytes())))
+    events.write_bytes(
+        bytes(byte ^ 255 if place % 7 == 3 else byte for place, byte in enumerate(events.read_bytes()))
+    )
     events = Path("cut_events", "events.out.tfevents.1.host.1.0")
     events.write_bytes(events.read_bytes()[:5])
+    events = Path("cut_short", "events.out.tfevents.1.host.1.0")
+    events.write_bytes(events.read_bytes()[:-5])
 
 
 def run(folder: Path) -> None:

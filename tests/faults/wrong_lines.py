@@ -121,7 +121,10 @@ TRAIN: list[tuple[Line, str]] = [
     ("trainer.overfit_batches=-1", "'trainer.overfit_batches' must be"),
     ("trainer.overfit_batches=1.5", "'trainer.overfit_batches' must be"),
     ("trainer.fast_dev_run=-1", "'trainer.fast_dev_run' must be"),
-    ("trainer.accumulate_grad_batches=0", "'trainer.accumulate_grad_batches' must be an integer >= 1, got 0."),
+    (
+        "trainer.accumulate_grad_batches=0",
+        "'trainer.accumulate_grad_batches' must be an integer >= 1, got 0.",
+    ),
     ("trainer.num_nodes=0", "'trainer.num_nodes' must be an integer >= 1, got 0."),
     ("trainer.num_nodes=2", "'trainer.num_nodes' must be 1 unless torchrun"),
     ("data.batch_size=-8", "'data.batch_size' must be"),

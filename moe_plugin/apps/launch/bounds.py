@@ -59,10 +59,14 @@ def _check_clip(key: str, value: Any) -> None:
 
 def _check_share(key: str, value: Any, *, least: int) -> None:
     """Check what Lightning takes as a whole number of batches, or as a share of all of them."""
-    fits = value >= least if isinstance(value, int) else (0.0 if least == 0 else math.ulp(0.0)) <= value <= 1.0
+    fits = (
+        value >= least if isinstance(value, int) else (0.0 if least == 0 else math.ulp(0.0)) <= value <= 1.0
+    )
     if isinstance(value, bool) or not fits:
         share = "0.0 <= share" if least == 0 else "0.0 < share"
-        raise ConfigError(key, f"must be an integer >= {least}, or a share of an epoch ({share} <= 1.0)", value)
+        raise ConfigError(
+            key, f"must be an integer >= {least}, or a share of an epoch ({share} <= 1.0)", value
+        )
 
 
 def _check_time(key: str, value: Any) -> None:

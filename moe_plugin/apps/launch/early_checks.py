@@ -20,7 +20,12 @@ from moe_plugin.apps.outputs import check_output_folder
 from moe_plugin.errors import ConfigError
 
 LAST = "last"
-_LOGGERS = {"WandbLogger": "wandb", "MLFlowLogger": "mlflow", "CometLogger": "comet_ml", "NeptuneLogger": "neptune"}
+_LOGGERS = {
+    "WandbLogger": "wandb",
+    "MLFlowLogger": "mlflow",
+    "CometLogger": "comet_ml",
+    "NeptuneLogger": "neptune",
+}
 """The package that each of Lightning's loggers needs."""
 
 

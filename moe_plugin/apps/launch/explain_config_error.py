@@ -17,7 +17,9 @@ from moe_plugin.errors import ConfigError, Value
 
 
 def explain_composition(
-    error: HydraException | OmegaConfBaseException | YAMLError, overrides: Sequence[str], config_name: str = "config"
+    error: HydraException | OmegaConfBaseException | YAMLError,
+    overrides: Sequence[str],
+    config_name: str = "config",
 ) -> ConfigError:
     """Return the error to raise for one that was raised while composing.
 

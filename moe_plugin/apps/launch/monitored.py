@@ -8,7 +8,13 @@ from moe_plugin.apps.launch.config_nodes import nodes
 from moe_plugin.errors import ConfigError
 
 _LOGGED = (
-    *("train/loss", "train/auxiliary_loss", "val/loss", "val/max_violation_batch", "val/max_violation_global"),
+    *(
+        "train/loss",
+        "train/auxiliary_loss",
+        "val/loss",
+        "val/max_violation_batch",
+        "val/max_violation_global",
+    ),
     *("val/load_entropy", "val/dead_experts", "val/experts_per_token", "epoch", "step"),
 )
 """What our models and `LoadMonitor` log through Lightning."""

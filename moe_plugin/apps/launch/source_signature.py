@@ -8,7 +8,6 @@ from __future__ import annotations
 import ast
 import collections.abc
 import typing
-from collections.abc import Iterator
 from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
@@ -98,5 +97,3 @@ class _Names(dict[str, Any]):
         if name in {"bool", "int", "float", "str", "list", "dict", "tuple", "set", "object"}:
             raise KeyError(name)  # Python finds it
         return Any
-
-

@@ -29,7 +29,6 @@ def build_workload(config: DictConfig, settings: Settings) -> Workload:
     Raises:
         ConfigError: The model cannot be built, or a number is out of range.
     """
-
     check_nodes(config)
 
     def build() -> nn.Module:

@@ -16,7 +16,6 @@ from moe_plugin.apps.plan.traffic import Transfer
 from moe_plugin.apps.plan.workload import Workload
 
 
-
 @dataclass(frozen=True)
 class LayoutPlan:
     """What a step takes on one layout.

@@ -17,8 +17,6 @@ from moe_plugin.apps.plan.cluster import Cluster, Hardware
 from moe_plugin.errors import ConfigError
 from moe_plugin.number_checks import check_integer, check_not_negative
 
-
-
 _LONGEST = 2**24
 """Tokens of a sequence beyond which a plan takes minutes: a million take 12 s."""
 

@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 
 from moe_plugin import __version__
+from moe_plugin.apps.received.printable import printable
+from moe_plugin.apps.received.regular_file import read_json
 from moe_plugin.apps.report.atomic_write import write_atomically
 
 ENVIRONMENT_FILE = "environment.json"
@@ -43,4 +45,6 @@ def write_environment(environment: dict[str, str], folder: Path) -> None:
 def read_environment(folder: Path) -> dict[str, str]:
     """Read what `write_environment` wrote; empty without the file."""
     path = folder / ENVIRONMENT_FILE
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
+    if not path.exists():
+        return {}
+    return {printable(k): printable(v) for k, v in read_json(path, ENVIRONMENT_FILE).items()}

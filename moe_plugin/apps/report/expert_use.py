@@ -5,7 +5,6 @@ Shape legend: L layers, U numbers of experts used, G kinds of tokens.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -14,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from moe_plugin.apps.received.regular_file import read_json
 from moe_plugin.apps.report.cells import number_cell
 from moe_plugin.apps.report.svg_charts import COLORS, Line, line_chart
 from moe_plugin.plots.colors import amount_scale, ink_on, load_colors
@@ -59,7 +59,7 @@ class UsedView:
 def read_expert_use(folder: Path) -> dict[str, Any]:
     """Return the run's last record; empty without one."""
     files = sorted(folder.rglob(EXPERT_USE_FILE))
-    return json.loads(files[-1].read_text(encoding="utf-8")) if files else {}
+    return read_json(files[-1], EXPERT_USE_FILE) if files else {}
 
 
 def used_view(use: Mapping[str, Any]) -> UsedView | None:

@@ -35,10 +35,15 @@ def check_trials(configs: Sequence[DictConfig]) -> None:
     for config in configs:
         check_nodes(config)
         for key in PARTS:
-            try:
-                instantiate(config[key], _convert_="all")
-            except (InstantiationException, ValueError, TypeError, ImportError) as error:
-                raise locate(error, config, near=key) from error
+            _check_built(config, key)
+
+
+def _check_built(config: DictConfig, key: str) -> None:
+    """Check that a part can be built."""
+    try:
+        instantiate(config[key], _convert_="all")
+    except (InstantiationException, ValueError, TypeError, ImportError) as error:
+        raise locate(error, config, near=key) from error
 
 
 def _check_early(config: DictConfig) -> None:

@@ -64,7 +64,9 @@ class Setting:
         )
         check_integer("seed", self.seed, least=0)
         if not hasattr(self.score, "scores"):
-            raise ConfigError("score", "must be a score function, such as moe_plugin.routing.Sigmoid", self.score)
+            raise ConfigError(
+                "score", "must be a score function, such as moe_plugin.routing.Sigmoid", self.score
+            )
         if self.top_k >= self.num_experts:
             raise ConfigError("top_k", f"must be < num_experts ({self.num_experts})", self.top_k)
 
