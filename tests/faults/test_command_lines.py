@@ -62,7 +62,9 @@ def answers(command: str, kind: str, surroundings: Mapping[str, str], folder: Pa
 def is_clean(answer: Answer) -> bool:
     """Returns whether a wrong line is answered as it should be."""
     is_one_line = answer.err.startswith("error: ") and answer.err.count("\n") == 1
-    return (answer.code, answer.out, answer.created) == (2, "", []) and is_one_line and answer.part in answer.err
+    return (
+        (answer.code, answer.out, answer.created) == (2, "", []) and is_one_line and answer.part in answer.err
+    )
 
 
 class TestWrongLines:
@@ -87,7 +89,9 @@ class TestWrongLines:
         code = "import time; import moe_plugin.apps.launch.validate_config; print(time.process_time())"
         environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
-        figure(f"wrong command lines: importing torch and Lightning takes {float(done.stdout):.1f} s of processor time")
+        figure(
+            f"wrong command lines: importing torch and Lightning takes {float(done.stdout):.1f} s of processor time"
+        )
 
     def test_there_are_as_many_as_the_goal_names(self) -> None:
         assert sum(len(lines) for _, lines in WRONG.values()) >= 261

@@ -68,7 +68,8 @@ def _of_class(definition: ast.ClassDef) -> Parameters | None:
     is_dataclass = any("dataclass" in ast.unparse(each) for each in definition.decorator_list)
     if not is_dataclass or definition.bases:
         return None
-    fields = (node for node in definition.body if isinstance(node, ast.AnnAssign))
+    annotated = (node for node in definition.body if isinstance(node, ast.AnnAssign))
+    fields = [node for node in annotated if "ClassVar" not in ast.unparse(node.annotation)]
     return Parameters({ast.unparse(node.target): _hint(node.annotation) for node in fields}, takes_any=False)
 
 
