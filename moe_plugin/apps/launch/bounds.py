@@ -84,7 +84,7 @@ def _check_devices(key: str, value: Any) -> None:
 
 _COUNT = check_integer
 _FROM_ZERO: Callable[[str, Any], None] = partial(check_integer, least=0)
-_CHECKS: dict[str, Callable[[str, Any], None]] = {
+_CHECKS: dict[str, Callable[[str, Any], object]] = {
     **dict.fromkeys(("seed", "data.seed"), check_seed),
     **dict.fromkeys(("trainer.max_steps", "trainer.max_epochs"), _check_steps),
     "trainer.gradient_clip_val": _check_clip,
