@@ -36,15 +36,21 @@ PLUGIN = {
 APPS = {
     "apps": set(),
     "apps.config_folder": set(),
+    "apps.one_line_parser": set(),
+    "apps.outputs": {"errors"},
     "apps.received": {"errors", "apps.config_folder"},
     "apps.data": {"errors", "number_checks", "checkpoints"},
     "apps.models": {
         *("errors", "types", "number_checks", "routing", "losses", "experts", "attach", "sharding"),
     },
-    "apps.report": {"errors", "metrics", "plots", "callbacks", "__init__", "apps.received"},
+    "apps.report": {
+        *("errors", "metrics", "plots", "callbacks", "__init__"),
+        *("apps.one_line_parser", "apps.outputs", "apps.received"),
+    },
     "apps.launch": {
         *("errors", "number_checks", "experts", "attach", "sharding", "callbacks", "checkpoints"),
-        *("apps.models", "apps.report", "apps.config_folder", "apps.received"),
+        *("apps.models", "apps.one_line_parser", "apps.outputs", "apps.report", "apps.config_folder"),
+        "apps.received",
     },
     "apps.throughput": {"errors", "number_checks", "apps.data", "apps.models"},
     "apps.train": {"apps.launch"},
@@ -53,12 +59,13 @@ APPS = {
     "apps.inspection": {"errors", "attach", "checkpoints", "apps.received", "apps.launch"},
     "apps.plan": {
         *("errors", "types", "number_checks", "routing", "balancing", "experts", "attach", "sharding"),
-        *("apps.launch", "apps.models"),
+        *("apps.launch", "apps.models", "apps.outputs"),
     },
     "apps.simulate": {"errors", "number_checks", "routing", "balancing", "metrics", "plots", "apps.launch"},
     "apps.study": {
-        *("errors", "metrics", "attach", "plots", "checkpoints"),
-        *("apps.data", "apps.models", "apps.received", "apps.report", "apps.launch", "apps.train"),
+        *("errors", "number_checks", "metrics", "attach", "plots", "checkpoints"),
+        *("apps.data", "apps.models", "apps.one_line_parser", "apps.outputs", "apps.received", "apps.report"),
+        *("apps.launch", "apps.train"),
     },
 }
 MAY_IMPORT = GROUND | PLUGIN | APPS

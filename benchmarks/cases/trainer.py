@@ -22,8 +22,7 @@ from moe_plugin.apps.launch.build import (
     build_model,
     build_trainer,
 )
-from moe_plugin.apps.launch.compose import compose_jobs
-from moe_plugin.apps.launch.validate_config import without_hydra
+from moe_plugin.apps.launch.compose import compose_jobs, without_hydra
 
 INSIDE_THE_STEP = (
     "on_before_zero_grad",

@@ -24,23 +24,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     with StopSignals():
         # Hydra and torch take seconds to import: signals are obeyed in that time too.
-        from moe_plugin.apps.launch.command import run
-
         if is_launched():
             _train_by_hand(sys.argv[1:] if arguments is None else arguments)
         else:
-            run(sys.argv[1:] if arguments is None else arguments, train)
+            _run(sys.argv[1:] if arguments is None else arguments)
+
+
+def _run(arguments: Sequence[str]) -> None:
+    from moe_plugin.apps.launch.check_jobs import check_jobs
+    from moe_plugin.apps.launch.command import run
+
+    run(arguments, train, config_name="config", check=check_jobs)
 
 
 def _train_by_hand(arguments: Sequence[str]) -> None:
     """Run the command line in a process that torchrun has started."""
     from moe_plugin.apps.launch import torchrun_config
-    from moe_plugin.apps.launch.command import one_line_errors, run
+    from moe_plugin.apps.launch.command import one_line_errors
     from moe_plugin.apps.launch.train_job import train as train_here
 
     if not torchrun_config.is_follower():
         try:
-            run(arguments, train)
+            _run(arguments)
         finally:
             torchrun_config.release()
     elif config := torchrun_config.receive():
@@ -60,13 +65,13 @@ def train(composed: DictConfig) -> float | None:
     from hydra.core.hydra_config import HydraConfig
 
     from moe_plugin.apps.launch import torchrun_config
+    from moe_plugin.apps.launch.compose import without_hydra
     from moe_plugin.apps.launch.disk_errors import DiskErrors
     from moe_plugin.apps.launch.last_checkpoint import find_checkpoint
     from moe_plugin.apps.launch.processes import number_of_processes, run_in_processes
     from moe_plugin.apps.launch.resumed_settings import report_resume
     from moe_plugin.apps.launch.run_folder import prepare_
     from moe_plugin.apps.launch.train_job import train as train_here
-    from moe_plugin.apps.launch.validate_config import without_hydra
 
     folder = Path(HydraConfig.get().runtime.output_dir)
     config = without_hydra(composed, folder)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from moe_plugin.errors import ConfigError
 from moe_plugin.plots.picture import load_picture
-from moe_plugin.plots.run_data import read_run
+from moe_plugin.plots.run_data import named, read_run
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,7 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
 def _draw(runs: list[str], out: Path) -> Path:
     if not out.resolve().parent.is_dir():
         raise ConfigError("--out", "must be in an existing folder", str(out))
-    return load_picture([read_run(run) for run in runs], out)
+    return load_picture([read_run(*named(run)) for run in runs], out)
 
 
 if __name__ == "__main__":

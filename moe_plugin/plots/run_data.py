@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from moe_plugin.errors import ConfigError
+from moe_plugin.plots.event_file import count_events
 
 EXPERT_USE_FILE = "expert_use.json"
 """File next to the logs with what experts take, and how many tokens use, in the last validation run."""
@@ -35,21 +36,33 @@ class RunData:
     counts: dict[str, list[tuple[int, np.ndarray]]] = field(default_factory=dict)
 
 
-def read_run(run: str) -> RunData:
+def named(word: str) -> tuple[str, Path]:
+    """Return the label and the folder that a word of the command line stands for.
+
+    Args:
+        word: A run's folder, or `label=folder`; the label is the folder's name if left out. A name with a `=` is that
+            of a folder if there is one.
+    """
+    label, equals, path = word.partition("=")
+    if equals and not Path(word).exists():
+        return label, Path(path)
+    return Path(word).resolve().name, Path(word)
+
+
+def read_run(label: str, folder: Path) -> RunData:
     """Read the logs of a run.
 
     Args:
-        run: The run's folder, or `label=folder`; the label is the folder's name if left out.
+        label: The run's name in pictures, see `named`.
+        folder: The run's folder.
 
     Raises:
-        ConfigError: The folder is missing, or has neither events nor `metrics.csv`.
+        ConfigError: The folder is missing, or has neither events nor `metrics.csv`, or they are damaged.
     """
-    label, equals, path = run.partition("=")
-    folder = Path(path if equals else run)
     if not folder.is_dir():
         raise ConfigError("RUN", "must be the folder of a run", str(folder), "There is no such folder.")
-    label = label if equals else folder.resolve().name
-    if events := sorted(folder.rglob("events.out.tfevents.*")):
+    events = sorted(folder.rglob("events.out.tfevents.*"))
+    if sum(count_events(path) for path in events):
         return _read_events(label, events)
     if tables := sorted(folder.rglob("metrics.csv")):
         return RunData(label, _read_csv(tables[-1]))
@@ -78,10 +91,15 @@ def _read_events(label: str, events: list[Path]) -> RunData:
 def _read_csv(path: Path) -> dict[str, Series]:
     scalars: dict[str, Series] = {}
     with path.open(newline="", encoding="utf-8") as file:
-        for row in csv.DictReader(file):
-            for tag, value in row.items():
-                if value and tag not in {"step", "epoch"}:
-                    steps, values = scalars.setdefault(tag, ([], []))
-                    steps.append(int(row["step"]))
-                    values.append(float(value))
+        rows = csv.DictReader(file)
+        try:
+            for row in rows:
+                for tag, value in row.items():
+                    if value and tag not in {"step", "epoch"}:
+                        steps, values = scalars.setdefault(tag, ([], []))
+                        steps.append(int(row["step"]))
+                        values.append(float(value))
+        except (ValueError, TypeError, KeyError, csv.Error) as error:
+            rule = f"must have a table of numbers by step (not so in line {rows.line_num})"
+            raise ConfigError("RUN", rule, str(path)) from error
     return scalars

@@ -10,7 +10,7 @@ from lightning.pytorch.callbacks import LambdaCallback, ModelCheckpoint
 from lightning.pytorch.strategies import ModelParallelStrategy
 
 from moe_plugin import LossFreeBalancing, Sign
-from moe_plugin.apps.launch.checkpoint_experts import check_checkpoint_experts
+from moe_plugin.apps.launch.checkpoint_fits import check_checkpoint_fits
 from moe_plugin.attach.balanced_model import find_balanced
 from moe_plugin.checkpoints import VerifiedCheckpointIO, VerifiedShards
 from moe_plugin.checkpoints.sharded import shapes_in
@@ -129,10 +129,10 @@ class TestCheckpointExperts:
     def test_both_numbers_are_named_for_each_layer(self, tmp_path):
         model, path = language_model(), tmp_path / "last.ckpt"
         torch.save({"state_dict": model.state_dict()}, path)
-        check_checkpoint_experts(model, path)
+        check_checkpoint_fits(model, path)
         router = partial(Router, score=Sigmoid())
         other = language_model(router=router, num_dense=1, experts=ExpertShape(8, 2, 8))
         with pytest.raises(
             CheckpointError, match=r"layers\.1\.feed_forward: 4 in the checkpoint, 8 in the model"
         ):
-            check_checkpoint_experts(other, path)
+            check_checkpoint_fits(other, path)

@@ -1,4 +1,4 @@
-"""The command line: checks every job first, then hands over to Hydra."""
+"""A command line of Hydra's: checks every job first, then hands over to Hydra."""
 
 from __future__ import annotations
 
@@ -8,53 +8,65 @@ import sys
 from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 
 import hydra
 from hydra._internal.utils import get_args_parser
 from omegaconf import DictConfig
 
+from moe_plugin.apps.config_folder import conf_dir
 from moe_plugin.apps.launch.claimed_folder import claimed_folder
-from moe_plugin.apps.launch.compose import HYDRA_VERSION, compose_jobs, conf_dir, is_group
+from moe_plugin.apps.launch.compose import HYDRA_VERSION, compose_jobs, is_group
 from moe_plugin.apps.launch.explain_config_error import one_line
 from moe_plugin.apps.launch.process_environment import is_launched
 from moe_plugin.apps.launch.sweep import reported_sweep, sweep_job
+from moe_plugin.apps.one_line_parser import WRONG_USE, one_line_
 from moe_plugin.errors import ConfigError, MoEPluginError, RunError
 
-FAILED, WRONG_USE = 1, 2
+FAILED = 1
 
 
-def run(arguments: Sequence[str], task: Callable[[DictConfig], object]) -> None:
-    """Run a task on the configuration that the arguments stand for, or on each of a sweep.
-
-    With ``count_only=true`` only the models' sizes are printed.
+def run(
+    arguments: Sequence[str],
+    task: Callable[[DictConfig], object],
+    *,
+    config_name: str,
+    check: Callable[[Sequence[DictConfig]], None],
+) -> None:
+    """Run a task on the configuration that the arguments stand for, or on each of a sweep, once all are checked.
 
     Args:
         arguments: The command line without the program's name.
         task: Takes the composed configuration; what it returns goes to the sweeper.
+        config_name: The file of `conf_dir` that is composed.
+        check: Raises a `ConfigError` for a wrong one of the jobs' configurations, and creates nothing.
 
     Raises:
         SystemExit: With code 2 and one line on stderr when the arguments are wrong; nothing was created then. With
             code 1 when a run failed, or any job of a sweep.
     """
     arguments = [quote_option(word) for word in arguments]
-    args = get_args_parser().parse_intermixed_args(arguments)
+    args = one_line_(get_args_parser()).parse_intermixed_args(arguments)
+    config_name = args.config_name or config_name
     words = [*_switches(arguments, args.overrides), *args.overrides]
     if not _is_run(args):
-        _hand_over(words, task)
+        _hand_over(words, task, config_name)
         return
-    configs, sweep = _check_all(args), _is_sweep(args)
-    if all(_is_counted(config) for config in configs):
-        return
+    with one_line_errors():
+        _check_switches(args)
+        configs = list(_compose(args, config_name))
+        check(configs)
+    sweep = _is_sweep(args)
     key = "hydra.sweep.dir" if sweep else "hydra.run.dir"
     job = sweep_job(task) if sweep else one_line_errors()(task)
     reported = reported_sweep() if sweep else nullcontext()
     with one_line_errors(), claimed_folder(configs[0], key) as folder, reported:
-        _hand_over([*words, folder], job)
+        _hand_over([*words, folder], job, config_name)
 
 
-def _hand_over(words: Sequence[str], task: Callable[[DictConfig], object]) -> None:
+def _hand_over(words: Sequence[str], task: Callable[[DictConfig], object], config_name: str) -> None:
     """Let Hydra read the words and run the task."""
-    main = hydra.main(config_path=str(conf_dir()), config_name="config", version_base=HYDRA_VERSION)
+    main = hydra.main(config_path=str(conf_dir()), config_name=config_name, version_base=HYDRA_VERSION)
     with _command_line(words):
         main(task)()
 
@@ -85,31 +97,23 @@ def quote_option(word: str) -> str:
     return f"{group}=" + re.sub(r"(?<![^,])\d+(?![^,])", r'"\g<0>"', options)
 
 
-def _check_all(args: Namespace) -> list[DictConfig]:
-    """Compose and check each job, and return their configurations; the first that is wrong ends the program."""
-    with one_line_errors():
-        if _is_sweep(args) and is_launched():
-            fix = "Each job of a sweep starts its own processes."
-            raise ConfigError("-m", "must be used without torchrun", fix=fix)
-        configs = list(compose_jobs(args.overrides, multirun=_is_sweep(args), config_dir=args.config_dir))
-        # Torch and Lightning are imported only now: a misspelt key is answered at once.
-        from moe_plugin.apps.launch.validate_config import check, check_data
-
-        for config in configs:
-            check(config)
-        for config in configs:
-            check_data(config)
-    return configs
+def _check_switches(args: Namespace) -> None:
+    """Check the words that are not overrides."""
+    if _is_sweep(args) and is_launched():
+        fix = "Each job of a sweep starts its own processes."
+        raise ConfigError("-m", "must be used without torchrun", fix=fix)
+    for word in ("config_path", "experimental_rerun"):
+        if getattr(args, word) is not None:
+            switch, fix = f"--{word.replace('_', '-')}", "--config-dir adds a folder of your own options."
+            raise ConfigError(switch, "is not an option of this command", getattr(args, word), fix)
+    if args.config_dir is not None and not Path(args.config_dir).is_dir():
+        raise ConfigError("--config-dir", "must be a folder", args.config_dir)
 
 
-def _is_counted(config: DictConfig) -> bool:
-    """Print the model's size if only that is asked for, and return whether it was."""
-    if config.count_only:
-        from moe_plugin.apps.launch.build import build_model_on_meta
-        from moe_plugin.apps.models.size import measure, print_size_table
-
-        print_size_table(measure(build_model_on_meta(config)))
-    return config.count_only
+def _compose(args: Namespace, config_name: str) -> Iterator[DictConfig]:
+    return compose_jobs(
+        args.overrides, multirun=_is_sweep(args), config_dir=args.config_dir, config_name=config_name
+    )
 
 
 @contextmanager

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.errors import HydraException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from hydra_plugins.moe_plugin_search_path import GROUPS
 from moe_plugin.apps.config_folder import conf_dir
@@ -26,7 +27,11 @@ def is_group(name: str) -> bool:
 
 
 def compose_jobs(
-    overrides: Sequence[str], *, multirun: bool, config_dir: str | None = None
+    overrides: Sequence[str],
+    *,
+    multirun: bool,
+    config_dir: str | None = None,
+    config_name: str = "config",
 ) -> Iterator[DictConfig]:
     """Yield the configuration (with its ``hydra`` node) of a run, or that of every job of a grid sweep.
 
@@ -36,6 +41,7 @@ def compose_jobs(
         overrides: The command line's ``key=value`` words.
         multirun: Whether it is a sweep.
         config_dir: A user's own folder of groups, searched first (Hydra's ``--config-dir``).
+        config_name: The file of `conf_dir` to begin with.
 
     Raises:
         ConfigError: A word is malformed, or names what is not there.
@@ -45,16 +51,16 @@ def compose_jobs(
         overrides = [*overrides, f"hydra.searchpath=[file://{Path(config_dir).resolve()}]"]
     with initialize_config_dir(str(conf_dir()), version_base=HYDRA_VERSION, job_name="train"):
         try:
-            for words in _split_sweep(overrides) if multirun else [list(overrides)]:
-                yield compose("config", words, return_hydra_config=True)
-        except (HydraException, OmegaConfBaseException) as error:
-            raise explain_composition(error, overrides) from error
+            for words in _split_sweep(overrides, config_name) if multirun else [list(overrides)]:
+                yield compose(config_name, words, return_hydra_config=True)
+        except (HydraException, OmegaConfBaseException, YAMLError) as error:
+            raise explain_composition(error, overrides, config_name) from error
 
 
-def _split_sweep(overrides: Sequence[str]) -> list[list[str]]:
+def _split_sweep(overrides: Sequence[str], config_name: str) -> list[list[str]]:
     """Return the words of each job of a sweep."""
     fixed = [words[0] for words in choices(overrides) if len(words) == 1]
-    sweeper = compose("config", fixed, return_hydra_config=True).hydra.sweeper
+    sweeper = compose(config_name, fixed, return_hydra_config=True).hydra.sweeper
     if not sweeper._target_.endswith("BasicSweeper"):
         return [fixed]
     configured = [f"{key}={value}" for key, value in (sweeper.params or {}).items()]
@@ -65,3 +71,17 @@ def _split_sweep(overrides: Sequence[str]) -> list[list[str]]:
             fix = "Add hparams_search=optuna, or give values."
             raise ConfigError(key, "must be values, since no sampler draws from ranges", given, fix)
     return [list(job) for job in itertools.product(*choices(words))]
+
+
+def without_hydra(config: DictConfig, output: Path) -> DictConfig:
+    """Return the run's own configuration, resolved.
+
+    Args:
+        config: As composed, with the ``hydra`` node.
+        output: The run's folder.
+    """
+    run = OmegaConf.masked_copy(config, [key for key in map(str, config) if key != "hydra"])
+    with open_dict(run):
+        run.paths.output = str(output)
+    OmegaConf.resolve(run)
+    return run

@@ -9,15 +9,18 @@ from hydra import compose
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from yaml import YAMLError
 
 from moe_plugin.apps.launch.overrides import parse
 from moe_plugin.apps.launch.signature import unknown_key
 from moe_plugin.apps.received.printable import printable
-from moe_plugin.errors import ConfigError
+from moe_plugin.errors import ConfigError, Value
 
 
 def explain_composition(
-    error: HydraException | OmegaConfBaseException, overrides: Sequence[str], config_name: str = "config"
+    error: HydraException | OmegaConfBaseException | YAMLError,
+    overrides: Sequence[str],
+    config_name: str = "config",
 ) -> ConfigError:
     """Return the error to raise for one that was raised while composing.
 
@@ -30,12 +33,16 @@ def explain_composition(
     found = re.match(r"Could not override '([^']+)'", text)
     if found and found[1] in {override.key_or_group for override in parse(overrides)}:
         return _explain_key(found[1], overrides, error, config_name)
+    if found := re.match(r"Could not delete from config\. '([^']+)' does not exist", text):
+        return unknown_key(found[1], Value.NOT_SHOWN, _known_beside(found[1], [], config_name))
     if found := re.search(
         r"Could not find '([^']+)/([^'/]+)'\s+Available options in '[^']+':(.*?)Config search path",
         text,
         re.DOTALL,
     ):
         return ConfigError(found[1], f"must be one of {', '.join(found[3].split())}", found[2])
+    if found := re.search(r"Could not load '([^']+)/([^'/]+)'", text):
+        return ConfigError(found[1], "must be one of the options that there are", found[2])
     return ConfigError(config_name, f"cannot be composed: {_reason(error)}")
 
 
@@ -44,12 +51,16 @@ def _explain_key(key: str, overrides: Sequence[str], error: Exception, config_na
     value, word = {
         o.key_or_group: (o.value(), word) for word, o in zip(overrides, parse(overrides), strict=True)
     }[key]
-    others = [other for other in overrides if other != word]
-    parent = OmegaConf.select(compose(config_name, others), key.rpartition(".")[0] or "")
-    known = [str(k) for k in parent] if isinstance(parent, DictConfig) else []
+    known = _known_beside(key, [other for other in overrides if other != word], config_name)
     if key.rpartition(".")[2] in known:
         return ConfigError(key, f"cannot be set: {_reason(error)}", value)
     return unknown_key(key, value, known)
+
+
+def _known_beside(key: str, overrides: Sequence[str], config_name: str) -> list[str]:
+    """Return the keys that a configuration has where another was looked for."""
+    parent = OmegaConf.select(compose(config_name, list(overrides)), key.rpartition(".")[0] or "")
+    return [str(name) for name in parent] if isinstance(parent, DictConfig) else []
 
 
 def locate(error: Exception, config: DictConfig, near: str) -> ConfigError:

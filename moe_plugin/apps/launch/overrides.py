@@ -22,7 +22,10 @@ def parse(words: Sequence[str]) -> list[Override]:
 
 def _parse_word(word: str) -> Override:
     try:
-        return OverridesParser.create().parse_override(word)
+        override = OverridesParser.create().parse_override(word)
+        if not override.key_or_group:
+            raise HydraException("the key is missing")
+        return override
     except HydraException as error:
         reason, fix = str(error).splitlines()[0], "Text with blanks or signs goes in quotes: \"key='a b'\"."
         raise ConfigError(word, f"must be key=value ({reason})", fix=fix) from error

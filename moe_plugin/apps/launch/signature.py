@@ -5,13 +5,41 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from types import NoneType, UnionType
 from typing import Annotated, Any, Literal, Union, get_args, get_origin, get_type_hints
+
+from omegaconf import ListConfig
 
 from moe_plugin.errors import ConfigError
 
 SCALARS = {bool: "true or false", int: "a whole number", float: "a number", str: "text", NoneType: "null"}
+CONTAINERS = {list: "a list", dict: "a mapping", tuple: "a list"}
 HYDRA_KEYS = {"_target_", "_partial_", "_recursive_", "_convert_", "_args_"}
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What a class or function takes.
+
+    Attributes:
+        hints: The type hint of each parameter by name; `Any` if it has none.
+        takes_any: Whether it takes other names too.
+    """
+
+    hints: Mapping[str, Any]
+    takes_any: bool
+
+
+def _parameters_of(target: Callable[..., Any]) -> Parameters | None:
+    """Return what a class or function takes; None if that is not known, as of some builtins."""
+    try:
+        parameters = inspect.signature(target).parameters
+    except ValueError:
+        return None
+    hints = _hints_of(target)
+    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    return Parameters({name: hints.get(name, Any) for name in parameters}, takes_any)
 
 
 def check_arguments(target: Callable[..., Any], arguments: Mapping[str, Any], key: str) -> None:
@@ -25,19 +53,21 @@ def check_arguments(target: Callable[..., Any], arguments: Mapping[str, Any], ke
     Raises:
         ConfigError: The target doesn't take an argument, or takes a scalar of another type.
     """
-    try:
-        parameters = inspect.signature(target).parameters
-    except ValueError:  # some builtins have none
-        return
-    hints = _hints_of(target)
-    takes_any = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    for name, value in arguments.items():
-        if name in HYDRA_KEYS:
-            continue
-        full_key = f"{key}.{name}" if key else name
-        if name not in parameters and not takes_any:
-            raise unknown_key(full_key, value, parameters)
-        if (allowed := mismatch(value, hints.get(name, Any))) is not None:
+    if (parameters := _parameters_of(target)) is not None:
+        check_parameters(parameters, arguments, key)
+
+
+def check_parameters(parameters: Parameters, arguments: Mapping[str, Any], key: str) -> None:
+    """Check arguments against what is known of their target; see `check_arguments`.
+
+    Raises:
+        ConfigError: The target doesn't take an argument, or takes a scalar of another type.
+    """
+    for name in (each for each in arguments if each not in HYDRA_KEYS):
+        value, full_key = arguments[name], f"{key}.{name}" if key else name
+        if name not in parameters.hints and not parameters.takes_any:
+            raise unknown_key(full_key, value, parameters.hints)
+        if (allowed := mismatch(value, parameters.hints.get(name, Any))) is not None:
             raise ConfigError(full_key, f"must be {allowed}", value)
 
 
@@ -68,16 +98,17 @@ def _hints_of(target: Callable[..., Any]) -> dict[str, Any]:
 
 
 def mismatch(value: object, hint: Any) -> str | None:
-    """Return what is allowed if a scalar does not fit a type hint, else None.
+    """Return what is allowed if a scalar does not fit a type hint, or a list one for scalars only, else None.
 
     Args:
-        value: Anything else than a scalar passes.
+        value: Anything else than a scalar or list passes.
         hint: The type hint.
     """
-    if not isinstance(value, (bool, int, float, str, NoneType)):
-        return None
     allowed = list(_alternatives(hint))
-    if any(_accepts(choice, value) for choice in allowed):
+    is_list = isinstance(value, (list, ListConfig))
+    if not is_list and not isinstance(value, (bool, int, float, str, NoneType)):
+        return None
+    if any(not _is_scalar(choice) if is_list else _accepts(choice, value) for choice in allowed):
         return None
     return " or ".join(dict.fromkeys(_describe(choice) for choice in allowed))
 
@@ -96,11 +127,16 @@ def _alternatives(hint: Any) -> Iterable[Any]:
         yield hint
 
 
+def _is_scalar(choice: Any) -> bool:
+    """Return whether an alternative of a hint is about scalars."""
+    return get_origin(choice) is Literal or choice in SCALARS
+
+
 def _accepts(choice: Any, value: object) -> bool:
     """Return whether one alternative of a hint lets a scalar pass; hints that aren't about scalars do."""
     if get_origin(choice) is Literal:
         return value == get_args(choice)[0] and type(value) is type(get_args(choice)[0])
-    if choice not in SCALARS:
+    if not _is_scalar(choice):
         kind = get_origin(choice) or choice
         # Classes and containers that no scalar of a configuration can be.
         others = {"builtins", "collections.abc", "datetime"}
@@ -114,4 +150,6 @@ def _describe(choice: Any) -> str:
     """Return one alternative in words."""
     if get_origin(choice) is Literal:
         return repr(get_args(choice)[0])
-    return SCALARS.get(choice) or getattr(choice, "__name__", str(choice))
+    words = SCALARS | CONTAINERS
+    kind = get_origin(choice) or choice
+    return words.get(choice) or words.get(kind) or getattr(choice, "__name__", str(choice))

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import dataclasses
-import importlib
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
+from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Any
 
 from hydra.errors import InstantiationException
 from lightning.fabric.utilities.exceptions import MisconfigurationException
-from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf import DictConfig, OmegaConf
+from torch import nn
 
 from moe_plugin.apps.launch.build import (
     LOSS_FREE,
@@ -20,18 +19,17 @@ from moe_plugin.apps.launch.build import (
     build_model_on_meta,
     build_trainer,
 )
-from moe_plugin.apps.launch.checkpoint_experts import check_checkpoint_experts
-from moe_plugin.apps.launch.config_schema import Paths, Settings, Strategy
+from moe_plugin.apps.launch.checkpoint_fits import check_checkpoint_fits
+from moe_plugin.apps.launch.compose import without_hydra
+from moe_plugin.apps.launch.config_nodes import check_nodes
 from moe_plugin.apps.launch.expert_parallel import check_experts
-from moe_plugin.apps.launch.explain_config_error import locate, one_line
+from moe_plugin.apps.launch.explain_config_error import locate
 from moe_plugin.apps.launch.fused_experts import check_fused_experts
 from moe_plugin.apps.launch.last_checkpoint import LAST
 from moe_plugin.apps.launch.processes import check_processes, number_of_processes
 from moe_plugin.apps.launch.quiet_logs import quiet
 from moe_plugin.apps.launch.resumed_end import check_trains
 from moe_plugin.apps.launch.resumed_settings import check_resume
-from moe_plugin.apps.launch.signature import check_arguments
-from moe_plugin.apps.report.sweep import MEASURES
 from moe_plugin.checkpoints.verified_io import is_remote
 from moe_plugin.errors import ConfigError
 from moe_plugin.number_checks import check_positive_integers
@@ -39,22 +37,8 @@ from moe_plugin.number_checks import check_positive_integers
 USER_ERRORS = (InstantiationException, MisconfigurationException, ValueError, TypeError, ImportError, OSError)
 
 
-def without_hydra(config: DictConfig, output: Path) -> DictConfig:
-    """Return the run's own configuration, resolved.
-
-    Args:
-        config: As composed, with the ``hydra`` node.
-        output: The run's folder.
-    """
-    run = OmegaConf.masked_copy(config, [key for key in map(str, config) if key != "hydra"])
-    with open_dict(run):
-        run.paths.output = str(output)
-    OmegaConf.resolve(run)
-    return run
-
-
 def check(config: DictConfig) -> None:
-    """Check a run's configuration without creating anything.
+    """Check a run's configuration, once `check_early` has, without creating anything.
 
     Args:
         config: As composed; its interpolations may be unresolved.
@@ -62,15 +46,10 @@ def check(config: DictConfig) -> None:
     Raises:
         ConfigError: A value is not allowed; it names the full key.
     """
-    _check_types(config)
+    check_nodes(config)
     run = without_hydra(config, Path(config.paths.runs, config.name))
     if run.count_only:
         return
-    if run.optimized_metric not in MEASURES:
-        raise ConfigError("optimized_metric", f"must be one of {', '.join(MEASURES)}", run.optimized_metric)
-    _check_missing(run)
-    _check_checkpoint(run.ckpt_path, run.trust)
-    _check_end(run)
     _check_batch(run)
     elsewhere = _runs_elsewhere(config)
     if not elsewhere:
@@ -79,8 +58,10 @@ def check(config: DictConfig) -> None:
         for key, build in BUILDERS.items():
             if not (elsewhere and key == "trainer"):
                 attempt(build, run, config, key)
+        model = build_model_on_meta(run)
+        _check_sites(run, model)
         if run.ckpt_path not in (None, LAST) and not is_remote(run.ckpt_path):
-            check_checkpoint_experts(build_model_on_meta(run), run.ckpt_path, trusted=run.trust)
+            check_checkpoint_fits(model, run.ckpt_path, trusted=run.trust)
             check_resume(run)
         check_trains(run)
 
@@ -105,84 +86,13 @@ def _runs_elsewhere(config: DictConfig) -> bool:
     return "submitit" in str(OmegaConf.select(config, "hydra.launcher._target_"))
 
 
-def _check_types(config: DictConfig) -> None:
-    """Check every key and scalar against what takes it."""
-    groups = {"strategy": Strategy, "paths": Paths}
-    if OmegaConf.is_list(config.strategy.devices):
-        given, fix = list(config.strategy.devices), "CUDA_VISIBLE_DEVICES picks GPUs."
-        raise ConfigError("strategy.devices", "must be a whole number or 'auto'", given, fix)
-    settings = {field.name: config[field.name] for field in dataclasses.fields(Settings)}
-    check_arguments(Settings, settings, "")
-    for key, schema in groups.items():
-        check_arguments(schema, present(config[key]), key)
-    for key, node in nodes(config):
-        check_arguments(locate_target(node, key), present(node), key)
-
-
-def nodes(config: DictConfig, prefix: str = "") -> Iterator[tuple[str, DictConfig]]:
-    """Yield the full key and node of everything with a ``_target_``; what interpolations point to comes once.
-
-    Args:
-        config: The configuration.
-        prefix: Put before each key.
-    """
-    for name in map(str, config):
-        key = f"{prefix}{name}"
-        if OmegaConf.is_interpolation(config, name) or OmegaConf.is_missing(config, name) or key == "hydra":
-            continue
-        node = config[name]
-        if isinstance(node, DictConfig):
-            if "_target_" in node:
-                yield key, node
-            yield from nodes(node, f"{key}.")
-
-
-def present(node: DictConfig) -> Mapping[str, Any]:
-    """Return the values of a node that are filled in and that can be resolved without a run."""
-    waits = [name for name in node if "paths.output" in str(node._get_node(name))]
-    return {str(n): node[n] for n in node if not OmegaConf.is_missing(node, n) and n not in waits}
-
-
-def locate_target(node: DictConfig, key: str) -> Callable[..., Any]:
-    """Return what a node's ``_target_`` names.
-
-    Args:
-        node: The node.
-        key: Its full key.
-
-    Raises:
-        ConfigError: It cannot be imported.
-    """
-    try:
-        module, _, name = node._target_.rpartition(".")
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, ValueError, AttributeError) as error:
-        rule = f"must name a class or function that can be imported ({one_line(str(error))})"
-        raise ConfigError(f"{key}._target_", rule, node._target_) from error
-
-
-def _check_missing(run: DictConfig) -> None:
-    """Check that what an option leaves open is given."""
-    for key in sorted(OmegaConf.missing_keys(run)):
-        raise ConfigError(key, "must be given", fix=f"Add {key}=VALUE.")
-
-
-def _check_checkpoint(path: str | None, trusted: bool) -> None:
-    """Check that the checkpoint to continue from exists; a run's own last one may come later."""
-    if path in (None, LAST):
-        return
-    if is_remote(path):
-        if not trusted:
-            raise ConfigError("ckpt_path", "must be a local path", path, "Of a URL of your own: trust=true.")
-    elif not Path(path).exists():
-        raise ConfigError("ckpt_path", f"must be an existing checkpoint or '{LAST}'", path)
-
-
-def _check_end(run: DictConfig) -> None:
-    """Check that training ends: the learning rate decays over a known number of steps."""
-    if run.trainer.max_steps < 1 and (run.trainer.max_epochs or 0) < 1:
-        rule, fix = "must be >= 1 unless trainer.max_epochs is", "trainer.max_time can end a run before."
-        raise ConfigError("trainer.max_steps", rule, run.trainer.max_steps, fix)
+def _check_sites(run: DictConfig, model: nn.Module) -> None:
+    """Check that the globs that choose routers match anything in the model."""
+    key = f"callbacks.{LOSS_FREE}.sites"
+    sites = OmegaConf.select(run, key)
+    for glob in [sites] if isinstance(sites, str) else sites or ():
+        if not any(fnmatchcase(name, glob) for name, _ in model.named_modules()):
+            raise ConfigError(key, "must match the name of a module", glob, "moe-inspect shows the routers.")
 
 
 def _check_batch(run: DictConfig) -> None:

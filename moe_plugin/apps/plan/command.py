@@ -13,10 +13,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
+from moe_plugin.apps.config_folder import conf_dir
 from moe_plugin.apps.launch.command import one_line_errors, quote_option
-from moe_plugin.apps.launch.compose import HYDRA_VERSION, conf_dir
+from moe_plugin.apps.launch.compose import HYDRA_VERSION
 from moe_plugin.apps.launch.explain_config_error import explain_composition
 from moe_plugin.apps.launch.overrides import parse
+from moe_plugin.apps.plan.settings import check_settings
 
 HELP = """moe-plan: memory, traffic and slowdown of a model's training step on a cluster. Nothing is trained.
 
@@ -50,12 +52,12 @@ def _read_config(words: Sequence[str]) -> DictConfig:
 
 
 def _run(config: DictConfig) -> None:
-    # Torch and Lightning are imported only now: a misspelt key is reported at once.
+    settings = check_settings(config)
+    # Torch and Lightning are imported only now: a wrong word is reported at once.
+    from moe_plugin.apps.plan.build import build_cluster, build_workload
     from moe_plugin.apps.plan.plan_tables import as_json, plan_tables
     from moe_plugin.apps.plan.scale_plan import make_plan
-    from moe_plugin.apps.plan.settings import build_cluster, build_workload, check_settings
 
-    settings = check_settings(config)
     work = build_workload(config, settings)
     cluster = build_cluster(config, settings, work)
     console = Console()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import Literal, get_args
+from typing import get_args
 
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from moe_plugin.apps.models.flops import matmul_flops
+from moe_plugin.apps.plan.choices import Precision
 from moe_plugin.apps.plan.nodes_per_token import Selection
 from moe_plugin.attach.discovery.routed_experts import RoutedExperts, find_routed_experts
 from moe_plugin.attach.discovery.understand import GROUP_COUNT_NAMES
@@ -19,7 +20,6 @@ from moe_plugin.balancing.counts import EXTRA_SLOTS
 from moe_plugin.errors import ConfigError
 from moe_plugin.sharding import find_layers
 
-Precision = Literal["32-true", "bf16-true", "bf16-mixed"]
 _OPEN_GROUPS_NAMES = ("top_k_groups", "topk_group", "topk_groups")
 
 

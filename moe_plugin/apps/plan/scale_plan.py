@@ -15,8 +15,6 @@ from moe_plugin.apps.plan.steps import Steps, spread_steps, whole_steps
 from moe_plugin.apps.plan.traffic import Transfer
 from moe_plugin.apps.plan.workload import Workload
 
-LAYOUTS = ("ddp", "fsdp", "ep")
-
 
 @dataclass(frozen=True)
 class LayoutPlan:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from moe_plugin.apps.plan.meta_model import Precision
+from moe_plugin.apps.plan.choices import Precision
 from moe_plugin.number_checks import check_positive_integers
 
 

@@ -27,7 +27,7 @@ from moe_plugin.callbacks.monitor.load_over_time import spread
 from moe_plugin.errors import ConfigError
 from moe_plugin.metrics import dead_experts, max_violation
 from moe_plugin.plots.colors import load_colors, load_octaves
-from moe_plugin.plots.run_data import RunData, read_run
+from moe_plugin.plots.run_data import RunData, named, read_run
 from moe_plugin.plots.token_strip import LEVELS
 
 CURVES = {
@@ -87,27 +87,32 @@ def read_runs(words: Sequence[str]) -> list[ReportedRun]:
         words: Folders of runs or sweeps, or `label=folder`.
 
     Raises:
-        ConfigError: A folder is missing or has logged nothing.
+        ConfigError: A folder is missing, or has logged nothing, or two runs have one name.
     """
-    return [_read(word) for given in words for word in _jobs(given)]
+    runs = [job for word in words for job in _jobs(*named(word))]
+    labels = [label for label, _ in runs]
+    for place, label in enumerate(labels):
+        if label in labels[:place]:
+            raise ConfigError("RUN", "must have names that differ", label, "Write label=folder.")
+    return [_read(label, folder) for label, folder in runs]
 
 
-def _jobs(word: str) -> list[str]:
-    label, equals, path = word.partition("=")
-    folder = Path(path if equals else word)
+def _jobs(label: str, folder: Path) -> list[tuple[str, Path]]:
+    """Return the labels and folders of a sweep's jobs, or of the run itself."""
     jobs = sorted(job.parent for job in folder.glob(f"**/{SUMMARY_FILE}") if job.parent != folder)
     if not jobs or (folder / SUMMARY_FILE).exists():
-        return [word]
-    return [f"{label + ' ' if equals else ''}{job.relative_to(folder)}={job}" for job in jobs]
+        return [(label, folder)]
+    prefix = "" if label == folder.resolve().name else f"{label} "
+    return [(f"{prefix}{job.relative_to(folder)}", job) for job in jobs]
 
 
-def _read(word: str) -> ReportedRun:
-    folder = Path(word.partition("=")[2] or word)
+def _read(label: str, folder: Path) -> ReportedRun:
     _check_logs(folder)
+    data = read_run(label, folder)
     summary, config = folder / SUMMARY_FILE, folder / CONFIG_FILE
     return ReportedRun(
-        read_run(word),
-        read_json(summary, SUMMARY_FILE) if summary.exists() else {},
+        data,
+        _read_measures(summary) if summary.exists() else {},
         _flat(read_yaml(config, CONFIG_FILE)) if config.exists() else {},
         read_environment(folder),
         read_expert_use(folder),
@@ -119,6 +124,14 @@ def _check_logs(folder: Path) -> None:
     for path in (*folder.rglob("events.out.tfevents.*"), *folder.rglob("metrics.csv")):
         if not path.is_file():
             raise ConfigError("RUN", "must have regular files for logs", str(path))
+
+
+def _read_measures(path: Path) -> Mapping[str, Any]:
+    measures = read_json(path, SUMMARY_FILE)
+    for key in TITLES:
+        if not isinstance(measures.get(key), int | float | None):
+            raise ConfigError(SUMMARY_FILE, f"must have a number as {key}", str(path))
+    return measures
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, str]:

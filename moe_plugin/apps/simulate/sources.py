@@ -16,6 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from moe_plugin.number_checks import check_integer, check_not_negative
+
 
 class Source(Protocol):
     """Something that makes the streams of logits that rules are tried on."""
@@ -88,6 +90,16 @@ class Fixed:
     domain_taste: float = 0.7
     num_domains: int = 8
 
+    def __post_init__(self) -> None:
+        """Check the numbers.
+
+        Raises:
+            ConfigError: If one is out of range.
+        """
+        check_not_negative("taste", self.taste)
+        check_not_negative("domain_taste", self.domain_taste)
+        check_integer("num_domains", self.num_domains)
+
     def start(self, population: int, num_experts: int, generator: torch.Generator) -> Stream:
         """Return a stream, see `Source.start`."""
         return Stream(*self._parts(population, num_experts, generator))
@@ -110,6 +122,11 @@ class Drifting(Fixed):
     """
 
     period: int = 800
+
+    def __post_init__(self) -> None:
+        """Check the numbers, see `Fixed`."""
+        super().__post_init__()
+        check_integer("period", self.period)
 
     def start(self, population: int, num_experts: int, generator: torch.Generator) -> Stream:
         """Return a stream, see `Source.start`."""
@@ -142,6 +159,11 @@ class Bursty(Fixed):
 
     burst: float = 1.0
 
+    def __post_init__(self) -> None:
+        """Check the numbers, see `Fixed`."""
+        super().__post_init__()
+        check_not_negative("burst", self.burst)
+
     def start(self, population: int, num_experts: int, generator: torch.Generator) -> Stream:
         """Return a stream, see `Source.start`."""
         return _BurstyStream(*self._parts(population, num_experts, generator), burst=self.burst)
@@ -168,6 +190,11 @@ class Collapsing(Fixed):
     """
 
     feedback: float = 0.02
+
+    def __post_init__(self) -> None:
+        """Check the numbers, see `Fixed`."""
+        super().__post_init__()
+        check_not_negative("feedback", self.feedback)
 
     def start(self, population: int, num_experts: int, generator: torch.Generator) -> Stream:
         """Return a stream, see `Source.start`."""

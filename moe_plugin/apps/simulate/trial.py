@@ -18,7 +18,7 @@ from moe_plugin.balancing.rate import resolve_rate
 from moe_plugin.balancing.rules import Load, Rule
 from moe_plugin.errors import ConfigError
 from moe_plugin.metrics import max_violation
-from moe_plugin.number_checks import check_positive_integers
+from moe_plugin.number_checks import check_integer, check_positive_integers
 from moe_plugin.routing import Score
 
 POPULATION = 1024
@@ -62,6 +62,11 @@ class Setting:
         check_positive_integers(
             num_experts=self.num_experts, top_k=self.top_k, tokens=self.tokens, steps=self.steps
         )
+        check_integer("seed", self.seed, least=0)
+        if not hasattr(self.score, "scores"):
+            raise ConfigError(
+                "score", "must be a score function, such as moe_plugin.routing.Sigmoid", self.score
+            )
         if self.top_k >= self.num_experts:
             raise ConfigError("top_k", f"must be < num_experts ({self.num_experts})", self.top_k)
 

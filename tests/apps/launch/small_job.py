@@ -17,8 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from moe_plugin.apps.launch.command import quote_option
-from moe_plugin.apps.launch.compose import compose_jobs
-from moe_plugin.apps.launch.validate_config import without_hydra
+from moe_plugin.apps.launch.compose import compose_jobs, without_hydra
 from moe_plugin.apps.models import LanguageModel
 
 # Nothing that depends on how many steps are to come, so that runs of different lengths can be compared.

@@ -29,7 +29,8 @@ class TestMismatch:
             ("x", Any),
             ("x", object),
             ("x", Path),
-            ([1], int),
+            ([1], list[int] | None),
+            ([1], Any),
         ],
     )
     def test_allowed_value_passes(self, value: object, hint: Any) -> None:
@@ -40,12 +41,13 @@ class TestMismatch:
         [
             ("abc", float, "a number"),
             (True, int, "a whole number"),
+            ([1], int, "a whole number"),
             (1.5, int, "a whole number"),
             (1, bool, "true or false"),
             (None, float | int, "a number or a whole number"),
             ("mn", Literal["min", "max"], "'min' or 'max'"),
             ("x", float | Literal["auto"], "a number or 'auto'"),
-            ("x", list[int] | None, "list or null"),
+            ("x", list[int] | None, "a list or null"),
         ],
     )
     def test_other_type_is_told_what_is_allowed(self, value: object, hint: Any, allowed: str) -> None:

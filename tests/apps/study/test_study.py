@@ -26,7 +26,7 @@ STUDY = """experiment: smoke
 seeds: 1
 reference: proportional
 arms:
-  broken: ["data.source.sources={{letters: 'no/such*.txt'}}"]
+  broken: [data._target_=tests.apps.launch.small_job.FailingData, "data.source.sources={{letters: 'texts/a*.txt'}}"]
   proportional: []
   top_p: [router=top_p]
 """
@@ -80,7 +80,7 @@ class TestMain:
         folder, done = place
         assert done.returncode == 1
         assert "failed: broken, seed 0; see runs/mine/broken/seed_0/log.txt" in done.stderr
-        assert "no/such" in (folder / "runs/mine/broken/seed_0/log.txt").read_text()
+        assert "out of memory" in (folder / "runs/mine/broken/seed_0/log.txt").read_text()
         rows = read_csv(folder / "out.csv")["mine"]
         assert [row.arm for row in rows] == ["proportional", "top_p"]
         assert all(row.perplexity > 1 for row in rows)

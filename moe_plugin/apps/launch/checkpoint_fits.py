@@ -1,4 +1,4 @@
-"""Compares a checkpoint's numbers of experts with the model's, before torch lists every tensor that doesn't fit."""
+"""Compares a checkpoint's shapes with the model's, before torch lists every tensor that doesn't fit."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from moe_plugin.checkpoints.sharded import shapes_in
 from moe_plugin.errors import CheckpointError
 
 
-def check_checkpoint_experts(model: nn.Module, path: str | Path, *, trusted: bool = False) -> None:
-    """Check that each layer of the model has as many experts as in the checkpoint.
+def check_checkpoint_fits(model: nn.Module, path: str | Path, *, trusted: bool = False) -> None:
+    """Check that a checkpoint is of this model: that each layer has as many experts, and that shapes are the same.
 
     Args:
         model: The model; the meta device is enough.
@@ -20,7 +20,7 @@ def check_checkpoint_experts(model: nn.Module, path: str | Path, *, trusted: boo
         trusted: It is the user's own: it may hold any object, whose code then runs.
 
     Raises:
-        CheckpointError: They differ; it names both numbers for each such layer.
+        CheckpointError: They differ; it names both numbers for each such layer, or the first other shape.
     """
     shapes, names = shapes_in(path, trusted=trusted), {module: name for name, module in model.named_modules()}
     wrong = []
@@ -33,3 +33,12 @@ def check_checkpoint_experts(model: nn.Module, path: str | Path, *, trusted: boo
                 break
     if wrong:
         raise CheckpointError(f"'ckpt_path' has other numbers of experts. {'; '.join(wrong)}.")
+    parameters = dict(model.named_parameters())
+    if not parameters.keys() & shapes.keys():
+        raise CheckpointError(f"'ckpt_path' must be a checkpoint of this model, got {str(path)!r}.")
+    for name, parameter in parameters.items():
+        if name in shapes and len(shapes[name]) and shapes[name] != parameter.shape:
+            stored, wanted = (" x ".join(map(str, shape)) for shape in (shapes[name], parameter.shape))
+            raise CheckpointError(
+                f"'ckpt_path' is of another model. {name}: {stored} in the checkpoint, {wanted} in the model."
+            )
