@@ -54,7 +54,9 @@ def read_json(path: Path, key: str, most: int = 64 * MEBIBYTE) -> dict[str, Any]
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:  # also a number of too many digits
-        place = f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else "too large"
+        place = (
+            f"line {error.lineno}: {error.msg}" if isinstance(error, json.JSONDecodeError) else "too large"
+        )
         raise ConfigError(key, f"must be JSON ({place})", str(path)) from error
     if not isinstance(value, dict):
         raise ConfigError(key, "must be JSON with names and values", str(path))
