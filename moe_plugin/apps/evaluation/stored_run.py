@@ -68,18 +68,19 @@ def _validating(config: DictConfig, *, trusted: bool) -> DictConfig:
     address: caches, loggers and profilers of the machine where the run was, and callbacks that are not ours.
     """
     usual = OmegaConf.load(conf_dir() / "trainer" / "default.yaml")
+    trainer = OmegaConf.merge(usual, config.get("trainer") or {}, {"num_nodes": 1})
+    assert isinstance(trainer, DictConfig)
     whole = config.copy()
-    whole.trainer = OmegaConf.merge(usual, config.get("trainer") or {})
+    whole.trainer = trainer
     callbacks = (config.get("callbacks") or {}).items()
     if not trusted:
         whole.logger = None
-        whole.trainer = {name: whole.trainer[name] for name in map(str, usual)} | {"profiler": None}
+        whole.trainer = {name: trainer[name] for name in map(str, usual)} | {"profiler": None}
         callbacks = [(name, node if _is_ours(node) else None) for name, node in callbacks]
         if "cache" in (config.get("data") or {}):
             whole.data.cache = None
     whole.callbacks = dict(callbacks)
     whole.strategy = {"devices": 1, "lightning": "auto"}
-    whole.trainer.num_nodes = 1
     return whole
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 from torch import Tensor
 
@@ -54,5 +54,5 @@ def _balanced(checkpoint: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
                 yield name, saved.get("bias")
 
 
-def _is_named(value: Any) -> bool:
+def _is_named(value: Any) -> TypeGuard[Mapping[Any, Any]]:
     return isinstance(value, Mapping)
