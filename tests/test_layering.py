@@ -59,13 +59,13 @@ APPS = {
     "apps.inspection": {"errors", "attach", "checkpoints", "apps.received", "apps.launch"},
     "apps.plan": {
         *("errors", "types", "number_checks", "routing", "balancing", "experts", "attach", "sharding"),
-        *("apps.launch", "apps.models", "apps.outputs"),
+        *("apps.config_folder", "apps.launch", "apps.models", "apps.outputs"),
     },
     "apps.simulate": {"errors", "number_checks", "routing", "balancing", "metrics", "plots", "apps.launch"},
     "apps.study": {
         *("errors", "number_checks", "metrics", "attach", "plots", "checkpoints"),
         *("apps.data", "apps.models", "apps.one_line_parser", "apps.outputs", "apps.received", "apps.report"),
-        *("apps.launch", "apps.train"),
+        *("apps.config_folder", "apps.launch", "apps.train"),
     },
 }
 MAY_IMPORT = GROUND | PLUGIN | APPS
