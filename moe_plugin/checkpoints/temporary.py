@@ -25,7 +25,8 @@ def temporary_file(target: Path) -> Iterator[FileIO]:
         try:
             yield file
         except OSError as error:
-            error.filename = str(target)  # what the user knows
+            if error.errno is not None:  # of the system: the target is the file that the user knows
+                error.filename = str(target)
             raise
         finally:
             Path(file.name).unlink(missing_ok=True)

@@ -76,7 +76,9 @@ class TestTrain:
                 "tensorboard",
             )
         }
-        assert {path.name for path in (folder / "checkpoints").iterdir()} == {"best.ckpt", "last.ckpt"}
+        kept = {"best.ckpt", "last.ckpt", "last.ckpt.previous"}
+        sums = {f"{name}.sha256" for name in kept}
+        assert {path.name for path in (folder / "checkpoints").iterdir()} == kept | sums
         with (folder / "csv" / "metrics.csv").open() as file:
             losses = [float(row["val/loss"]) for row in csv.DictReader(file) if row["val/loss"]]
         assert losses[-1] == pytest.approx(summary(folder)["val_loss"])
@@ -140,7 +142,8 @@ class TestTrain:
         assert summary(second)["val_loss"] == summary(whole)["val_loss"]
 
     def test_count_only_prints_the_size_and_creates_nothing(self, capsys: pytest.CaptureFixture[str]) -> None:
-        train.main(["model=small", "count_only=true"])
+        with pytest.raises(SystemExit, match="0"):
+            train.main(["model=small", "count_only=true"])
         assert "Parameters, active" in capsys.readouterr().out
         assert {path.name for path in Path().iterdir()} == {"texts"}
 

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import torch
-from lightning.pytorch import LightningModule
+from lightning.pytorch import LightningModule, Trainer
 from torch import nn
 
 from moe_plugin.attach.adapter import Adapter
@@ -29,7 +29,7 @@ class TestAdapters:
     def test_users_adapter_reaches_the_model(self):
         model = Odd()
         callback = LossFreeBalancing(adapters=[Adapter(block=Odd, method="choose", route=route)])
-        callback.setup(None, model, "fit")  # pyright: ignore[reportArgumentType]
+        callback.setup(Trainer(accelerator="cpu", logger=False, barebones=True), model, "fit")
         balanced = find_balanced(model)
         assert balanced is not None
         model.choose(torch.randn(5, 2))

@@ -19,6 +19,7 @@ from torch.nn import functional
 from moe_plugin.apps.launch.command import quote_option
 from moe_plugin.apps.launch.compose import compose_jobs, without_hydra
 from moe_plugin.apps.models import LanguageModel
+from moe_plugin.errors import ConfigError
 
 # Nothing that depends on how many steps are to come, so that runs of different lengths can be compared.
 WORDS = [
@@ -91,6 +92,22 @@ class NoisyModel(LanguageModel):
             os.kill(os.getppid(), getattr(signal, name))
         elif str(self.trainer.global_rank) in ranks:
             os.kill(os.getpid(), getattr(signal, name))
+
+
+class RefusingData(LightningDataModule):
+    """Finds the user's fault only when the run has begun."""
+
+    def __init__(self, **settings: object) -> None:
+        super().__init__()
+
+    def train_dataloader(self) -> list[int]:
+        return []
+
+    def val_dataloader(self) -> list[int]:
+        return []
+
+    def setup(self, stage: str | None = None) -> None:
+        raise ConfigError("data", "must be given")
 
 
 class FailingData(LightningDataModule):

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from moe_plugin.apps.launch.compose import compose_jobs
+from moe_plugin.apps.launch.early_checks import check_early
 from moe_plugin.apps.launch.last_checkpoint import find_checkpoint
-from moe_plugin.apps.launch.validate_config import check
 from moe_plugin.checkpoints import VerifiedCheckpointIO
 from moe_plugin.errors import CheckpointError, ConfigError
 from tests.checkpoints.hostile import Canary
@@ -81,4 +81,4 @@ class TestAddress:
         torch.save({"state_dict": {}}, "http:/host/a.ckpt")
         (config,) = compose_jobs(["ckpt_path='http://host/a.ckpt'"], multirun=False)
         with pytest.raises(ConfigError, match=r"must be a local path, got 'http://host/a\.ckpt'.*trust=true"):
-            check(config)
+            check_early(config)

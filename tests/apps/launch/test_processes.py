@@ -82,7 +82,7 @@ class TestWrongUse:
             (["strategy.devices=[0,1]"], "'strategy.devices' must be a whole number or 'auto', got [0, 1]"),
             (["trainer.num_nodes=0"], "'trainer.num_nodes' must be an integer >= 1, got 0."),
             (["trainer.num_nodes=2"], "'trainer.num_nodes' must be 1 unless torchrun runs on each machine"),
-            (["trainer.max_time=soon"], "is not a valid duration"),
+            (["trainer.max_time=soon"], "'trainer.max_time' must be days:hours:minutes:seconds"),
             (["-m", "seed=0,1", "strategy.devices=0"], "'strategy.devices' must be an integer >= 1, got 0."),
         ],
     )
@@ -122,7 +122,7 @@ class TestWrongUse:
         monkeypatch.setenv("MASTER_PORT", str(free_port()))
         monkeypatch.setattr("moe_plugin.apps.launch.torchrun_config.release", lambda: None)
         with pytest.raises(SystemExit, match="2"):
-            train.main([*WORDS, "data.batch_size=24", *words])
+            train.main([*WORDS, "data.batch_size=24", "data.val_batch_size=24", *words])
         assert message in capsys.readouterr().err
 
 

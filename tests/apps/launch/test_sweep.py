@@ -81,14 +81,17 @@ class TestOptuna:
         assert len({row["status"] for row in rows}) == 2
 
 
+REFUSING = "tests.apps.launch.small_job.RefusingData"
+
+
 class TestFailingJob:
     def test_users_error_is_told_in_a_line_and_the_others_go_on(
         self, capsys: pytest.CaptureFixture[str]
     ) -> None:
         with pytest.raises(SystemExit, match="1"):
-            train.main([*WORDS, "-m", "data.max_train_tokens=64,1024"])
+            train.main([*WORDS, "-m", f"data._target_={REFUSING},moe_plugin.apps.data.CorpusDataModule"])
         first, second = table()
-        assert first["status"].startswith("failed: 'data.batch_size' must be <= ")
+        assert first["status"] == "failed: 'data' must be given."
         assert first["val_loss"] == ""
         assert second["status"] == "finished"
         lines = capsys.readouterr().err.splitlines()

@@ -148,6 +148,7 @@ NONSENSE: tuple[Callable[[RouterSpec], bool], ...] = (
     lambda s: (
         s.mode == WHOLE_GRAPH and not (s.look == s.effect == "none" != s.combine != "loop" and s.is_ranked)
     ),
+    lambda s: s.mode == WHOLE_GRAPH and s.mask in GROUPS,  # no mode lets dynamo trace Tensor.unflatten
 )
 """What no person would write, or torch would not run."""
 

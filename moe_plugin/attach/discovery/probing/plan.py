@@ -81,8 +81,11 @@ def _may_repeat(each: Ranking, last: Ranking, biases: set[str]) -> bool:
 
 
 def _gives_gates(each: Ranking, rounds: Sequence[Ranking]) -> bool:
-    """Return whether this call ranks once as many experts as are selected in rounds, for values that are returned."""
-    is_other = each.number not in {ranking.number for ranking in rounds}
+    """Return whether this call ranks once as many experts as are selected in rounds, for values that are returned.
+
+    Values that the scores of the rounds depend on, such as their sum by which those are divided, are no gate weights.
+    """
+    is_other = each.number not in {ranking.number for ranking in rounds} | rounds[0].after
     is_of_scores = not (each.hard or each.shifts or each.compared)
     return is_other and is_of_scores and each.returned and each.values_used and each.num_used == len(rounds)
 
