@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,8 +17,20 @@ from tests.families.survey import surveyed
 TABLE = Path(__file__).parents[2] / "docs" / "models.md"
 
 
+# Many modules around routers of other families: 12 to 53 s each, five minutes together.
+LARGE = (
+    *("deepseek_ocr2", "diffusion_gemma", "ernie4_5_vl_moe", "glm4v_moe", "glm5_next", "hy_v4_vl", "inkling"),
+    *("inkling2_loop", "mistral_large4", "muse_spark", "nemotron3_5_transcribe", "qwen3_omni_moe"),
+    "unlimited_ocr",
+)
+
+
+def _marked(family: str) -> Any:
+    return pytest.param(family, marks=pytest.mark.slow) if family in LARGE else family
+
+
 class TestFamilies:
-    @pytest.mark.parametrize("family", families())
+    @pytest.mark.parametrize("family", [_marked(family) for family in families()])
     def test_family_is_verified_or_refused_as_the_table_says(self, family):
         assert str(surveyed(family)) in TABLE.read_text().splitlines()
 
