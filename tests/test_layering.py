@@ -54,8 +54,10 @@ APPS = {
     },
     "apps.throughput": {"errors", "number_checks", "apps.data", "apps.models"},
     "apps.train": {"apps.launch"},
-    "apps.evaluation": {"errors", "apps.config_folder", "apps.received", "apps.report", "apps.launch"},
-    "apps.evaluate": {"errors", "apps.received", "apps.evaluation", "apps.launch", "apps.throughput"},
+    "apps.evaluation": {"errors", "apps.config_folder", "apps.received", "apps.launch"},
+    "apps.evaluate": {
+        *("errors", "apps.received", "apps.evaluation", "apps.report", "apps.launch", "apps.throughput"),
+    },
     "apps.inspection": {"errors", "attach", "checkpoints", "apps.received", "apps.launch"},
     "apps.plan": {
         *("errors", "types", "number_checks", "routing", "balancing", "experts", "attach", "sharding"),

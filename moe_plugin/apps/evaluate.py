@@ -12,13 +12,14 @@ from typing import Any
 from omegaconf import DictConfig
 from omegaconf.errors import OmegaConfBaseException
 
-from moe_plugin.apps.evaluation.measures_file import finite, measures_file, write_measures
+from moe_plugin.apps.evaluation.measures_file import measures_file
 from moe_plugin.apps.evaluation.stored_run import CONFIG_FILE, TRUST, evaluated_config
 from moe_plugin.apps.launch.command import one_line_errors
 from moe_plugin.apps.launch.explain_config_error import one_line
 from moe_plugin.apps.launch.overrides import parse
 from moe_plugin.apps.launch.signature import check_arguments, mismatch
 from moe_plugin.apps.received.printable import printable
+from moe_plugin.apps.report.json_file import finite, write_json
 from moe_plugin.apps.throughput.throughput_settings import KEY, ThroughputSettings
 from moe_plugin.errors import CheckpointError, ConfigError, MoEPluginError
 
@@ -154,13 +155,13 @@ def evaluate(
     measures = finite(found)
     console.print_json(data=measures)
     # Now, because reading a thousand sequences at once may end the process.
-    write_measures(measures, target)
+    write_json(target, measures)
     if throughput is not None:
         from moe_plugin.apps.throughput.reading_speed import measure_throughput, throughput_table
 
         measures[KEY] = finite(measure_throughput(trainer, throughput))
         console.print(throughput_table(measures[KEY]))
-        write_measures(measures, target)
+        write_json(target, measures)
     print(f"Written to {printable(target)}")
     return measures
 

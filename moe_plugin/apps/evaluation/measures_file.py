@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import json
-import math
 import os
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 from moe_plugin.apps.evaluation.stored_run import run_folder
 from moe_plugin.errors import ConfigError
@@ -27,24 +23,3 @@ def measures_file(checkpoint: Path) -> Path:
         fix = "Copy the run to a folder of yours."
         raise ConfigError("ckpt_path", "must be in a run's folder that can be written", str(checkpoint), fix)
     return target
-
-
-def write_measures(measures: Mapping[str, Any], target: Path) -> None:
-    """Write measures as JSON, in one move, which also replaces a link rather than write where it leads.
-
-    Args:
-        measures: Numbers, and mappings and lists of them.
-        target: The file.
-    """
-    from moe_plugin.apps.report.atomic_write import write_atomically  # with torch: too slow for a refusal
-
-    write_atomically(target, json.dumps(measures, indent=2, allow_nan=False) + "\n")
-
-
-def finite(value: Any) -> Any:
-    """Return measures with null in place of NaN and infinity, which JSON does not have."""
-    if isinstance(value, Mapping):
-        return {key: finite(each) for key, each in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [finite(each) for each in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value

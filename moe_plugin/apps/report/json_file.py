@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from moe_plugin.apps.report.atomic_write import write_atomically
 
@@ -17,15 +18,15 @@ def write_json(path: Path, content: object) -> None:
         path: The file.
         content: Mappings, sequences, texts, numbers, True, False and None.
     """
-    write_atomically(path, json.dumps(_finite(content), indent=2, allow_nan=False) + "\n")
+    write_atomically(path, json.dumps(finite(content), indent=2, allow_nan=False) + "\n")
 
 
-def _finite(content: object) -> object:
-    """Return the same content with None for each number that JSON does not have."""
+def finite(content: Any) -> Any:
+    """Return content with None for each number that JSON does not have."""
     if isinstance(content, float):
         return content if math.isfinite(content) else None
     if isinstance(content, Mapping):
-        return {key: _finite(value) for key, value in content.items()}
+        return {key: finite(value) for key, value in content.items()}
     if isinstance(content, Sequence) and not isinstance(content, str):
-        return [_finite(value) for value in content]
+        return [finite(value) for value in content]
     return content

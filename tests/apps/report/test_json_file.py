@@ -12,3 +12,12 @@ class TestWriteJson:
         write_json(tmp_path / "file.json", content)
         expected = {"a": None, "b": [1.5, None, [None, "NaN"]], "c": {"d": None, "e": True}}
         assert json.loads((tmp_path / "file.json").read_text()) == expected
+
+    def test_link_in_the_place_is_replaced(self, tmp_path):
+        target, victim = tmp_path / "a.json", tmp_path / "victim"
+        victim.write_text("mine")
+        target.symlink_to(victim)
+        write_json(target, {"val_loss": 1.0})
+        assert victim.read_text() == "mine"
+        assert json.loads(target.read_text()) == {"val_loss": 1.0}
+        assert not target.is_symlink()
