@@ -13,7 +13,7 @@ TRAIN: list[tuple[Line, str]] = [
         "runs/small/*/summary.json",
     ),
     (
-        "trainer.gradient_clip_val=null trainer.val_check_interval=1.0 trainer.max_steps=-1 trainer.max_epochs=1 "
+        "trainer.gradient_clip_val=null trainer.val_check_interval=5 trainer.max_steps=-1 trainer.max_epochs=1 "
         "trainer.limit_train_batches=0.05 trainer.limit_val_batches=0 rule=sign rule.rate=0 router=mixtral "
         "optimized_metric=max_violation_global callbacks.loss_free.sites=*router name=other",
         "runs/other/*/summary.json",

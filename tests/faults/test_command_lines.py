@@ -74,7 +74,7 @@ class TestWrongLines:
     ) -> None:
         got = answers(command, "wrong", surroundings, tmp_path)
         unclean = [answer for answer in got if not is_clean(answer)]
-        early = [answer.seconds for answer in got if answer.before_torch]
+        early = [answer.seconds for answer in got if answer.before_torch] or [0.0]
         late = [answer.seconds for answer in got if not answer.before_torch] or [0.0]
         figure(
             f"wrong command lines, {command}: {len(got) - len(unclean)} of {len(got)} clean; processor time of the "

@@ -43,9 +43,10 @@ class Command:
             self._run(act)
 
     def end(self) -> tuple[int, list[str]]:
-        """Returns the exit code and the lines of stderr."""
+        """Returns the exit code and the lines of stderr, without what tells how a run is resumed."""
         _, status = os.waitpid(self.process, 0)
-        return os.waitstatus_to_exitcode(status), Path(f"out/{self.process}").read_text().splitlines()
+        lines = Path(f"out/{self.process}").read_text().splitlines()
+        return os.waitstatus_to_exitcode(status), [line for line in lines if not line.startswith("resume: ")]
 
     def _run(self, act: Callable[[], None]) -> None:
         code = 99

@@ -21,10 +21,11 @@ def check_jobs(configs: Sequence[DictConfig]) -> None:
     for config in configs:
         check_early(config)
     # Torch and Lightning are imported only now: a misspelt key is reported at once.
-    from moe_plugin.apps.launch.validate_config import check, check_data
+    from moe_plugin.apps.launch.validate_config import check, check_data, check_training
 
     for config in configs:
         check(config)
+        check_training(config)
     for config in configs:
         check_data(config)
     if all(config.count_only for config in configs):

@@ -19,6 +19,7 @@ from moe_plugin.apps.launch.claimed_folder import claimed_folder
 from moe_plugin.apps.launch.compose import HYDRA_VERSION, compose_jobs, is_group
 from moe_plugin.apps.launch.explain_config_error import one_line
 from moe_plugin.apps.launch.process_environment import is_launched
+from moe_plugin.apps.launch.signals import is_ending
 from moe_plugin.apps.launch.sweep import reported_sweep, sweep_job
 from moe_plugin.apps.one_line_parser import WRONG_USE, one_line_
 from moe_plugin.errors import ConfigError, MoEPluginError, RunError
@@ -126,7 +127,7 @@ def one_line_errors() -> Iterator[None]:
     try:
         yield
     except MoEPluginError as error:
-        if os.environ.get("HYDRA_FULL_ERROR") == "1":
+        if is_ending() or os.environ.get("HYDRA_FULL_ERROR") == "1":
             raise
         print(f"error: {one_line(str(error))}", file=sys.stderr)
         raise SystemExit(FAILED if isinstance(error, RunError) else WRONG_USE) from error

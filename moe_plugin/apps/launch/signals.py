@@ -60,7 +60,11 @@ class StopSignals:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        """Give the signals back; a launcher such as submitit then does its part for the one that came."""
+        """Give the signals back; a launcher such as submitit then does its part for the one that came.
+
+        Raises:
+            SystemExit: A signal ended the program, and code of a library turned that into an error.
+        """
         if threading.current_thread() is not threading.main_thread():
             return
         for number, handler in self._before.items():
@@ -70,6 +74,8 @@ class StopSignals:
         is_ours = isinstance(getattr(before, "__self__", None), StopSignals)
         if callable(before) and before is not signal.default_int_handler and not is_ours:
             before(self.received, None)
+        if isinstance(error, Exception) and self.received and not self.deferred:
+            raise SystemExit(128 + self.received) from None
 
     def note(self, signum: int, _: FrameType | None) -> None:
         """Handle a signal, called as `signal.signal` documents.
@@ -100,6 +106,12 @@ class StopSignals:
         code, line = stopped_without_saving(name, self._folder if self.deferred else None)
         tell(line)
         os._exit(code or 128 + number)
+
+
+def is_ending() -> bool:
+    """Return whether a signal is ending the program."""
+    signals = getattr(signal.getsignal(signal.SIGTERM), "__self__", None)
+    return isinstance(signals, StopSignals) and signals.received > 0 and not signals.deferred
 
 
 def stopped_without_saving(what: str, folder: Path | None) -> tuple[int, str]:

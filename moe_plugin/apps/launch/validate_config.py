@@ -62,6 +62,19 @@ def check(config: DictConfig) -> None:
         _check_sites(run, model)
         if run.ckpt_path not in (None, LAST) and not is_remote(run.ckpt_path):
             check_checkpoint_fits(model, run.ckpt_path, trusted=run.trust)
+
+
+def check_training(config: DictConfig) -> None:
+    """Check that a run has something to train, and that its settings fit the checkpoint that it continues from.
+
+    Raises:
+        ConfigError: They do not; it names the full key.
+    """
+    run = without_hydra(config, Path(config.paths.runs, config.name))
+    if run.count_only:
+        return
+    with quiet():
+        if run.ckpt_path not in (None, LAST) and not is_remote(run.ckpt_path):
             check_resume(run)
         check_trains(run)
 
