@@ -28,7 +28,7 @@ def log_hyperparameters(loggers: Iterable[Logger], folder: Path, seed: int) -> N
         seed: The run's.
     """
     given = {
-        key: yaml.safe_load(value)
+        key: _value(value)
         for key, value in overrides_of(folder).items()
         if key.split(".")[0] in GROUPS or key.startswith(f"callbacks.{LOSS_FREE}.")
     }
@@ -38,3 +38,11 @@ def log_hyperparameters(loggers: Iterable[Logger], folder: Path, seed: int) -> N
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.log_hyperparams({"seed": seed} | plain, metrics=dict.fromkeys(METRICS, float("nan")))
+
+
+def _value(text: str) -> object:
+    """Return what a word's text stands for; a glob such as ``*router`` is no YAML, but a text."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text

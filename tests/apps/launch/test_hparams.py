@@ -18,6 +18,7 @@ def test_given_settings_and_measures_reach_the_hparams_tab(tmp_path):
         "trainer.max_steps=20",
         "name=x",
         "+trainer.precision=null",
+        "callbacks.loss_free.sites=*router",
     ]
     (tmp_path / ".hydra" / "overrides.yaml").write_text("".join(f"- {word}\n" for word in given))
     logger = TensorBoardLogger(tmp_path, name="", version="")
@@ -29,7 +30,9 @@ def test_given_settings_and_measures_reach_the_hparams_tab(tmp_path):
         for kind, content in read.PluginTagToContent("hparams").items()
     }
     settings = content["_hparams_/session_start_info"].session_start_info.hparams
-    assert set(settings) == {"seed", "router", "experts", "trainer.max_steps", "trainer.precision"}
+    sites = "callbacks.loss_free.sites"
+    assert set(settings) == {"seed", "router", "experts", "trainer.max_steps", "trainer.precision", sites}
+    assert settings[sites].string_value == "*router"
     assert settings["seed"].number_value == 7
     assert settings["router"].string_value == "top_p"
     assert settings["experts"].number_value == 8
