@@ -22,6 +22,7 @@ pytestmark = pytest.mark.filterwarnings(
 )  # of dynamo, in plain models too
 USUAL = 200
 EXAMPLES = int(os.environ.get("GENERATED_ROUTERS", USUAL))
+PARTS = max(1, EXAMPLES // 500)  # for several workers
 
 
 def check(spec: RouterSpec) -> str:
@@ -52,15 +53,16 @@ def fails(spec: RouterSpec) -> bool:
 
 
 class TestGeneratedRouters:
+    @pytest.mark.parametrize("part", range(PARTS))
     @settings(
-        max_examples=EXAMPLES,
+        max_examples=EXAMPLES // PARTS,
         deadline=None,
         derandomize=EXAMPLES == USUAL,
         phases=[Phase.reuse, Phase.generate],
         suppress_health_check=[HealthCheck.too_slow],
     )
     @given(spec=specs())
-    def test_any_router_is_balanced_right_or_refused_by_name(self, spec):
+    def test_any_router_is_balanced_right_or_refused_by_name(self, part, spec):
         if fails(spec):
             note(f"{spec!r} fails; the plainest that fails too is {plainest(spec, fails)!r}")
         event(f"{check(spec)}: {spec.select}")
