@@ -9,8 +9,8 @@ from typing import Any
 from weakref import ref
 
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._pytree import tree_leaves
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from moe_plugin.errors import AttachError
 
@@ -32,10 +32,18 @@ class RecordingFakeMode(FakeTensorMode):
         return [each for each in self._made if each() is not None]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the call and note its results."""
+        """Run the call and note its results.
+
+        By itself the mode would let ``counter += 1`` change a real tensor, since it sees no fake one.
+        """
+        if func._schema.is_mutable:
+            args, kwargs = tree_map_only(Tensor, self._faked, (args, kwargs or {}))
         result = super().__torch_dispatch__(func, types, args, kwargs)
         self._made += [ref(each) for each in tree_leaves(result) if isinstance(each, Tensor)]
         return result
+
+    def _faked(self, tensor: Tensor) -> Tensor:
+        return tensor if isinstance(tensor, FakeTensor) else self.from_tensor(tensor)
 
 
 def refuse_leftovers(module: nn.Module, made: Sequence[ref[Tensor]]) -> None:

@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributions import Distribution
 
@@ -20,6 +20,11 @@ T = 20
 FILING = (
     *(routers.InManager, routers.InGlobalList, routers.InClass, routers.InNewClassAttribute),
     *(routers.InClosure, routers.InDefault, routers.OnFunction, routers.InGlobalName, routers.InConfig),
+)
+
+CHANGES = (
+    *(lambda state: state.add_(1), lambda state: torch.add(state, 1, out=state), Tensor.normal_),
+    *(lambda state: state[:2].fill_(2), lambda state: state.__setitem__(0, 3), Tensor.exponential_),
 )
 
 
@@ -55,6 +60,15 @@ class TestProbes:
         balance_(model)
         model(torch.randn(T, D))
         assert before + 2 == routers.CALLS
+
+    @pytest.mark.parametrize("change", CHANGES)
+    def test_values_that_a_forward_changes_without_its_input_stay(self, change):
+        model, state, buffer = model_of(routers.Filing), torch.zeros(3), torch.zeros(3)
+        model[0].register_buffer("buffer", buffer)
+        model[0].file = lambda loss: (change(state), change(buffer))
+        balance_(model, verify=False)
+        assert not state.any()
+        assert not buffer.any()
 
     @pytest.mark.parametrize("block", [routers.NoisyTopK, routers.CachesTensor])
     def test_caches_that_a_first_forward_fills_compute_as_in_an_untouched_copy(self, block):
