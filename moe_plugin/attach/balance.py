@@ -18,6 +18,7 @@ from moe_plugin.attach.fused.fusible import find_fusible
 from moe_plugin.attach.fused.host_forward import Fusion, fuse_
 from moe_plugin.attach.settings import DEFAULT_RULE, BalanceSettings, Experts, FrozenRouters, Rules, Sites
 from moe_plugin.attach.steering.attach import attach_
+from moe_plugin.attach.steering.rehearsal import rehearse_
 from moe_plugin.attach.token_mask import TokenMask
 from moe_plugin.balancing.schedule import RateSchedule
 from moe_plugin.errors import AttachError
@@ -107,6 +108,7 @@ def balance_as_set_(
     token_mask = TokenMask(settings.mask or "")
     token_mask.watch_(model)
     sites = [attach_(router, token_mask, settings) for router in found]
+    rehearse_(sites)
     moved = [
         None if keeps_bias(site, settings.frozen_routers) else rule
         for site, rule in zip(sites, rules, strict=True)

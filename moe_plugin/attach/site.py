@@ -38,6 +38,7 @@ class Site:
         plans: What the router's rankings are for, once a real forward has shown it; by whether it is in training mode
             and whether gradients are recorded.
         is_verified: Whether it was proven that a bias moves the selection and nothing else, or that is not wanted.
+        is_rehearsed: Whether a router of its kind was proven so on random inputs.
         is_interpreted: Whether a forward that counted ran outside of compiled code.
         observer: Receives each selection instead of counting it; None counts as usual.
         witness: Also receives each counted selection, unless the forward is compiled.
@@ -57,6 +58,7 @@ class Site:
         self.token_mask = token_mask
         self.plans: dict[tuple[bool, bool], Plan] = {}
         self.is_verified = False
+        self.is_rehearsed = False
         self.is_interpreted = False
         self.observer: Observer | None = None
         self.witness: Observer | None = None

@@ -9,6 +9,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from moe_plugin.attach.adapter import Adapter
+from moe_plugin.attach.discovery.probing.example import Example
 from moe_plugin.attach.discovery.probing.ranking_calls import Use
 
 
@@ -57,6 +58,7 @@ class RoutingStyle:
         adapter: Routes instead of the router's own method, for kind 'adapter'.
         plans: What each ranking in its forward is for, in evaluation and in training mode.
         tokens_per_entry: T, divided by the size of the first tensor in a call of the router; 0 if unknown.
+        example: What it was called with when that was seen.
     """
 
     num_experts: int
@@ -69,6 +71,7 @@ class RoutingStyle:
     adapter: Adapter | None = None
     plans: tuple[Plan, Plan] = (Plan(), Plan())
     tokens_per_entry: float = 0.0
+    example: Example | None = None
 
 
 @dataclass(frozen=True)

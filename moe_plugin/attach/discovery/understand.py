@@ -120,6 +120,7 @@ def _made(
         proven=True,
         plans=_plans(around, seen, decision, biases),
         tokens_per_entry=NUM_TOKENS / seen.num_entries if seen.num_entries else 0.0,
+        example=seen.example,
     )
 
 

@@ -8,7 +8,6 @@ Shape legend: T tokens, K experts selected per token, E experts.
 
 from __future__ import annotations
 
-import logging
 from typing import Any
 
 import torch
@@ -24,11 +23,9 @@ from moe_plugin.attach.verification.forced_selection import ForcedSelection
 from moe_plugin.attach.verification.observation import Seen, seen_in
 from moe_plugin.errors import EffectError
 
-_LOG = logging.getLogger(__name__)
 
-
-def prove(trial: Trial, plan: Plan) -> None:
-    """Prove that a router can be balanced.
+def prove(trial: Trial, plan: Plan) -> str:
+    """Prove that a router can be balanced; return why its gate weights could not be compared, "" if they agree.
 
     Args:
         trial: Its forward.
@@ -40,22 +37,21 @@ def prove(trial: Trial, plan: Plan) -> None:
     site, own_E = trial.site, trial.site.bias.clone()
     plain, _ = _watched_run(trial, plan, own_E if site.host_owns_bias else torch.zeros_like(own_E))
     if site.top_k == site.num_experts or not len(plain.ids_TK):
-        return
+        return ""
     bias_E = _random_bias(plain.scores_TE)
     biased, output = _watched_run(trial, plan, bias_E)
     _check_selection(site, biased, bias_E)
     # Other uses of such rankings are not known; a router that shares experts out may do so by the bias.
     if site.style.use.rounds > 1 or site.style.use.cut or site.allocation is not None:
-        return
+        return ""
     expected = _forced_run(trial, plain, biased)
-    if expected is None or _alike(expected, output):
-        return
+    if expected is None:
+        return "was not seen to choose its experts again"
+    if _alike(expected, output):
+        return ""
     again = _forced_run(trial, plain, biased)
     if again is None or not _alike(expected, again):
-        _LOG.warning(
-            "Router %r is random in a way that cannot be repeated: gate weights not verified.", site.name
-        )
-        return
+        return "is random in a way that cannot be repeated"
     raise EffectError(
         f"The output of router {site.name!r} depends on the bias beyond which experts are selected: with a random bias "
         f"it is not what the model gives for the same experts without one. {FIX}"
@@ -80,13 +76,8 @@ def _watched_run(trial: Trial, plan: Plan, bias_E: Tensor) -> tuple[Seen, Any]:
 
 def _forced_run(trial: Trial, plain: Seen, chosen: Seen) -> Any:
     """Return what the host gives for chosen experts without our bias; None if it was not seen to choose."""
-    site = trial.site
-    mode = ForcedSelection(site, plain, chosen.ids_TK)
+    mode = ForcedSelection(trial.site, plain, chosen.ids_TK)
     output = trial.run(mode)
-    if not mode.has_forced:
-        _LOG.warning(
-            "Router %r was not seen to choose its experts again: gate weights not verified.", site.name
-        )
     return output if mode.has_forced else None
 
 

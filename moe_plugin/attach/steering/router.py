@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from types import FrameType, MethodType
@@ -24,6 +25,8 @@ from moe_plugin.attach.steering.intercept import Intercept, select
 from moe_plugin.attach.steering.proof import prove
 from moe_plugin.attach.steering.trial import Trial, learn
 from moe_plugin.errors import EffectError
+
+_LOG = logging.getLogger(__name__)
 
 
 class _BalancedRouter(Mixin):
@@ -87,6 +90,12 @@ def watch_(site: Site) -> None:
         swap_(module, _BalancedRouter)
 
 
+def host_forward(module: nn.Module) -> Callable[..., Any]:
+    """Return the host's own forward of a watched router."""
+    own = module.__dict__.get("forward")
+    return own.original if isinstance(own, _BalancedForward) else super(_BalancedRouter, module).forward  # pyright: ignore
+
+
 def unwatch_(module: nn.Module) -> None:
     """Undo `watch_`, also in attributes to which later hooks have moved what it put in place."""
     if isinstance(module, _BalancedRouter):
@@ -114,7 +123,7 @@ def _watched(module: Any, forward: Callable[..., Any], args: tuple, kwargs: dict
         plan = site.style.plans[module.training]
         if not compiling:
             plan = _learnt(site, forward, args, kwargs, plan)
-        elif not plan.certain:
+        elif not plan.certain or (module.training and not (site.is_verified or site.is_rehearsed)):
             return _watched_at_first(site, forward, args, kwargs)
     closely = not compiling and site.counters.looks_closely
     bias = site.bias_place.tensor()
@@ -173,7 +182,9 @@ def _learnt(
     if plan.certain:
         site.plans[training, torch.is_grad_enabled()] = plan
     if training and not site.is_verified:
-        prove(trial, plan)
+        doubt = prove(trial, plan)
+        if doubt:
+            _LOG.warning("Router %r %s: gate weights not verified.", site.name, doubt)
         site.is_verified = plan.certain
     return plan
 

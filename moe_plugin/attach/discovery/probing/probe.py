@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributions import Distribution
 from torch.overrides import TorchFunctionMode
 
+from moe_plugin.attach.discovery.probing.example import Example, example_of
 from moe_plugin.attach.discovery.probing.host_state import HostState
 from moe_plugin.attach.discovery.probing.input_guesses import Input, others
 from moe_plugin.attach.discovery.probing.leftovers import RecordingFakeMode, refuse_leftovers
@@ -27,11 +28,11 @@ from moe_plugin.attach.discovery.probing.restored import same_random_numbers
 from moe_plugin.attach.discovery.probing.trace import Trace, tensors_in
 
 MAX_QUESTIONS = 100
-# What a forward may raise when called with inputs that are not its own.
-_WRONG_CALL = (
+WRONG_CALL = (
     *(TypeError, ValueError, AttributeError, RuntimeError, LookupError, NotImplementedError, AssertionError),
     *(ArithmeticError, ImportError, UnboundLocalError),
 )
+"""What a forward may raise when called with inputs that are not its own."""
 
 
 class Seen(NamedTuple):
@@ -39,7 +40,8 @@ class Seen(NamedTuple):
 
     ``returned`` is None if the forward did not finish; ``used`` are those used after the last ranking. ``unsteerable``
     are calls that may select without ranking: their names, and what they select from. ``num_entries`` is the size of
-    the module's first tensor. ``again`` is the same with twice the tokens, in the other mode: training or evaluation.
+    the module's first tensor, ``example`` what it was called with. ``again`` is the same with twice the tokens, in the
+    other mode: training or evaluation.
     """
 
     rankings: list[Ranking]
@@ -47,6 +49,7 @@ class Seen(NamedTuple):
     used: set[str]
     unsteerable: list[tuple[str, Tensor]]
     num_entries: int
+    example: Example | None = None
     again: Seen | None = None
 
 
@@ -136,10 +139,11 @@ def _watch(
     module: nn.Module, host: nn.Module, args: tuple, answers: _Answers, followed: Mapping[str, Tensor]
 ) -> Seen | None:
     """Call ``host`` and return what ``module`` did; None if it neither selected nor returned."""
-    trace, seen, entered = Trace(followed), [], []
+    trace, seen, entered = Trace(followed), [], list[tuple[int, Example | None]]()
 
     def enter(_module: nn.Module, given: tuple, named: dict[str, Any]) -> None:
-        entered[:] = [next((tensor.numel() for tensor in tensors_in((given, named))), 0)]
+        num_entries = next((tensor.numel() for tensor in tensors_in((given, named))), 0)
+        entered[:] = [(num_entries, example_of(given, named))]
         trace.clear_()
 
     def leave(_module: nn.Module, _args: Any, output: Any) -> None:
@@ -152,11 +156,11 @@ def _watch(
         with trace, answers:
             host(*args)
     except _Done:
-        return Seen(trace.rankings, seen[0], trace.used, trace.unsteerable, entered[0])
-    except _WRONG_CALL:
+        return Seen(trace.rankings, seen[0], trace.used, trace.unsteerable, *entered[0])
+    except WRONG_CALL:
         soft = any(not ranking.hard for ranking in trace.rankings)
         if entered and (soft or trace.unsteerable):
-            return Seen(trace.rankings, None, trace.used, trace.unsteerable, entered[0])
+            return Seen(trace.rankings, None, trace.used, trace.unsteerable, *entered[0])
     finally:
         for handle in handles:
             handle.remove()

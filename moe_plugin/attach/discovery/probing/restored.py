@@ -20,6 +20,10 @@ _OWN_STATE = ("cpu", "mps")
 """Kinds of devices of which `fork_rng` cannot save a single one."""
 
 
+class ChangedParameterError(EffectError):
+    """A forward changed a parameter too large to be copied, so it could not be undone."""
+
+
 class Snapshot:
     """All that calls of a module can change: state as `HostState` has it, values of tensors, random numbers."""
 
@@ -44,7 +48,7 @@ class Snapshot:
         """Restore it after the block.
 
         Raises:
-            EffectError: If a large parameter was changed, of which no copy is kept.
+            ChangedParameterError: If a large parameter was changed, of which no copy is kept.
         """
         with same_random_numbers(self._root):
             try:
@@ -54,7 +58,7 @@ class Snapshot:
                 for tensor, value in self._values:
                     tensor.data.copy_(value)  # a plain copy_ would invalidate graphs that hold the tensor
         if any(tensor._version != version for tensor, version in self._versions):
-            raise EffectError(
+            raise ChangedParameterError(
                 f"The forward of {type(self._root).__name__} changes a large parameter, so it can't be tried without a "
                 "trace. Write an Adapter for it and pass it in 'adapters', or leave it out with 'sites'."
             )
