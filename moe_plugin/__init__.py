@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from moe_plugin.attach.balance import balance_
     from moe_plugin.balancing.rules import (
         PID,
+        Adaptive,
         Momentum,
         Multiplicative,
         PrimalDual,
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = [
     "PID",
     "Adapter",
+    "Adaptive",
     "Calibration",
     "LoadMonitor",
     "LossFreeBalancing",
@@ -41,7 +43,7 @@ __all__ = [
 ]
 __version__ = "0.1.0"
 
-_RULES = ("Momentum", "Multiplicative", "PID", "PrimalDual", "Proportional", "Quantile", "Sign")
+_RULES = ("Adaptive", "Momentum", "Multiplicative", "PID", "PrimalDual", "Proportional", "Quantile", "Sign")
 _HOMES = dict.fromkeys(_RULES, "moe_plugin.balancing.rules") | {
     "Adapter": "moe_plugin.attach.adapter",
     "Calibration": "moe_plugin.callbacks.calibration",

@@ -12,7 +12,7 @@ from torch import nn
 from moe_plugin.attach.balance import balance_
 from moe_plugin.attach.balanced_model import find_balanced
 from moe_plugin.balancing.rate import AUTO_FRACTION
-from moe_plugin.balancing.rules import PID, Load, Momentum, PrimalDual, Proportional, Quantile, Sign
+from moe_plugin.balancing.rules import PID, Adaptive, Load, Momentum, PrimalDual, Proportional, Quantile, Sign
 from moe_plugin.balancing.schedule import RateSchedule
 from moe_plugin.errors import AttachError, CheckpointError, EffectError
 from moe_plugin.routing import Router
@@ -445,7 +445,7 @@ class TestState:
             balance_(Host(), sites="layers.0.*").load_state_dict(state)
 
 
-MEMORIES = [Momentum(rate=0.1), PID(rate=0.1), PrimalDual(rate=0.1), Quantile()]
+MEMORIES = [Momentum(rate=0.1), PID(rate=0.1), PrimalDual(rate=0.1), Quantile(), Adaptive(rate=0.1)]
 
 
 @pytest.mark.parametrize("rule", MEMORIES, ids=lambda rule: type(rule).__name__)

@@ -10,6 +10,7 @@ from moe_plugin import balance_
 from moe_plugin.attach.site_group import site_groups
 from moe_plugin.balancing.rules import (
     PID,
+    Adaptive,
     Load,
     Momentum,
     Multiplicative,
@@ -30,6 +31,7 @@ RULES = [
     Multiplicative(rate=0.1),
     PID(rate=0.1),
     PrimalDual(rate=0.1),
+    Adaptive(rate=0.1),
     Quantile(),
 ]
 

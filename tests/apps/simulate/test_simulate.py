@@ -143,6 +143,7 @@ class TestCommand:
             "pid",
             "quantile",
             "primal_dual",
+            "adaptive",
             "drifting",
             "bursty",
         ):

@@ -85,6 +85,26 @@ class PrimalDual(Sign):
         self.bias = [b + size * e for b, e in zip(self.bias, errors(counts), strict=True)]
 
 
+class Adaptive(Sign):
+    def __init__(self, experts):
+        super().__init__(experts)
+        self.states = [(0.0, 0.0, 0.0, 0.05)] * experts
+
+    def update(self, counts, rate):
+        found = centred([max(-2.0, min(2.0, e)) for e in errors(counts)])
+        self.states = [self.advanced(e, *state) for e, state in zip(found, self.states, strict=True)]
+        steps = centred([state[3] * e for e, state in zip(found, self.states, strict=True)])
+        self.bias = [b + rate * step for b, step in zip(self.bias, steps, strict=True)]
+
+    @staticmethod
+    def advanced(e, p, h, q, g):
+        p = 0.9 * p + 0.1 * e**2 if p else e**2
+        alike = e * h / math.sqrt(p * q) if p * q else 0.0
+        g = max(0.002, min(1.0, g * math.exp(0.1 * max(-1.0, min(1.0, alike)))))
+        h = (1 - g) * h + e
+        return p, h, 0.9 * q + 0.1 * h**2, g
+
+
 def quantile_step(histograms, edges, share):
     """The centred step of the quantile rule at rate 1, from a list of counts by bin for each expert."""
     lower, upper = [edges[0], *edges], [*edges, edges[-1]]

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from moe_plugin.balancing.gaps import count_gaps_, gap_edges, gaps_of, new_gaps
 from moe_plugin.balancing.rules import (
     PID,
+    Adaptive,
     Load,
     Momentum,
     Multiplicative,
@@ -22,7 +23,7 @@ from moe_plugin.balancing.rules import (
 from moe_plugin.errors import ConfigError
 from tests.balancing.rules import slow_rules
 
-BY_COUNT = [Sign, Proportional, Multiplicative, Momentum, PID, PrimalDual]
+BY_COUNT = [Sign, Proportional, Multiplicative, Momentum, PID, PrimalDual, Adaptive]
 kinds = pytest.mark.parametrize("kind", BY_COUNT)
 all_kinds = pytest.mark.parametrize("kind", [*BY_COUNT, Quantile])
 counts_lists = st.lists(st.integers(0, 10**7), min_size=1, max_size=16)
@@ -123,6 +124,8 @@ class TestAnyRule:
             (lambda: PID(integral=-1), "'integral' must be a number >= 0, got -1"),
             (lambda: PID(windup_limit=None), "'windup_limit' must be a number > 0, got None"),
             (lambda: PrimalDual(power=1.5), "'power' must be a number from 0 to 1, got 1.5"),
+            (lambda: Adaptive(limit=0), "'limit' must be a number > 0, got 0"),
+            (lambda: Adaptive(largest_gain=-1), "'largest_gain' must be a number > 0, got -1"),
             (lambda: Quantile(rate="auto"), "'rate' must be a number from 0 to 1, got 'auto'"),
         ],
     )
@@ -173,6 +176,23 @@ class TestPrimalDual:
         memory, rule = {}, PrimalDual(power=1.0)
         steps = [step(rule, [3, 1], memory=memory)[1].item() for _ in range(4)]
         assert steps == pytest.approx([0.5, 0.25, 0.5 / 3, 0.125])
+
+
+class TestAdaptive:
+    def test_errors_that_keep_their_sign_raise_the_gain_and_alternating_ones_lower_it(self):
+        memory, rule = {}, Adaptive()
+        for number in range(40):
+            step(rule, [4, 2, 2 + 2 * (number % 2), 4 - 2 * (number % 2)], memory=memory)
+        steady, alternating = memory["gain"][:2], memory["gain"][2:]
+        assert steady.min() > 0.5
+        assert alternating.max() < 0.01
+
+    def test_largest_gain_is_never_exceeded(self):
+        memory, rule = {}, Adaptive(largest_gain=0.001)
+        assert step(rule, [3, 1], memory=memory).abs().max() == pytest.approx(0.001 * 0.5)
+
+    def test_collapsed_expert_moves_as_one_with_twice_the_mean_error(self):
+        assert step(Adaptive(), [100, 0, 0, 0])[0] == step(Adaptive(), [3, 0, 0, 0])[0]
 
 
 class TestPID:
@@ -233,7 +253,7 @@ class TestConvergence:
         torch.manual_seed(0)
         rate, tokens, offset_E = 2e-3, 8_000, 0.1 * torch.randn(16)
         bias_E, rule, memory = torch.zeros(16), kind(), {}
-        rate_of_kind = {Quantile: 0.2, PrimalDual: 0.02}.get(kind, rate)
+        rate_of_kind = {Quantile: 0.2, PrimalDual: 0.02, Adaptive: 0.1}.get(kind, rate)
         for _ in range(2 * int((offset_E.max() - offset_E.min()) / rate)):
             load = scored_load(0.5 + offset_E + 0.1 * torch.randn(tokens, 16), bias_E, 2)
             bias_E += rule.step(load, rate_of_kind, memory).float()
