@@ -38,7 +38,7 @@ def _order(path: Path) -> tuple[int, str]:
 
 
 def _section(group: str, paths: list[Path]) -> str:
-    title = "The whole configuration" if group == "." else f"`{group}=`"
+    title = "Complete configurations" if group == "." else f"`{group}=`"
     rows = "".join(f"| `{path.stem}` | {_purpose(path)} |\n" for path in paths)
     files = "".join(_content(path) for path in paths)
     return f"\n## {title}\n\n| option | what it is |\n|---|---|\n{rows}{files}"
