@@ -106,8 +106,8 @@ HEADER = (
 INTRODUCTION = """
 ## Beyond transformers
 
-`python -m tests.strangers` made this table. Each block is written anew, with the routing, the names and the side effects
-of the file that the row links to. It is made small and really run; `tests/strangers/` holds the blocks.
+`python -m tests.strangers` made this table. Each block is written anew, with the routing, the names and the side
+effects of the file that the row links to. It is made small and really run; `tests/strangers/` holds the blocks.
 
 The command checks:
 
@@ -115,7 +115,7 @@ The command checks:
 - under a random bias, output and counts equal to a slow reference, with gate weights from unbiased scores;
 - no tensor that `balance_` leaves in the block's globals.
 
-Counts are from before tokens are dropped. For blocks with *everything*, tests also check the numbers of experts; gradients;
-ids, also under a large bias and in a second forward; updates; `remove()`; deepcopy; both kinds of activation
-checkpointing; compiled code; bf16 with an fp32 bias.
+Counts are from before tokens are dropped. For blocks with *everything*, tests also check the numbers of experts;
+gradients; ids, also under a large bias and in a second forward; updates; `remove()`; deepcopy; both kinds of
+activation checkpointing; compiled code; bf16 with an fp32 bias.
 """
