@@ -55,8 +55,8 @@ Find out whether your model is balanced right. Look for its family in the table,
 moe-inspect my_project.models:build --verify
 ```
 
-`python -m tests.families` made the table with transformers {version}. It has every family whose config names experts:
-{counts}. Each model is built small from its config, with random weights, and really run.
+`python -m tests.families` made the table with transformers {version}. It has every family whose config names experts
+({counts}). Each model is built small from its config, with random weights, and really run.
 
 The code does not use this list. It finds routers by their structure (`moe_plugin/attach/discovery/survey.py`). Only
 rows with *adapter* have a file in `moe_plugin/attach/families/`.
