@@ -4,7 +4,7 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo compare picture bench test test-faults test-all lint types package try-package clean
+.PHONY: help demo compare picture bench test test-faults test-all lint types docs docs-serve reference load-plots package try-package clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,6 +19,10 @@ $(VENV)/.dev: pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(INSTALL) --editable '.[dev]'
 	touch $@ $(VENV)/.base
+
+$(VENV)/.docs: $(VENV)/.dev
+	$(INSTALL) --editable '.[docs]'
+	touch $@
 
 demo: $(VENV)/.base ## train the demo; says at the end where to look
 	$(BIN)/moe-train experiment=demo
@@ -50,6 +54,18 @@ lint: $(VENV)/.dev ## ruff: rules and format
 
 types: $(VENV)/.dev ## pyright
 	$(BIN)/pyright
+
+docs: $(VENV)/.docs ## build the docs site into build/site; a broken link is an error
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/.docs ## the docs site at localhost:8000, built again when a page changes
+	$(BIN)/mkdocs serve
+
+reference: $(VENV)/.dev ## write the generated pages, docs/reference
+	$(BIN)/python -m docs.generate
+
+load-plots: $(VENV)/.dev ## the pictures of docs/load_plots.md: four runs, about two minutes of one core
+	$(BIN)/python -m docs.generate.load_plots
 
 package: $(VENV)/.dev ## build the wheel and the source archive into dist/, and check both
 	rm -rf dist

@@ -18,7 +18,7 @@ class Value(Enum):
 class ConfigError(MoEPluginError):
     """A setting has a value that is not allowed.
 
-    Example:
+    Examples:
         >>> print(ConfigError("top_k", "must be <= num_experts (8)", 9))
         'top_k' must be <= num_experts (8), got 9.
 

@@ -25,7 +25,7 @@ class Adapter:
     plain_TE)``. They show how far apart the experts are, which ``rate: auto`` and some rules need. A call that only
     prepares the selection, as for a threshold, passes ``counts=False``.
 
-    Example:
+    Examples:
         >>> def route(block, select, x_TD):
         ...     weights_TK, ids_TK = select(block.gate(x_TD).softmax(-1), block.k)
         ...     return weights_TK / weights_TK.sum(-1, keepdim=True), ids_TK

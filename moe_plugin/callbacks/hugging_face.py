@@ -31,7 +31,7 @@ class LossFreeTrainerCallback(TrainerCallback):
     Moves the biases once per optimizer step that took place, and writes them next to each checkpoint. Turn the model's
     own auxiliary loss off (``output_router_logits=False``, the default). Counts are summed over all ranks.
 
-    Example:
+    Examples:
         >>> trainer = Trainer(model, callbacks=[LossFreeTrainerCallback()])  # doctest: +SKIP
 
     Attributes:

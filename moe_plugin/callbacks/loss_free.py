@@ -30,7 +30,7 @@ class LossFreeBalancing(Attachment):
     optimizer step that took place: down for overloaded experts, up for idle ones. Gate weights stay unbiased. The
     biases are saved in Lightning's checkpoints, and in the model's own if it owns the tensor.
 
-    Example:
+    Examples:
         >>> trainer = lightning.Trainer(callbacks=[LossFreeBalancing()])  # doctest: +SKIP
     """
 

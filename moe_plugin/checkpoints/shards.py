@@ -32,7 +32,7 @@ class VerifiedShards(ParallelStrategy):
     the files that it wrote, and then the folder takes the place of the one before. When a folder is loaded, the ranks
     share the work of verifying it.
 
-    Example:
+    Examples:
         >>> from lightning.pytorch.strategies import ModelParallelStrategy
         >>> class Strategy(VerifiedShards, ModelParallelStrategy):
         ...     pass

@@ -32,7 +32,7 @@ class VerifiedCheckpointIO(TorchCheckpointIO):
     is given to the Trainer. Folders that `ModelParallelStrategy` saved are loaded too, in any strategy; for saving
     them there is `VerifiedShards`. Paths with ``://`` are left to Lightning. For Linux and macOS.
 
-    Example:
+    Examples:
         >>> from lightning import Trainer
         >>> trainer = Trainer(plugins=[VerifiedCheckpointIO()], logger=False, accelerator="cpu")
     """

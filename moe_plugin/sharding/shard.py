@@ -18,7 +18,7 @@ def shard_(model: nn.Module, mesh: DeviceMesh, *, expert_parallel_size: int = 1)
     Parameters, gradients and optimizer states are spread layer by layer (FSDP2, `torch.distributed.fsdp.fully_shard`).
     Call it in Lightning's `configure_model`, before the optimizer is made:
 
-    Example:
+    Examples:
         >>> class Project(lightning.LightningModule):  # doctest: +SKIP
         ...     def configure_model(self):
         ...         if self.device_mesh is not None:

@@ -103,7 +103,7 @@ class MixesLayers:
 class TestCheckRule:
     def test_rule_of_the_documentation_moves_the_fullest_experts(self):
         text = Path("docs/rules.md").read_text()
-        code = text.split("### A rule of your own")[1].split("```python\n")[1].split("```")[0]
+        code = text.split("### Your own rule")[1].split("```python\n")[1].split("```")[0]
         names = {"model": Host()}
         exec(compile(code, "docs/rules.md", "exec"), names)
         names["model"](torch.randint(0, 32, (4, 9))).square().mean().backward()

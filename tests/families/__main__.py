@@ -49,26 +49,39 @@ def page(rows: list[Row]) -> str:
 
 INTRODUCTION = """# Models
 
-Made by `python -m tests.families` with transformers {version}: every family that has a config naming experts, {counts}.
-Each is built small from its config, with random weights, and really run.
+Find out whether your model is balanced right. Look for its family in the table, or run the checks on your own model:
 
-The code does not use this list: it finds routers by their structure, see `moe_plugin/attach/discovery/survey.py`. Only
+```bash
+moe-inspect my_project.models:build --verify
+```
+
+`python -m tests.families` made the table with transformers {version}. It has every family whose config names experts
+({counts}). Each model is built small from its config, with random weights, and really run.
+
+The code does not use this list. It finds routers by their structure (`moe_plugin/attach/discovery/survey.py`). Only
 rows with *adapter* have a file in `moe_plugin/attach/families/`.
 
-*Driven* is what the updates move: a tensor that the model owns and saves in its checkpoint, or our bias, added in the
-named selecting call. *Gate weights* names the function of the unbiased scores that an independent computation found,
-times one factor, or scaled to one sum per token.
+- *Driven*: what the updates move. It is a tensor that the model owns and saves in its checkpoint, or our bias, added
+  in the named call.
+- *Gate weights*: the function of the unbiased scores that an independent computation found, times one factor, or
+  scaled to one sum per token.
+- *Result*: *verified* if all checks below pass.
+- *Fused*: whether `balance_(model, experts="fused")` replaces the experts, or why not. *yes* means equal outputs (to
+  1e-4), gradients (to 2e-5 of the largest value), and checkpoints.
 
-*Verified* means: bit-identical outputs, loss and gradients at zero bias; outputs that a bias changes only by the
-experts it selects; counts equal to unpadded tokens x k, also under both kinds of activation checkpointing; a large bias
-draws every token, with unbiased gate weights; 60 updates by the default rule halve MaxVio over 512 random tokens or
-bring it below 0.3, where so few can show it; random biases select the largest sums, and a model without balancing that
-is made to select the same experts gives the same outputs and gradients; updates move every bias; the same `state_dict`
-keys; deepcopy and pickle; saving and loading; bf16 with an fp32 bias; `remove()`. Most of these are checks of
-`moe_plugin/attach/verification/`, which `moe-inspect MODEL --verify` runs on your model.
+*Verified* means all of this:
 
-*Fused* shows whether `balance_(model, experts="fused")` replaces the experts, or why not. *yes* means equal outputs (to
-1e-4), gradients (to 2e-5 of the largest value), and checkpoints.
+- At zero bias, outputs, loss and gradients are bit-identical.
+- A bias changes outputs only by the experts it selects. Random biases select the largest sums. A model without
+  balancing that is made to select the same experts gives the same outputs and gradients.
+- Counts equal unpadded tokens x k, also under both kinds of activation checkpointing.
+- A large bias draws every token, with unbiased gate weights.
+- Updates move every bias. 60 updates by the default rule halve MaxVio over 512 random tokens, or bring it below 0.3
+  if so few can show it.
+- The `state_dict` keys stay the same. Deepcopy, pickle, saving, loading and `remove()` work. In bf16 the bias stays
+  fp32.
+
+Most of these are checks of `moe_plugin/attach/verification/`, which `moe-inspect --verify` runs on your model.
 """
 
 

@@ -106,13 +106,16 @@ HEADER = (
 INTRODUCTION = """
 ## Beyond transformers
 
-Made by `python -m tests.strangers`. Each block is written anew with the routing, the names and the side effects of the
-file that the row links to, is made small, and is really run; `tests/strangers/` holds them.
+`python -m tests.strangers` made this table. Each block is written anew, with the routing, the names and the side
+effects of the file that the row links to. It is made small and really run; `tests/strangers/` holds the blocks.
 
-The command checks: bit-identical outputs at zero bias; output and counts equal to a slow reference under a random bias,
-with gate weights from unbiased scores; no tensor left in the block's globals by `balance_`. Counts are those before
-tokens are dropped.
+The command checks:
 
-The tests of *everything* also check: the numbers of experts; gradients; ids, also under a large bias and in a second
-forward; updates; `remove()`; deepcopy; both kinds of activation checkpointing; compiled code; bf16 with an fp32 bias.
+- bit-identical outputs at zero bias;
+- under a random bias, output and counts equal to a slow reference, with gate weights from unbiased scores;
+- no tensor that `balance_` leaves in the block's globals.
+
+Counts are from before tokens are dropped. For blocks with *everything*, tests also check the numbers of experts;
+gradients; ids, also under a large bias and in a second forward; updates; `remove()`; deepcopy; both kinds of
+activation checkpointing; compiled code; bf16 with an fp32 bias.
 """
