@@ -27,6 +27,7 @@ SECTIONS = {
         "PID",
         "Quantile",
         "PrimalDual",
+        "Adaptive",
         "moe_plugin.balancing.rules.Rule",
     ],
     "Rates and calibration": ["RateSchedule", "Calibration"],
