@@ -1,7 +1,7 @@
 """Measure what only a GPU can tell: `python -m benchmarks.gpu --out DIR`; nothing is installed.
 
-It writes DIR/gpu.json as it goes on, and DIR/log.txt. A line that fails is noted and passed over. `--dry` rehearses every
-part on the CPU at tiny sizes. `--table DIR/gpu.json` writes docs/gpu.md from a run.
+It keeps DIR/gpu.json up to date, and writes DIR/log.txt. A line that fails is noted and passed over. `--dry` rehearses
+every part on the CPU at tiny sizes. `--table DIR/gpu.json` writes docs/gpu.md from a run.
 """
 
 from __future__ import annotations
@@ -26,11 +26,15 @@ def main(words: Sequence[str] | None = None) -> int:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--out", type=Path, metavar="DIR", help="where gpu.json and log.txt go")
-    parser.add_argument("--minutes", type=float, default=10.0, help="for everything (default: 10)")
+    parser.add_argument("--minutes", type=float, help="for everything (default: 10; a rehearsal has an hour)")
     parser.add_argument("--dry", action="store_true", help="rehearse on the CPU at tiny sizes")
     parser.add_argument("--only", action="append", choices=NAMES, metavar="PART", help=", ".join(NAMES))
     parser.add_argument(
-        "--table", nargs="?", const="", metavar="JSON", help=f"write {PAGE.name} from a run; without JSON, from none"
+        "--table",
+        nargs="?",
+        const="",
+        metavar="JSON",
+        help=f"write {PAGE.name} from a run; without JSON, from none",
     )
     arguments = parser.parse_args(words)
     if arguments.table is not None:
@@ -52,7 +56,8 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
     if not arguments.dry and not torch.cuda.is_available():
         parser.error(f"there is no GPU that torch {torch.__version__} can use; --dry rehearses on the CPU")
     parts = [part for part in PARTS if not arguments.only or part.name in arguments.only]
-    result = run_parts(parts, arguments.out, arguments.minutes, arguments.dry)
+    minutes = arguments.minutes or (60.0 if arguments.dry else 10.0)
+    result = run_parts(parts, arguments.out, minutes, arguments.dry)
     print(page_of(result))
     states = [line["state"] for part in result["parts"] for line in part["lines"]]
     broken = any(part["reason"] for part in result["parts"])

@@ -47,7 +47,9 @@ def run_lines(part: Part, first: int, dry: bool, events: Path, log: Path) -> Non
                 note(number=number, state="passed over", reason=line.obstacle)
                 continue
             note(number=number, state="failed", reason="the process ended")
-            _measure(line.measure, lambda number=number, **found: note(number=number, state="measured", **found))
+            _measure(
+                line.measure, lambda number=number, **found: note(number=number, state="measured", **found)
+            )
 
 
 def _measure(measure: Callable[[], Figures], note: Callable[..., None]) -> None:

@@ -8,7 +8,6 @@ import signal
 import tempfile
 import time
 from collections.abc import Callable
-from multiprocessing.context import BaseContext
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +16,15 @@ from benchmarks.gpu.part_table import Part
 
 LONGEST = 400
 """Characters of a reason."""
+PATIENCE = 30.0
+"""Seconds that any line may take, the start of its process among them."""
 
 
 class PartRun:
     """A part that is measured.
 
-    A line that fails ends its process, and another goes on after it. So does a line that takes half of the part's time.
-    At the end of that time the rest is left out.
+    A line that fails ends its process, and another process takes the next. A line that takes half of the part's time is
+    ended too. At the end of that time the rest is left out.
     """
 
     def __init__(self, part: Part, seconds: float, dry: bool, log: Path) -> None:
@@ -48,7 +49,7 @@ class PartRun:
         lines = [{"name": name, **self.found.get(n, unreached)} for n, name in enumerate(self.names)]
         return {"part": self.part.name, "limit_s": round(self.seconds), "reason": self.reason, "lines": lines}
 
-    def run(self, context: BaseContext, tell: Callable[[], object]) -> None:
+    def run(self, context: Any, tell: Callable[[], object]) -> None:
         """Measure.
 
         Args:
@@ -63,7 +64,7 @@ class PartRun:
                 return
             last = max(self.found, default=-1)
             why = f"{self._last_words(printed)} ({ended})"[-LONGEST:]
-            if last < first:  # It failed before any line.
+            if last < first or self.found[last]["state"] != "failed":  # It ended outside of any line.
                 self.reason = why
                 return
             self.found[last]["reason"] = why
@@ -72,34 +73,40 @@ class PartRun:
             if first >= len(self.names) or time.monotonic() > until:
                 return
 
-    def _run_process(
-        self, context: BaseContext, first: int, until: float, tell: Callable[[], object]
-    ) -> str:
-        """Run lines from one on; return how the process ended if it ended by itself in a line, or by our hand."""
+    def _run_process(self, context: Any, first: int, until: float, tell: Callable[[], object]) -> str:
+        """Run lines from one on; return how the process ended; empty if it got to its own end."""
         with tempfile.TemporaryDirectory() as folder:
             events = Path(folder, "events")
             events.touch()
-            process: Any = context.Process(target=run_lines, args=(self.part, first, self.dry, events, self.log))  # pyright: ignore
+            process: Any = context.Process(
+                target=run_lines, args=(self.part, first, self.dry, events, self.log)
+            )
             process.start()
-            too_long = ""
-            while process.is_alive() and not too_long:
-                process.join(0.2)
-                if self._read(events):
-                    tell()
-                if time.monotonic() > until:
-                    too_long = "out of time"
-                elif time.time() - events.stat().st_mtime > self.seconds / 2:
-                    too_long = "it took half of the part's time"
-            if too_long:
-                _kill(process)
+            try:
+                too_long = self._watch(process, events, until, tell)
+            finally:
+                if process.is_alive():
+                    _kill(process)
             self._read(events)
-            tell()
             return too_long or (f"exit code {process.exitcode}" if process.exitcode else "")
+
+    def _watch(self, process: Any, events: Path, until: float, tell: Callable[[], object]) -> str:
+        """Wait for the end of a process; return why it must be ended, empty if it has ended."""
+        while process.is_alive():
+            process.join(0.2)
+            if self._read(events):
+                tell()
+            if time.monotonic() > until:
+                return "out of time"
+            if time.time() - events.stat().st_mtime > max(PATIENCE, self.seconds / 2):
+                return "it took half of the part's time"
+        return ""
 
     def _read(self, events: Path) -> bool:
         """Take in what the process has noted; return whether that is anything new."""
         before = self.result
-        for text in events.read_text().splitlines():
+        whole_lines, _, _ = events.read_text().rpartition("\n")
+        for text in whole_lines.splitlines():
             event = json.loads(text)
             if "lines" in event:
                 self.names, self.machine = event["lines"], event["machine"]

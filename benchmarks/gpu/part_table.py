@@ -32,9 +32,9 @@ class Part:
 PARTS = (
     Part("skipped_tests", "Tests that a CPU skips", 80),
     Part("strategies", "Strategies: 20 steps of `small`, saved, resumed to 24", 150),
-    Part("layer", "The expert layer, forward and backward of 32,768 tokens in bf16", 110),
+    Part("layer", "The expert layer, forward and backward of 32,768 tokens in bf16", 100),
     Part("routers", "Balancing: routers, the update, and callbacks", 90),
-    Part("step", "A whole step", 140),
-    Part("memory", "Memory: the plan and the device", 20),
-    Part("kernels", "Kernels alone", 10),
+    Part("step", "A whole step", 130),
+    Part("memory", "Memory: the plan and the device", 30),
+    Part("kernels", "Kernels alone", 20),
 )

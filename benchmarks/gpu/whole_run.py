@@ -17,7 +17,13 @@ from benchmarks.gpu.part_run import PartRun
 from benchmarks.gpu.part_table import Part
 
 ROOT = Path(__file__).parents[2]
-PRELOADED = ["torch", "lightning.pytorch", "moe_plugin.apps.models", "benchmarks.gpu.part_process", "transformers"]
+PRELOADED = [
+    "torch",
+    "lightning.pytorch",
+    "moe_plugin.apps.models",
+    "benchmarks.gpu.part_process",
+    "transformers",
+]
 RESERVE = 5.0
 """Seconds of the time that are left for ending."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from xml.etree import ElementTree
@@ -24,12 +24,13 @@ LONGEST = 160
 
 
 def lines(place: Place) -> Iterator[Line]:
-    """Yield each group of tests."""
-    for name, tests in TESTS.items():
-        yield Line(name, partial(run_tests, place, tests), ("pytest", "hypothesis", "triton"))
+    """Yield each group of tests, in a rehearsal all together."""
+    groups = {name: [tests] for name, tests in TESTS.items()}
+    for name, tests in place.size(groups, {"all of them": list(TESTS.values())}).items():
+        yield Line(name, partial(run_tests, place, tests), ("pytest", "hypothesis"))
 
 
-def run_tests(place: Place, tests: str) -> Figures:
+def run_tests(place: Place, tests: Sequence[str]) -> Figures:
     """Run tests, and count them by outcome.
 
     Args:
@@ -37,35 +38,33 @@ def run_tests(place: Place, tests: str) -> Figures:
         tests: What pytest is to run.
 
     Raises:
-        RuntimeError: None passed; in a rehearsal, none was found.
+        RuntimeError: None passed; in a rehearsal, none was found in one of the places.
     """
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.xml"
         done = subprocess.run(
             [
                 *(sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-W", "default"),
-                *(tests, f"--junitxml={report}"),
+                *(*tests, f"--junitxml={report}"),
                 *place.size([], ["--collect-only"]),
             ],
             stdout=subprocess.PIPE,
             text=True,
         )
         print(done.stdout)
-        if place.dry:
-            return {"collected": collected(done.stdout)}
-        return outcomes(report)
+        return collected(done.stdout) if place.dry else outcomes(report)
 
 
-def collected(output: str) -> int:
+def collected(output: str) -> Figures:
     """Return how many tests pytest names.
 
     Raises:
-        RuntimeError: None.
+        RuntimeError: One of the places has none.
     """
-    found = sum("::" in line for line in output.splitlines())
-    if not found:
-        raise RuntimeError("no test was found")
-    return found
+    named = [line for line in output.splitlines() if "::" in line]
+    if empty := [tests for tests in TESTS.values() if not any(line.startswith(tests) for line in named)]:
+        raise RuntimeError(f"no test was found in {', '.join(empty)}")
+    return {"collected": len(named)}
 
 
 def outcomes(report: Path) -> Figures:

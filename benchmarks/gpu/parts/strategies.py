@@ -176,7 +176,9 @@ def skipped_step(place: Place) -> Figures:
     balanced = find_balanced(model)
     assert balanced is not None
     if overflow.changed != [] or balanced.step != steps - 1:
-        raise RuntimeError(f"only step {OVERFLOW_AT} must be skipped, got {balanced.step} updates of {steps}; "
-                           f"it changed {overflow.changed}")
+        raise RuntimeError(
+            f"only step {OVERFLOW_AT} must be skipped, got {balanced.step} updates of {steps}; "
+            f"it changed {overflow.changed}"
+        )
     before, after = overflow.scales
     return {"scale before": before, "scale after": after, "updates": balanced.step, "batches": steps}
