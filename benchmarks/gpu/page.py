@@ -38,7 +38,7 @@ DRY = """\
 ## A rehearsal on a CPU
 
 **Nothing here is a measurement.** The same code ran at tiny sizes. In place of CUDA: tests are collected and not run,
-NCCL is gloo, inductor is `eager`, Triton is interpreted, events are the clock, and waits are counted by operation.
+NCCL is gloo, compiled code runs uncompiled, Triton is interpreted, and waits are counted by operation.
 """
 COLUMNS = """\
 "ms" is the median of a call with a cold L2 cache. "TFLOP/s" counts the products of the experts. "error" is the largest

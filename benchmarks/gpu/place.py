@@ -32,11 +32,6 @@ class Place:
         """The device of all tensors."""
         return torch.device("cpu" if self.dry else "cuda")
 
-    @property
-    def backend(self) -> str:
-        """The backend of `torch.compile`; the rehearsal takes one that makes no kernels."""
-        return "eager" if self.dry else "inductor"
-
     def size(self, real: Size, dry: Size) -> Size:
         """Return a size, or that of the rehearsal."""
         return dry if self.dry else real
