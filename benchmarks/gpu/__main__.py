@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,6 +56,7 @@ def _run(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> int:
 
     if not arguments.dry and not torch.cuda.is_available():
         parser.error(f"there is no GPU that torch {torch.__version__} can use; --dry rehearses on the CPU")
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so what measures is ended too
     parts = [part for part in PARTS if not arguments.only or part.name in arguments.only]
     minutes = arguments.minutes or (60.0 if arguments.dry else 10.0)
     result = run_parts(parts, arguments.out, minutes, arguments.dry)

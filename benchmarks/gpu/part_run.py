@@ -16,15 +16,15 @@ from benchmarks.gpu.part_table import Part
 
 LONGEST = 400
 """Characters of a reason."""
-PATIENCE = 30.0
-"""Seconds that any line may take, the start of its process among them."""
+LINE_SHARE, PATIENCE = 0.5, 30.0
+"""A line may take this share of its part's time, and this many seconds in any case."""
 
 
 class PartRun:
     """A part that is measured.
 
-    A line that fails ends its process, and another process takes the next. A line that takes half of the part's time is
-    ended too. At the end of that time the rest is left out.
+    A line that fails ends its process, and another process takes the next. A line that takes too long is ended too.
+    At the end of the part's time the rest is left out.
     """
 
     def __init__(self, part: Part, seconds: float, dry: bool, log: Path) -> None:
@@ -98,8 +98,9 @@ class PartRun:
                 tell()
             if time.monotonic() > until:
                 return "out of time"
-            if time.time() - events.stat().st_mtime > max(PATIENCE, self.seconds / 2):
-                return "it took half of the part's time"
+            noted = events.stat()
+            if noted.st_size and time.time() - noted.st_mtime > max(PATIENCE, LINE_SHARE * self.seconds):
+                return "it took too long"
         return ""
 
     def _read(self, events: Path) -> bool:
