@@ -100,13 +100,10 @@ class TestTrouble:
     def test_line_that_hangs_is_ended_and_the_next_goes_on(
         self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     ) -> None:
+        monkeypatch.setattr("benchmarks.gpu.part_run.LINE_SHARE", 0.005)
         monkeypatch.setattr("benchmarks.gpu.part_run.PATIENCE", 0.0)
-        found = run(tmp_path, hanging, measured, seconds=8.0)
-        assert found[0] == ("failed", "nothing was printed (it took half of the part's time)")
-        assert found[1][0] in (
-            "measured",
-            "not reached",
-        )  # the rest of the time may be short on a busy machine
+        found = run(tmp_path, hanging, measured, seconds=600.0)
+        assert found == [("failed", "nothing was printed (it took too long)"), ("measured", "")]
 
     def test_what_is_left_at_the_end_of_the_time_is_not_reached(self, tmp_path: Path) -> None:
         assert [state for state, _ in run(tmp_path, hanging, measured, seconds=0.0)][1:] in (
