@@ -4,7 +4,8 @@ BIN := $(VENV)/bin
 WORKERS ?= 2
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: help demo compare picture bench test test-faults test-all lint types docs docs-serve reference load-plots package try-package clean
+.PHONY: help demo compare picture bench gpu gpu-env test test-faults test-all lint types docs docs-serve reference load-plots \
+  package try-package clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,6 +39,17 @@ picture: $(VENV)/.base ## docs/load.png from the runs of make compare
 
 bench: $(VENV)/.dev ## speed of everything, as ratios to named peers; CASES="router layer" for some
 	$(BIN)/python -m benchmarks $(CASES)
+
+# Installs nothing: the environment of gpu-env if it is there, else that of the other targets, else the machine's own.
+GPU_PYTHON ?= $(firstword $(wildcard build/gpu/bin/python $(BIN)/python) $(PYTHON))
+GPU_OUT ?= runs/gpu/$(shell date +%Y%m%d-%H%M%S)
+
+gpu: ## every figure that only a GPU can give, in ten minutes; DRY=1 rehearses it on a CPU
+	$(GPU_PYTHON) -m benchmarks.gpu --out $(GPU_OUT) $(if $(DRY),--dry)
+
+gpu-env: ## an environment for make gpu: the newest torch with CUDA, transformers and triton
+	test -x build/gpu/bin/python || $(PYTHON) -m venv build/gpu
+	build/gpu/bin/python -m pip install --quiet --disable-pip-version-check --upgrade --editable '.[hf,triton]' pytest hypothesis
 
 test: $(VENV)/.dev ## the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n $(WORKERS) -m "not slow"

@@ -12,8 +12,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from transformers import Qwen3MoeConfig
-from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from moe_plugin.experts import GroupedExperts
 from moe_plugin.types import Routing
@@ -24,11 +22,12 @@ TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 0.02}
 
 
 class Shape(NamedTuple):
-    """Of a layer: experts, experts per token, hidden width."""
+    """Of a layer: experts, experts per token, hidden width, model width."""
 
     experts: int
     top_k: int
     hidden: int
+    dim: int = D
 
 
 SHAPES = {"A": Shape(8, 2, 512), "B": Shape(64, 8, 128), "C": Shape(256, 8, 64)}
@@ -43,14 +42,17 @@ class Layer:
 
     def __init__(self, shape: Shape, tokens: int, dtype: torch.dtype = torch.float32) -> None:
         """Draw weights and hidden states, all in this dtype."""
-        self.shape, self.dtype = shape, dtype
-        self.experts = GroupedExperts(shape.experts, D, shape.hidden).to(dtype)
-        self.x_TD = torch.randn(tokens, D, dtype=dtype, requires_grad=True)
-        self.gradient_TD = torch.randn(tokens, D, dtype=dtype)
+        self.shape, self.dtype, dim = shape, dtype, shape.dim
+        self.experts = GroupedExperts(shape.experts, dim, shape.hidden).to(dtype)
+        self.x_TD = torch.randn(tokens, dim, dtype=dtype, requires_grad=True)
+        self.gradient_TD = torch.randn(tokens, dim, dtype=dtype)
         self.dense = nn.ParameterList(
-            [torch.randn(D, 2 * shape.hidden) / D**0.5, torch.randn(shape.hidden, D) / shape.hidden**0.5]
+            [
+                torch.randn(dim, 2 * shape.hidden) / dim**0.5,
+                torch.randn(shape.hidden, dim) / shape.hidden**0.5,
+            ]
         ).to(dtype)
-        self.x_PD = torch.randn(tokens * shape.top_k, D, dtype=dtype, requires_grad=True)
+        self.x_PD = torch.randn(tokens * shape.top_k, dim, dtype=dtype, requires_grad=True)
 
     def routing(self, pull_E: Tensor | float = 0.0) -> Routing:
         """Return random routing, drawn towards experts with a pull."""
@@ -84,7 +86,7 @@ class Layer:
 
     def equal_groups(self, _: Routing) -> Tensor:
         """Run one batched product over experts with equally many rows, already sorted."""
-        x_END = self.x_PD.view(self.shape.experts, -1, D)
+        x_END = self.x_PD.view(self.shape.experts, -1, self.shape.dim)
         gate_ENH, up_ENH = torch.bmm(x_END, self.experts.gate_up).chunk(2, -1)
         y_END = torch.bmm(functional.silu(gate_ENH) * up_ENH, self.experts.down)
         y_END.backward(self.gradient_TD.repeat_interleave(self.shape.top_k, 0).view_as(y_END))
@@ -105,9 +107,15 @@ class Layer:
 
     def transformers(self, implementation: str) -> Callable[[Routing], Tensor]:
         """Return Qwen3-MoE's experts on the same weights."""
+        from transformers import Qwen3MoeConfig
+        from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
+
         shape = self.shape
         config = Qwen3MoeConfig(
-            hidden_size=D, num_experts=shape.experts, moe_intermediate_size=shape.hidden, hidden_act="silu"
+            hidden_size=shape.dim,
+            num_experts=shape.experts,
+            moe_intermediate_size=shape.hidden,
+            hidden_act="silu",
         )
         config._experts_implementation = implementation
         experts = Qwen3MoeExperts(config).to(self.dtype)

@@ -24,6 +24,19 @@ def small_model(**changes: Any) -> LanguageModel:
     return _model(**{"dim": 384, "num_layers": 8, "num_heads": 6, "num_dense": 1} | changes)
 
 
+def billion_model(**changes: Any) -> LanguageModel:
+    """Return a model of a billion parameters: 24 layers of 64 experts, 8 of them for each token."""
+    sizes = {
+        "vocab_size": 32768,
+        "context_length": 1024,
+        "dim": 768,
+        "num_layers": 24,
+        "num_heads": 12,
+        "experts": ExpertShape(num_experts=64, top_k=8, hidden_dim=256),
+    }
+    return _model(**sizes | changes)
+
+
 def random_tokens(sequences: int) -> torch.Tensor:
     """Return token ids of so many sequences, with their last targets."""
     return torch.randint(0, VOCABULARY, (sequences, LENGTH + 1))

@@ -1,0 +1,1 @@
+"""The parts of a run: a file each, whose function `lines` says what it measures."""
