@@ -1,1 +1,1 @@
-"""The config groups; installed as ``moe_plugin.conf``, so that ``pkg://moe_plugin.conf`` is a Hydra search path."""
+"""The config groups; installed as ``moe_plugin.conf``, so ``pkg://moe_plugin.conf`` is a Hydra search path."""

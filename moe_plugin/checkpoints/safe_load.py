@@ -95,7 +95,7 @@ def _check_files(path: Path, metadata: Metadata) -> None:
     for stored in metadata.storage_data.values():
         name = getattr(stored, "relative_path", "")
         if not isinstance(name, str) or Path(name).name != name:
-            raise CheckpointError(f"{str(path)!r} must name files of its own folder only, got {name!r}.")
+            raise CheckpointError(f"{str(path)!r} must name only files of its folder, got {name!r}.")
     # Torch turns to one of a rank if something about the first makes it fail.
     for file in path.parent.glob(f"__*{METADATA}"):
         raise CheckpointError(f"{str(file)!r} must not be there: {METADATA!r} is for all ranks.")

@@ -23,7 +23,7 @@ def end_process(code: int) -> NoReturn:
     atexit._run_exitfuncs()  # loggers such as wandb's finish there
     logging.shutdown()
     for stream in (sys.stdout, sys.stderr):
-        with suppress(OSError, ValueError):  # a closed pipe or terminal: nobody reads the rest
+        with suppress(OSError, ValueError):  # a closed pipe or terminal: the rest is not read
             stream.flush()
     os._exit(code)
 

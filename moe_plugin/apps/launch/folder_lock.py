@@ -34,7 +34,7 @@ def locked(folder: Path, key: str) -> Iterator[None]:
         file = FileIO(folder / LOCK_FILE, "a+")
     with file:
         _lock(file, folder, key)
-        # A sweep locks its own folder, and each of its jobs may continue as a run of its own.
+        # A sweep locks its folder, and each of its jobs may continue as its own run.
         for other in (folder.parent / LOCK_FILE, *folder.glob(f"*/{LOCK_FILE}")):
             if os.access(other, os.W_OK):
                 with FileIO(other, "r+") as near:

@@ -27,7 +27,7 @@ WARNINGS = (
     r"The number of training batches \(\d+\) is smaller than the logging interval",
     # The run's folder is new, or the user resumes into it on purpose.
     r"Checkpoint directory .* exists and is not empty",
-    # A resumed run has a folder of its own, and picks its best checkpoint anew.
+    # A resumed run has its own folder, and picks its best checkpoint anew.
     r"The dirpath has changed from",
     # A CPU was asked for, or the strategy group takes the GPU by itself.
     r"GPU available but not used",

@@ -58,7 +58,7 @@ def shared_states(ranks: int) -> tuple[BinaryIO, ctypes.Array[RankState]]:
 
 @functools.cache
 def own_state() -> RankState:
-    """Return this process's state; memory of its own if nobody shares it."""
+    """Return this process's state; its own memory if none is shared."""
     if not is_supervised():
         return RankState()
     local_rank = int(os.environ["LOCAL_RANK"])
@@ -66,7 +66,7 @@ def own_state() -> RankState:
 
 
 def is_supervised() -> bool:
-    """Return whether a command of ours has started this process, and reports how it ends."""
+    """Return whether our command started this process, and reports how it ends."""
     return SHARED in os.environ
 
 

@@ -29,7 +29,7 @@ def check_trains(run: DictConfig) -> None:
 
 
 def end_of(run: DictConfig, checkpoint: dict[str, Any], changed: Set[str]) -> list[str]:
-    """Return what to tell the user of a run that was trained to its end; nothing if it goes on.
+    """Return what to tell the user of a run that was trained to its end; nothing if it continues.
 
     A run's own command may come again, as a queue repeats it. Then the run is only validated.
 

@@ -26,7 +26,7 @@ NOT_COMPARED = re.compile(r"(ckpt_path|trust|name|count_only|optimized_metric|ov
 OPTIMIZERS = re.compile(r"model\.optimizer\.(?!warmup_steps|floor).*")
 """What a checkpoint's optimizer holds. The schedule is a function, which checkpoints do not hold."""
 CALLBACKS = re.compile(r"callbacks\.\w+\.patience")
-"""What a checkpoint's callback holds: Lightning's `EarlyStopping` goes on with its own patience."""
+"""What a checkpoint's callback holds: Lightning's `EarlyStopping` continues with its own patience."""
 NEEDED = {"global_step", "loops", "callbacks"}
 """Of Lightning; a checkpoint of the weights only has less."""
 ABSENT = "nothing"

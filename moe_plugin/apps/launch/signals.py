@@ -134,6 +134,6 @@ def stopped_without_saving(what: str, folder: Path | None) -> tuple[int, str]:
 
 
 def tell(line: str) -> None:
-    """Print how this process ends, safe in a signal handler; a process that a command of ours started stays silent."""
+    """Print how this process ends, safe in a signal handler; one that our command started stays silent."""
     if not is_supervised():
         os.write(2, f"{printable(line)}\n".encode())

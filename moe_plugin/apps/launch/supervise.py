@@ -87,7 +87,7 @@ class Ranks:
                     self._command,
                     env={**os.environ, **place, **shared},
                     pass_fds=[file.fileno()],
-                    start_new_session=True,  # Ctrl-C comes to us alone, and we pass it on
+                    start_new_session=True,  # Ctrl-C reaches only us, and we pass it on
                 )
                 self.all.append(Rank(int(place["RANK"]), process, state))
         finally:

@@ -37,7 +37,7 @@ class Settings:
     max_violations: list[float] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        """Check what no class of ours does before torch is imported.
+        """Check what our classes do not check before torch is imported.
 
         Raises:
             ConfigError: A number or violation is out of range, a layout is unknown, or `output` cannot be written.

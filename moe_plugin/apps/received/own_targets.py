@@ -13,6 +13,6 @@ _TARGET = re.compile(r"_target_\s*[:=]\s*((?:moe_plugin|transformers)\.[\w.]+)")
 
 @cache
 def own_targets() -> frozenset[str]:
-    """Return every ``_target_`` of ours and of transformers in our config files, those in comments included."""
+    """Return every ``_target_`` of this package and of transformers in our config files, also in comments."""
     files = [file for folder in (conf_dir(), GROUPS) for file in folder.rglob("*.yaml")]
     return frozenset(name for file in files for name in _TARGET.findall(file.read_text(encoding="utf-8")))

@@ -39,7 +39,7 @@ def remove(subject: Subject) -> str:
 
 
 def deepcopy(subject: Subject) -> str:
-    """Check that a deepcopy of a balanced model selects and counts as the model does, apart from it."""
+    """Check that a deepcopy of a balanced model selects and counts as the model does, without changing it."""
     balanced = subject.biased()
     _is_twin(subject, balanced, balanced_part(copy.deepcopy(balanced.model)))
     return ""

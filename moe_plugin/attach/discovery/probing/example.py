@@ -21,7 +21,7 @@ class Shape(NamedTuple):
     def filled(self) -> Tensor:
         """Return normal random numbers; zeros if they must be integers, and True for bool."""
         if self.dtype.is_floating_point:
-            # A generator of its own: attaching must not change the numbers that the host draws.
+            # Its own generator: attaching must not change the numbers that the host draws.
             drawn = torch.randn(self.sizes, generator=torch.Generator().manual_seed(0))
             return drawn.to(self.device, self.dtype)
         fill = self.dtype == torch.bool
