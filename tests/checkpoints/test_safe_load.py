@@ -106,7 +106,7 @@ class TestReadMetadata:
         for stored in metadata.storage_data.values():
             stored.relative_path = "../y/__0_0.distcp"
         (tmp_path / "x" / ".metadata").write_bytes(pickle.dumps(metadata))
-        with pytest.raises(CheckpointError, match=r"must name files of its own folder only, got '\.\./y/"):
+        with pytest.raises(CheckpointError, match=r"must name only files of its folder, got '\.\./y/"):
             check_plain(tmp_path / "x")
 
     def test_metadata_of_a_rank_is_refused(self, tmp_path):
