@@ -28,9 +28,9 @@ def distribution(tokens_LU: Sequence[Sequence[int]]) -> np.ndarray:
     return heatmap(
         shares_LU,
         Axis.numbered("layer", layers),
-        Axis.numbered("experts of a token", numbers),
+        Axis.numbered("experts", numbers),
         _SHARE_BAR,
-        "share of a layer's tokens that use so many experts",
+        "share of the tokens",
         colors=amount_colors,
         texts=texts,
     )

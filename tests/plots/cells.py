@@ -7,13 +7,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from moe_plugin.plots.grid import Grid
-from moe_plugin.plots.heatmap import font
+from moe_plugin.plots import heatmap
+from moe_plugin.plots.heatmap import Axis
 
 
 def grid_of(rows: int, columns: int, names: Sequence[str] = ()) -> Grid:
-    """The grid of a picture; `names` label its rows, the title of the rows among them."""
-    widest = max((font().getlength(name) for name in names), default=0)
-    return Grid.fit(rows, columns, max(52, 16 + round(widest)))
+    """The grid of a picture; `names` label its rows, the title of the rows last."""
+    labels = Axis(names[-1], names[:-1]) if names else Axis.numbered("", rows)
+    return heatmap.grid_of(labels, Axis.numbered("", columns))
 
 
 def cell_color(image: np.ndarray, grid: Grid, row: int, column: int) -> list[int]:
