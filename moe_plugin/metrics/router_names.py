@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from os.path import commonprefix
+from collections.abc import Iterable, Mapping, Sequence
 
 
 def short_names(names: Iterable[str]) -> dict[str, str]:
@@ -19,11 +18,9 @@ def short_names(names: Iterable[str]) -> dict[str, str]:
     if len(paths) < 2:
         return {name: name for name in paths}
     room = min(map(len, paths.values())) - 1
-    before = min(len(commonprefix(list(paths.values()))), room)
-    after = min(len(commonprefix([path[::-1] for path in paths.values()])), room - before)
-    return {
-        name: ".".join(path[max(before - 1, 0) : len(path) - after]) for name, path in paths.items()
-    }
+    before = min(_shared(list(paths.values())), room)
+    after = min(_shared([path[::-1] for path in paths.values()]), room - before)
+    return {name: ".".join(path[max(before - 1, 0) : len(path) - after]) for name, path in paths.items()}
 
 
 def with_short_tags(scalars: Mapping[str, float], short: Mapping[str, str]) -> dict[str, float]:
@@ -34,4 +31,12 @@ def with_short_tags(scalars: Mapping[str, float], short: Mapping[str, str]) -> d
         short: What `short_names` returns.
     """
     tags = {tag: tag.rpartition("/") for tag in scalars}
-    return {f"{kind}{slash}{short.get(name, name)}": scalars[tag] for tag, (kind, slash, name) in tags.items()}
+    return {
+        f"{kind}{slash}{short.get(name, name)}": scalars[tag] for tag, (kind, slash, name) in tags.items()
+    }
+
+
+def _shared(paths: Sequence[Sequence[str]]) -> int:
+    """Return how many first parts all paths share."""
+    differ = (place for place, parts in enumerate(zip(*paths, strict=False)) if len(set(parts)) > 1)
+    return next(differ, min(map(len, paths)))

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 WIDTH, HEIGHT = 700, 440
 """Pixels of a picture across, twice those of a card in TensorBoard, and of its cells downwards, about."""
-LEFT, TOP, RIGHT, BOTTOM = 108, 44, 112, 42
+LEFT, TOP, RIGHT, BOTTOM = 108, 44, 130, 42
 SHORTEST = 236
 """Height of a colour bar with its labels."""
 

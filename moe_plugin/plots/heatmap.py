@@ -71,8 +71,7 @@ def load_heatmap(counts: Mapping[str, Tensor], title: str = "") -> np.ndarray:
     """
     sizes_L = torch.tensor([len(count) for count in counts.values()])
     octaves_LE = load_octaves(stack_layers(counts), sizes_L)
-    layers, experts = octaves_LE.shape
-    rows, columns = layer_axis(counts), Axis.numbered("expert", experts)
+    rows, columns = layer_axis(counts), Axis.numbered("expert", octaves_LE.shape[1])
     return heatmap(octaves_LE, rows, columns, LOAD_BAR, title, dead="dead")
 
 

@@ -18,7 +18,7 @@ GROUPS = ("experiment", "model", "router", "experts", "balancing", "rule", "data
 
 
 def log_hyperparameters(loggers: Iterable[Logger], folder: Path, seed: int) -> None:
-    """Write the seed and the settings that were given, and name the measures: scalars that are logged under these names.
+    """Write the seed and the given settings, and name the measures: the last scalars of these names.
 
     A setting that is a default and not swept over is left out: a column of equal values shows nothing, and the run's
     `config.yaml` has them all. An option of a group is one value, such as `router: top_p`.

@@ -182,9 +182,7 @@ class Chart:
 
 def _charts(runs: Sequence[ReportedRun]) -> dict[str, Chart]:
     curves = CURVES if len(runs) == 1 else {"Validation loss": ("val/loss",)} | CURVES
-    charts = {
-        title: _chart(runs, tags) for title, tags in curves.items() if len(runs) == 1 or len(tags) == 1
-    }
+    charts = {title: _chart(runs, tags) for title, tags in curves.items() if len(runs) == 1 or len(tags) == 1}
     return {title: chart for title, chart in charts.items() if chart.svg}
 
 

@@ -99,9 +99,7 @@ def _svg(frame: _Frame, x_title: str, marks: Sequence[str]) -> str:
     for value in (log_ticks if frame.is_log else ticks)(frame.y_from, frame.y_to):
         y = frame.y(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 12}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(
-            f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>'
-        )
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
     for value in ticks(frame.x_from, frame.x_to):
         x = frame.x(value)
         parts.append(

@@ -94,7 +94,9 @@ class LoadOverTime:
         if self._flips and np.nan_to_num(self._flips).any():
             yield (
                 "flips_over_time/all",
-                flips_over_time(np.stack(self._flips), self._steps, [self._short[name] for name in self._names]),
+                flips_over_time(
+                    np.stack(self._flips), self._steps, [self._short[name] for name in self._names]
+                ),
             )
 
     def _restore_(self, state: Mapping[str, Any]) -> None:

@@ -56,8 +56,7 @@ class TrainingWatch:
         self._used = MeanExpertsPerToken()
         self._expert_share = 0.0
         self._constants: dict[str, float] = {}
-        self._over_time: LoadOverTime | None = None
-        self._film: Mapping[str, Any] = {}
+        self._over_time = LoadOverTime([])
 
     def start_(self, trainer: Trainer, pl_module: LightningModule, balanced: BalancedModel) -> None:
         """Lay out TensorBoard's custom scalars, and describe the run.
@@ -69,7 +68,7 @@ class TrainingWatch:
         """
         self._window = LoadWindow({name: site.num_routed for name, site in balanced.items()})
         self._last_record = balanced.record
-        self._over_time = LoadOverTime(list(balanced), self._film)
+        self._over_time = LoadOverTime(list(balanced), self._over_time.state_dict())
         self._short = short_names(balanced)
         self._targets = {name: site.target_k for name, site in balanced.items() if site.target_k is not None}
         size = active_parameters(pl_module)
@@ -115,16 +114,16 @@ class TrainingWatch:
 
     def state_dict(self) -> dict[str, Any]:
         """Return what a resumed run needs to continue the pictures, and the load of the first step."""
-        film = self._over_time.state_dict() if self._over_time is not None else self._film
         first = {} if self.first_record is None else {"first_record": vars(self.first_record)}
-        return first | {"pictures": self._pictures.state_dict(), "film": film}
+        return first | {"pictures": self._pictures.state_dict(), "film": self._over_time.state_dict()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state_dict` returned, or an older version of it."""
         if "first_record" in state:
             self.first_record = LoadRecord(**state["first_record"])
         self._pictures.load_state_dict(state.get("pictures", {}))
-        self._film = state.get("film", {})
+        film = state.get("film", {})
+        self._over_time = LoadOverTime(film.get("names", []), film)
 
     def _ends_window(self, trainer: Trainer, update: int) -> bool:
         every_n_steps = self._every_n_steps or trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
