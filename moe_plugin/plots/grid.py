@@ -40,7 +40,7 @@ class Grid:
             left: x of the first cell.
             least: The least height of a cell.
         """
-        cell = max(1, (WIDTH - left - RIGHT) // columns), max(least, min(HEIGHT // rows, 48))
+        cell = max(1, round((WIDTH - left - RIGHT) / columns)), max(least, min(HEIGHT // rows, 48))
         return cls(rows, columns, cell, origin=(left, TOP))
 
     @property
