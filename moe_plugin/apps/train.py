@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from moe_plugin.apps.launch.end_process import run_and_end
-from moe_plugin.apps.launch.process_environment import is_first_node, is_launched
+from moe_plugin.apps.launch.process_environment import is_first_node, is_launched, limit_spinning
 from moe_plugin.apps.launch.signals import StopSignals
 
 if TYPE_CHECKING:
@@ -22,6 +22,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Words after the program's name; by default the program's own.
     """
+    limit_spinning()
     with StopSignals():
         # Hydra and torch take seconds to import: signals are obeyed in that time too.
         if is_launched():

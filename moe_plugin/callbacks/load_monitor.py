@@ -155,15 +155,13 @@ class LoadMonitor(Callback):
             self.training.clock.go()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return the load of the first step, which a resumed run cannot measure again."""
-        if self.first_record is None:
-            return {}
-        return {"first_record": vars(self.first_record)}
+        """Return what a resumed run cannot see again: the load of the first step, and of the windows since then."""
+        return self.training.state_dict() | {"validation_pictures": self.validation.pictures.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Restore the load of the first step."""
-        if "first_record" in state_dict:
-            self.training.first_record = LoadRecord(**state_dict["first_record"])
+        """Restore what `state_dict` returned."""
+        self.training.load_state_dict(state_dict)
+        self.validation.pictures.load_state_dict(state_dict.get("validation_pictures", {}))
 
 
 def _balanced(pl_module: LightningModule) -> BalancedModel:

@@ -28,9 +28,9 @@ def distribution(tokens_LU: Sequence[Sequence[int]]) -> np.ndarray:
     return heatmap(
         shares_LU,
         Axis.numbered("layer", layers),
-        Axis.numbered("experts of a token", numbers),
+        Axis.numbered("experts", numbers),
         _SHARE_BAR,
-        "share of a layer's tokens that use so many experts",
+        "share of the tokens",
         colors=amount_colors,
         texts=texts,
     )
@@ -57,7 +57,7 @@ def by_loss(table: Mapping[str, Any], means_L: Sequence[float]) -> np.ndarray:
         means_L: The mean of each layer.
     """
     names = [f"loss {loss:.2g}" for loss in table["losses"]]
-    return _ratios(np.array(table["means"]).T, means_L, Axis("tokens of", names), "experts per token by loss")
+    return _ratios(np.array(table["means"]).T, means_L, Axis("tokens", names), "experts per token by loss")
 
 
 def ratio_places(means: np.ndarray, means_L: Sequence[float]) -> np.ndarray:

@@ -7,6 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+WIDTH, HEIGHT = 700, 440
+"""Pixels of a picture across, twice those of a card in TensorBoard, and of its cells downwards, about."""
+LEFT, TOP, RIGHT, BOTTOM = 108, 44, 130, 42
+SHORTEST = 236
+"""Height of a colour bar with its labels."""
+
 
 @dataclass(frozen=True)
 class Grid:
@@ -22,19 +28,20 @@ class Grid:
     rows: int
     columns: int
     cell: tuple[int, int]
-    origin: tuple[int, int] = (52, 30)
+    origin: tuple[int, int] = (LEFT, TOP)
 
     @classmethod
-    def fit(cls, rows: int, columns: int, left: int = 52) -> Grid:
-        """Return the grid of a picture near 800 x 500 whose cells are large enough to see.
+    def fit(cls, rows: int, columns: int, left: int = LEFT, least: int = 2) -> Grid:
+        """Return the grid of a picture that is near `WIDTH` x `HEIGHT`.
 
         Args:
             rows: R.
             columns: C.
             left: x of the first cell.
+            least: The least height of a cell.
         """
-        cell = (_within(800 // columns, 4, 44), _within(480 // rows, 4 if rows > 60 else 8, 36))
-        return cls(rows, columns, cell, origin=(left, 30))
+        cell = max(1, round((WIDTH - left - RIGHT) / columns)), max(least, min(HEIGHT // rows, 48))
+        return cls(rows, columns, cell, origin=(left, TOP))
 
     @property
     def gap(self) -> int:
@@ -50,7 +57,7 @@ class Grid:
     def canvas(self) -> tuple[int, int]:
         """Width and height of the picture with its labels and colour bar."""
         (x, y), (width, height) = self.origin, self.size
-        return max(x + width + 92, 380), max(y + height, 190) + 40
+        return x + width + RIGHT, y + max(height, SHORTEST) + BOTTOM
 
     def center(self, row: int, column: int) -> tuple[int, int]:
         """Return the middle of a cell, x and y; see `heatmap` for rows and columns."""
@@ -58,7 +65,3 @@ class Grid:
             self.origin[0] + column * self.cell[0] + (self.cell[0] - self.gap) // 2,
             self.origin[1] + row * self.cell[1] + (self.cell[1] - self.gap) // 2,
         )
-
-
-def _within(value: int, low: int, high: int) -> int:
-    return max(low, min(high, value))

@@ -5,7 +5,7 @@ Shape legend: R rows, C columns, L MoE layers, E experts (of the layer that has 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -15,8 +15,9 @@ import torch
 from torch import Tensor
 
 from moe_plugin.metrics import stack_layers
+from moe_plugin.metrics.router_names import short_names
 from moe_plugin.plots.colors import DEAD, ink_on, load_colors, load_octaves
-from moe_plugin.plots.grid import Grid
+from moe_plugin.plots.grid import LEFT, SHORTEST, Grid
 
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
@@ -25,7 +26,11 @@ if TYPE_CHECKING:
 INK = (52, 52, 60)
 FAINT = (130, 130, 140)
 PAPER = (255, 255, 255)
-FONT_PIXELS = 13
+FONT_PIXELS = 24
+"""Readable at half the size, as TensorBoard shows pictures."""
+LINE = FONT_PIXELS + 2
+NAMED = 48
+"""The most rows whose names are all shown, if they are no numbers."""
 LOAD_BAR = {3.0: "8x", 2.0: "4x", 1.0: "2x", 0.0: "ideal", -1.0: "1/2", -2.0: "1/4", -3.0: "1/8"}
 """Labels of the colour bar, by place on the scale of `load_colors`."""
 
@@ -43,11 +48,19 @@ class Axis:
         return cls(title, [str(place) for place in range(count)])
 
 
+def layer_axis(names: Iterable[str]) -> Axis:
+    """Return an axis of routers: the numbers of their layers if they differ in nothing else."""
+    short = list(short_names(names).values())
+    numbers = [name.rpartition(".")[2] for name in short]
+    is_stack = len({name.rpartition(".")[0] for name in short}) == 1 and all(map(str.isdecimal, numbers))
+    return Axis("layer", numbers if is_stack else short)
+
+
 def load_heatmap(counts: Mapping[str, Tensor], title: str = "") -> np.ndarray:
     """Draw the load of each expert of each layer as log2 of load over ideal load.
 
     White is the ideal, blue is below, orange above, up to eight-fold; a black cell is an expert without tokens.
-    Layers run downwards from 0 in the order of the mapping.
+    Layers run downwards in the order of the mapping.
 
     Args:
         counts: Tokens per expert of each layer; int64 (E,), E may differ.
@@ -58,8 +71,7 @@ def load_heatmap(counts: Mapping[str, Tensor], title: str = "") -> np.ndarray:
     """
     sizes_L = torch.tensor([len(count) for count in counts.values()])
     octaves_LE = load_octaves(stack_layers(counts), sizes_L)
-    layers, experts = octaves_LE.shape
-    rows, columns = Axis.numbered("layer", layers), Axis.numbered("expert", experts)
+    rows, columns = layer_axis(counts), Axis.numbered("expert", octaves_LE.shape[1])
     return heatmap(octaves_LE, rows, columns, LOAD_BAR, title, dead="dead")
 
 
@@ -90,8 +102,7 @@ def heatmap(
     """
     from PIL import Image, ImageDraw
 
-    left = max(52, 16 + round(max(font().getlength(name) for name in (*rows.names, rows.title))))
-    grid = Grid.fit(*places_RC.shape, left=left)
+    grid = grid_of(rows, columns)
     pixels = np.full((*reversed(grid.canvas), 3), PAPER, dtype=np.uint8)
     colors_RC3 = colors(places_RC)
     _paint_cells_(pixels, colors_RC3, grid)
@@ -102,6 +113,14 @@ def heatmap(
     _label_(draw, grid, rows, columns, title)
     _color_bar_(draw, grid, bar, dead, colors)
     return np.ascontiguousarray(np.asarray(image).transpose(2, 0, 1))
+
+
+def grid_of(rows: Axis, columns: Axis) -> Grid:
+    """Return the places of a heatmap's cells; see `heatmap`."""
+    names = (*rows.names, rows.title, columns.title)
+    left = max(LEFT, 16 + round(max(font().getlength(name) for name in names)))
+    are_shown = len(rows.names) <= NAMED and not all(name.isdecimal() for name in rows.names)
+    return Grid.fit(len(rows.names), len(columns.names), left, LINE if are_shown else 2)
 
 
 def _paint_cells_(pixels: np.ndarray, colors_RC3: np.ndarray, grid: Grid) -> None:
@@ -135,15 +154,15 @@ def _write_cells_(draw: ImageDraw, texts: Sequence[Sequence[str]], white_RC: np.
 def _label_(draw: ImageDraw, grid: Grid, rows: Axis, columns: Axis, title: str) -> None:
     (x, y), height = grid.origin, grid.size[1]
     face = font()
-    draw.text((x, y - 10), title, fill=INK, font=face, anchor="ls")
-    widest = max(round(face.getlength(name)) for name in columns.names) + 12
-    for row in range(0, grid.rows, _stride(grid.cell[1], 16)):
+    draw.text((x, y - 12), title, fill=INK, font=face, anchor="ls")
+    widest = max(round(face.getlength(name)) for name in columns.names) + 16
+    for row in range(0, grid.rows, _stride(grid.cell[1], LINE)):
         draw.text((x - 7, grid.center(row, 0)[1]), rows.names[row], fill=INK, font=face, anchor="rm")
-    for column in range(0, grid.columns, _stride(grid.cell[0], max(30, widest))):
-        place = grid.center(0, column)[0], y + height + 5
+    for column in range(0, grid.columns, _stride(grid.cell[0], widest)):
+        place = grid.center(0, column)[0], y + height + 8
         draw.text(place, columns.names[column], fill=INK, font=face, anchor="mt")
-    draw.text((x, y + height + 22), columns.title, fill=FAINT, font=face, anchor="lt")
-    draw.text((x - 7, y - 10), rows.title, fill=FAINT, font=face, anchor="rs")
+    draw.text((x - 7, y + height + 8), columns.title, fill=FAINT, font=face, anchor="rt")
+    draw.text((x - 7, y - 12), rows.title, fill=FAINT, font=face, anchor="rs")
 
 
 def _color_bar_(
@@ -153,17 +172,18 @@ def _color_bar_(
     dead: str | None,
     colors: Callable[[np.ndarray], np.ndarray],
 ) -> None:
-    x, top, height = grid.origin[0] + grid.size[0] + 22, grid.origin[1], max(grid.size[1] - 26, 130)
+    x, top = grid.origin[0] + grid.size[0] + 18, grid.origin[1]
+    height = max(grid.size[1], SHORTEST) - 36
     lowest, highest = min(bar), max(bar)
     for row, color in enumerate(colors(np.linspace(highest, lowest, height)).tolist()):
-        draw.line((x, top + row, x + 13, top + row), fill=tuple(color))
+        draw.line((x, top + row, x + 20, top + row), fill=tuple(color))
     for place, label in bar.items():
         row = top + (highest - place) / (highest - lowest) * (height - 1)
-        draw.text((x + 20, row), label, fill=INK, font=font(), anchor="lm")
+        draw.text((x + 27, row), label, fill=INK, font=font(), anchor="lm")
     if dead is not None:
-        below = top + height + 10
-        draw.rectangle((x, below, x + 13, below + 13), fill=DEAD)
-        draw.text((x + 20, below + 7), dead, fill=INK, font=font(), anchor="lm")
+        below = top + height + 16
+        draw.rectangle((x, below, x + 20, below + 20), fill=DEAD)
+        draw.text((x + 27, below + 10), dead, fill=INK, font=font(), anchor="lm")
 
 
 @cache

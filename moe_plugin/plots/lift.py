@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from moe_plugin.plots.colors import OCTAVES
-from moe_plugin.plots.heatmap import LOAD_BAR, Axis, heatmap
+from moe_plugin.plots.heatmap import LOAD_BAR, Axis, heatmap, layer_axis
 
 LIFT_BAR = LOAD_BAR | {0.0: "chance"}
 
@@ -43,9 +43,9 @@ def lift_heatmap(counts: Mapping[str, np.ndarray], kinds: Sequence[str], title: 
         np.pad(lift(table), ((0, 0), (0, width - table.shape[1])), constant_values=np.nan)
         for table in counts.values()
     ]
-    names = [f"{layer}  {kind}" for layer in counts for kind in kinds]
+    names = [f"{layer}  {kind}" for layer in layer_axis(counts).names for kind in kinds]
     columns = Axis.numbered("expert", width)
-    return heatmap(np.concatenate(rows), Axis("layer, kind", names), columns, LIFT_BAR, title)
+    return heatmap(np.concatenate(rows), Axis("layer", names), columns, LIFT_BAR, title)
 
 
 def coactivation_heatmap(pairs_EE: np.ndarray, title: str = "") -> np.ndarray:

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from moe_plugin.plots.colors import OCTAVES, amount_colors, load_octaves
-from moe_plugin.plots.heatmap import LOAD_BAR, Axis, heatmap
+from moe_plugin.plots.heatmap import LOAD_BAR, Axis, heatmap, layer_axis
 
 
 def load_over_time(tokens_NE: np.ndarray, steps: Sequence[int], title: str = "") -> np.ndarray:
@@ -47,11 +47,11 @@ def flips_over_time(flips_NL: np.ndarray, steps: Sequence[int], layers: Sequence
     Args:
         flips_NL: Shares from 0 to 1, NaN if a layer was not looked at.
         steps: The step at each window's end.
-        layers: Names of the layers.
+        layers: Names of the routers.
     """
-    title = "share of the choices that the bias flips"
+    title = "choices that the bias flips"
     bar = {1.0: "50%", 0.5: "25%", 0.0: "none"}
-    return heatmap(2 * flips_NL, _steps(steps), Axis("layer", layers), bar, title, colors=amount_colors)
+    return heatmap(2 * flips_NL, _steps(steps), layer_axis(layers), bar, title, colors=amount_colors)
 
 
 def _steps(steps: Sequence[int]) -> Axis:

@@ -17,7 +17,8 @@ from moe_plugin.plots.heatmap import FAINT, INK, PAPER, font
 
 LEVELS = 8
 """Different backgrounds."""
-CELL, COLUMNS, MARGIN = (9, 19), 96, 14
+CELL, COLUMNS, MARGIN = (14, 30), 48, 14
+"""Pixels of a letter, letters of a line: as wide as a heatmap, so a card in TensorBoard shows both well."""
 
 
 @dataclass(frozen=True)
@@ -79,12 +80,12 @@ def draw_strips(strips: Sequence[TokenStrip]) -> np.ndarray:
 
     scale, places = Scale.of(strips), [list(_places(strip.pieces)) for strip in strips]
     lines = [max((line for line, _, _ in cells), default=0) + 1 for cells in places]
-    height = 2 * MARGIN + 34 + sum((count + 2) * CELL[1] for count in lines)
+    height = 2 * MARGIN + 44 + sum((count + 2) * CELL[1] for count in lines)
     image = Image.new("RGB", (2 * MARGIN + COLUMNS * CELL[0], height), PAPER)
     draw = ImageDraw.Draw(image)
     grounds = amount_scale(LEVELS)
     _draw_legend_(draw, scale, grounds)
-    top = MARGIN + 34
+    top = MARGIN + 44
     for strip, cells, count in zip(strips, places, lines, strict=True):
         mean = fmean(strip.means())
         draw.text(
@@ -105,15 +106,15 @@ def draw_strips(strips: Sequence[TokenStrip]) -> np.ndarray:
 
 
 def _draw_legend_(draw: Any, scale: Scale, grounds: np.ndarray) -> None:
-    draw.text((MARGIN, MARGIN), "experts per token, mean over layers:", fill=INK, font=font())
-    x = MARGIN + round(font().getlength("experts per token, mean over layers:")) + 12
+    draw.text((MARGIN, MARGIN), "experts per token:", fill=INK, font=font())
+    x = MARGIN + round(font().getlength("experts per token:")) + 12
     for level, ground in enumerate(grounds):
-        draw.rectangle((x, MARGIN, x + 44, MARGIN + 16), fill=tuple(ground.tolist()), outline=FAINT)
+        draw.rectangle((x, MARGIN, x + 52, MARGIN + 28), fill=tuple(ground.tolist()), outline=FAINT)
         label = f"{(scale.ends()[level] + scale.ends()[level + 1]) / 2:.1f}"
         draw.text(
-            (x + 22, MARGIN + 8), label, fill=PAPER if ink_on(ground) else INK, font=font(), anchor="mm"
+            (x + 26, MARGIN + 14), label, fill=PAPER if ink_on(ground) else INK, font=font(), anchor="mm"
         )
-        x += 46
+        x += 54
 
 
 def _places(pieces: Sequence[str]) -> Iterator[tuple[int, int, tuple[str, int]]]:

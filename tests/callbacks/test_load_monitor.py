@@ -26,7 +26,7 @@ from moe_plugin.experts import GroupedExperts, MoEBlock
 from moe_plugin.metrics import dead_experts, max_violation
 from moe_plugin.plots import load_heatmap
 from moe_plugin.plots.colors import load_colors, load_octaves
-from moe_plugin.plots.grid import Grid
+from moe_plugin.plots.grid import TOP, Grid
 from moe_plugin.routing import Router, Sigmoid
 
 pytestmark = [
@@ -35,6 +35,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:DeprecationWarning"),
 ]
 SIZES = {"blocks.0.router": 8, "blocks.1.router": 4}
+SHORT = {"blocks.0.router": "blocks.0", "blocks.1.router": "blocks.1"}
 TOKENS, TOP_K = 24, 2
 
 
@@ -148,12 +149,14 @@ class TestTraining:
         model, _ = fit(LoadMonitor(), tmp_path)
         for name in SIZES:
             summed = sum(batch[name] for batch in model.chosen["train"][:5])
-            assert scalars(tmp_path, f"load_layers/max_violation/{name}")[4] == pytest.approx(
+            assert scalars(tmp_path, f"load_layers/max_violation/{SHORT[name]}")[4] == pytest.approx(
                 max_violation(summed).item()
             )
-            assert scalars(tmp_path, f"load_layers/dead_experts/{name}")[4] == dead_experts(summed).item()
+            assert (
+                scalars(tmp_path, f"load_layers/dead_experts/{SHORT[name]}")[4] == dead_experts(summed).item()
+            )
             bias = find_balanced(model)[name].bias
-            assert scalars(tmp_path, f"load_layers/bias_range/{name}")[11] == pytest.approx(
+            assert scalars(tmp_path, f"load_layers/bias_range/{SHORT[name]}")[11] == pytest.approx(
                 (bias.max() - bias.min()).item()
             )
 
@@ -219,7 +222,7 @@ class TestPictures:
         counts = {name: torch.tensor(load.tokens_per_expert) for name, load in monitor.training_load.items()}
         # The title is above; the cells' colours are held by tests/plots/test_heatmap.py.
         pixels = picture(read, "load/experts").transpose(2, 0, 1)
-        assert np.array_equal(pixels[:, 26:], load_heatmap(counts)[:, 26:])
+        assert np.array_equal(pixels[:, TOP:], load_heatmap(counts)[:, TOP:])
 
     def test_counts_in_the_event_file_mark_experts_a_layer_lacks(self, tmp_path):
         monitor = LoadMonitor()
@@ -273,7 +276,7 @@ class TestDashboard:
         assert "load/slowdown_ep16" not in events(tmp_path).Tags()["scalars"]
         tokens_E = sum(batch["blocks.1.router"] for batch in chosen).double()
         variation = (tokens_E.std(correction=0) / tokens_E.mean()).item()
-        assert scalars(tmp_path, "load_layers/variation/blocks.1.router")[4] == pytest.approx(variation)
+        assert scalars(tmp_path, "load_layers/variation/blocks.1")[4] == pytest.approx(variation)
         assert scalars(tmp_path, "load/active_parameters")[4] == size.active
         assert scalars(tmp_path, "load/tokens_per_second")[4] == 5 * TOKENS  # one tick of the clock
 
@@ -284,35 +287,62 @@ class TestDashboard:
             n - n * TOP_K // e for n, e in zip(experts, SIZES.values(), strict=True)
         )
 
-    def test_bias_as_picture_and_histogram_and_the_run_card_are_written(self, tmp_path):
-        model, _ = fit(LoadMonitor(), tmp_path)
+    def test_bias_as_picture_and_the_run_card_are_written(self, tmp_path):
+        seen: dict[str, list[float]] = {name: [] for name in SIZES}
+
+        class Look(lightning.Callback):
+            def on_train_batch_end(self, trainer, pl_module, *_):
+                if trainer.global_step in (5, 10, 12):
+                    for name, site in find_balanced(pl_module).items():
+                        seen[name] += site.bias.tolist()
+
+        model, _ = fit(LoadMonitor(), tmp_path, callbacks=(LossFreeBalancing, Look))
         read = events(tmp_path)
         for name, site in find_balanced(model).items():
-            assert read.Images(f"load_over_time/{name}")[-1].step == 11
-            windows = [each.histogram_value for each in read.Histograms(f"bias/{name}")]
-            assert [histogram.num for histogram in windows] == [SIZES[name]] * 3
-            assert (windows[-1].min, windows[-1].max) == (site.bias.min().item(), site.bias.max().item())
-            pixels, grid = picture(read, f"bias_over_time/{name}"), Grid.fit(3, SIZES[name])
-            largest = max(max(-histogram.min, histogram.max) for histogram in windows)
+            assert read.Images(f"load_over_time/{SHORT[name]}")[-1].step == 11
+            pixels, grid = picture(read, f"bias_over_time/{SHORT[name]}"), Grid.fit(3, SIZES[name])
+            largest = max(abs(bias) for bias in seen[name])
             end = next(2.0**power for power in range(-20, 20) if 2.0**power >= largest)
             for expert, bias in enumerate(site.bias.tolist()):
                 x, y = grid.center(2, expert)
                 expected = load_colors(np.array([3 * bias / end]))[0]
                 assert pixels[y + 5, x + 9].tolist() == expected.tolist()
         card = read.Tensors("run/text_summary")[0].tensor_proto.string_val[0].decode()
-        assert "| 1 | `blocks.1.router` |" in card
+        assert "| blocks.1 | `blocks.1.router` |" in card
         assert "Proportional" in card
 
     def test_last_row_of_load_over_time_is_the_last_window(self, tmp_path):
         monitor = LoadMonitor()
         fit(monitor, tmp_path, steps=15)
-        pixels = picture(events(tmp_path), "load_over_time/blocks.1.router")
+        pixels = picture(events(tmp_path), "load_over_time/blocks.1")
         grid = Grid.fit(3, 4)
         tokens = torch.tensor([monitor.training_load["blocks.1.router"].tokens_per_expert])
         colors = load_colors(load_octaves(tokens))[0]
         for expert in range(4):
             x, y = grid.center(2, expert)
             assert pixels[y + 5, x + 9].tolist() == colors[expert].tolist()
+
+    @pytest.mark.filterwarnings("ignore:.*your dataloader is not resumable.*")
+    @pytest.mark.parametrize("stop", [6, 10])
+    def test_resumed_run_continues_the_pictures(self, tmp_path, stop):
+        first, resumed = LoadMonitor(), LoadMonitor()
+        _, trainer = fit(first, tmp_path / "first", steps=stop)
+        trainer.save_checkpoint(tmp_path / "stop.ckpt")
+        before = first.state_dict()["film"]
+        fit(resumed, tmp_path / "resumed", steps=20, ckpt_path=tmp_path / "stop.ckpt")
+        film = resumed.state_dict()["film"]
+        assert film["steps"] == sorted({4, 9, 14, 19, stop - 1})
+        for name, tokens_NE in before["tokens"].items():
+            assert torch.equal(film["tokens"][name][: len(tokens_NE)], tokens_NE)
+            assert (
+                len(film["tokens"][name])
+                == len(film["biases"][name])
+                == len(film["flips"])
+                == len(film["steps"])
+            )
+        drawn = [image.step for image in events(tmp_path / "resumed").Images("load/experts")]
+        # The 1st, 2nd, 4th and last window of the whole run; a stop in a window makes one more.
+        assert drawn == ([14, 19] if stop == 6 else [19])
 
     def test_alarms_are_written_as_text(self, tmp_path):
         class Collapse(lightning.Callback):

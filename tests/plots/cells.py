@@ -6,20 +6,23 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from moe_plugin.plots import heatmap
 from moe_plugin.plots.grid import Grid
-from moe_plugin.plots.heatmap import font
+from moe_plugin.plots.heatmap import Axis
 
 
 def grid_of(rows: int, columns: int, names: Sequence[str] = ()) -> Grid:
-    """The grid of a picture; `names` label its rows, the title of the rows among them."""
-    widest = max((font().getlength(name) for name in names), default=0)
-    return Grid.fit(rows, columns, max(52, 16 + round(widest)))
+    """The grid of a picture; `names` label its rows."""
+    labels = Axis("", names) if names else Axis.numbered("", rows)
+    return heatmap.grid_of(labels, Axis.numbered("", columns))
 
 
 def cell_color(image: np.ndarray, grid: Grid, row: int, column: int) -> list[int]:
     """A pixel near the upper left corner of a cell, off the cross of dead experts and off any text."""
-    x = grid.origin[0] + column * grid.cell[0] + 1
-    y = grid.origin[1] + row * grid.cell[1] + 1
+    x, y = (
+        start + place * size + min(1, size - 1)
+        for start, place, size in zip(grid.origin, (column, row), grid.cell, strict=True)
+    )
     return image[:, y, x].tolist()
 
 

@@ -26,7 +26,7 @@ class TestRatios:
 
     def test_losses_name_the_rows(self):
         table = {"losses": [0.5, 2.0], "means": [[1.0, 3.0]]}
-        grid = grid_of(2, 1, ["tokens of", "loss 0.5", "loss 2"])
+        grid = grid_of(2, 1, ["loss 0.5", "loss 2"])
         # log2(1.5) octaves from the mean, where the scale ends at one.
         shade = diverging_scale()[round(127 + 127 * np.log2(1.5))].tolist()
         assert cell_colors(by_loss(table, [2.0]), grid) == [[BELOW], [shade]]

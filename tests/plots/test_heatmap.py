@@ -102,6 +102,6 @@ class TestHeatmap:
             places, Axis("row", ["a"]), Axis("column", ["b"]), {1.0: "all", 0.0: "none"}, colors=amount_colors
         )
         grid = Grid.fit(1, 1)
-        x, top = grid.origin[0] + grid.size[0] + 22, grid.origin[1]
-        shown = image[:, top : top + 130, x].T.tolist()  # a bar is never shorter
-        assert shown == amount_colors(np.linspace(1, 0, 130)).tolist()
+        x, top = grid.origin[0] + grid.size[0] + 18, grid.origin[1]
+        shown = image[:, top : top + 200, x].T.tolist()  # a bar is never shorter
+        assert shown == amount_colors(np.linspace(1, 0, 200)).tolist()

@@ -29,7 +29,7 @@ class TestLiftHeatmap:
                 ]
                 colors = [color(math.log2(ratio)) if ratio else list(DEAD) for ratio in cells]
                 expected.append(colors + [list(ABSENT)] * (3 - len(row)))
-        assert cell_colors(image, grid_of(6, 3, ["layer, kind", *names])) == expected
+        assert cell_colors(image, grid_of(6, 3, names)) == expected
 
 
 class TestCoactivation:

@@ -37,7 +37,7 @@ class TestDrawStrips:
     def test_each_character_is_on_the_background_of_its_token(self):
         image, shades = draw_strips([FIRST, SECOND]), amount_scale(LEVELS).tolist()
         low, high, middle = shades[0], shades[7], shades[5]  # means 2, 5 and 4 of a range from 2 to 5
-        top, paper = MARGIN + 34, [255] * 3
+        top, paper = MARGIN + 44, [255] * 3
         first_line = [background(image, top, 0, column) for column in range(5)]
         assert first_line == [low, low, middle, middle, paper]  # the end of a line takes a cell
         assert [background(image, top, 1, column) for column in range(2)] == [low, paper]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from torch.utils.tensorboard.summary import hparams
 
 from moe_plugin.apps.launch.build import LOSS_FREE
 from moe_plugin.apps.report.sweep import overrides_of
@@ -17,7 +18,7 @@ GROUPS = ("experiment", "model", "router", "experts", "balancing", "rule", "data
 
 
 def log_hyperparameters(loggers: Iterable[Logger], folder: Path, seed: int) -> None:
-    """Write the seed and the settings that were given, with measures that later scalars of the same names fill in.
+    """Write the seed and the given settings, and name the measures: the last scalars of these names.
 
     A setting that is a default and not swept over is left out: a column of equal values shows nothing, and the run's
     `config.yaml` has them all. An option of a group is one value, such as `router: top_p`.
@@ -37,7 +38,10 @@ def log_hyperparameters(loggers: Iterable[Logger], folder: Path, seed: int) -> N
     }
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
-            logger.log_hyperparams({"seed": seed} | plain, metrics=dict.fromkeys(METRICS, float("nan")))
+            given = {"seed": seed} | plain
+            logger.log_hyperparams(given, metrics={})  # with metrics it would log them as points at step 0
+            for summary in hparams(given, dict.fromkeys(METRICS, 0.0)):
+                logger.experiment.file_writer.add_summary(summary)
 
 
 def _value(text: str) -> object:

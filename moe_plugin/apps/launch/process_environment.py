@@ -11,6 +11,21 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from omegaconf import DictConfig
 
+SPINS = "10000"
+"""Loops of a waiting thread on a quiet machine, below a millisecond; libgomp's own 300,000 are many."""
+_CHOICES = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "KMP_BLOCKTIME"}
+
+
+def limit_spinning() -> None:
+    """Choose how long OpenMP's threads spin while they wait, unless the user has; call it before torch is imported.
+
+    On a busy machine a spinning thread keeps the thread it waits for from running, which made steps of the demo several
+    times as long. On a quiet machine a thread that sleeps wakes up late.
+    """
+    is_busy = os.getloadavg()[0] >= (os.cpu_count() or 1)
+    if not _CHOICES & os.environ.keys():
+        os.environ |= {"OMP_WAIT_POLICY": "passive"} if is_busy else {"GOMP_SPINCOUNT": SPINS}
+
 
 def is_launched() -> bool:
     """Return whether torchrun (ours or the user's) has started this process as one of several."""

@@ -16,6 +16,7 @@ import numpy as np
 from moe_plugin.apps.received.regular_file import read_json
 from moe_plugin.apps.report.cells import number_cell
 from moe_plugin.apps.report.svg_charts import COLORS, Line, line_chart
+from moe_plugin.metrics.router_names import short_names
 from moe_plugin.plots.colors import amount_scale, ink_on, load_colors
 from moe_plugin.plots.experts_per_token import ratio_places
 from moe_plugin.plots.run_data import EXPERT_USE_FILE
@@ -87,7 +88,10 @@ def profiles(uses: Sequence[Mapping[str, Any]]) -> list[list[dict[str, Any]]]:
     for use in uses:
         layers = use.get("experts") or []
         each = max(1, room // max(len(layers), 1))
-        shown.append([{**layer, "experts": layer["experts"][:each]} for layer in layers])
+        short = short_names(layer["layer"] for layer in layers)
+        shown.append(
+            [{"layer": short[layer["layer"]], "experts": layer["experts"][:each]} for layer in layers]
+        )
     return shown
 
 

@@ -25,9 +25,9 @@ from moe_plugin.apps.report.summary import CONFIG_FILE, SUMMARY_FILE
 from moe_plugin.apps.report.svg_charts import COLORS, Line, line_chart, scatter_chart
 from moe_plugin.callbacks.monitor.load_over_time import spread
 from moe_plugin.errors import ConfigError
-from moe_plugin.metrics import dead_experts, max_violation
+from moe_plugin.metrics import dead_experts, load_entropy, max_violation
 from moe_plugin.plots.colors import load_colors, load_octaves
-from moe_plugin.plots.run_data import RunData, named, read_run
+from moe_plugin.plots.run_data import RunData, Series, named, read_run
 from moe_plugin.plots.token_strip import LEVELS
 
 CURVES = {
@@ -58,6 +58,9 @@ TITLES = {
     "active_flops_per_token": "FLOPs per token",
 }
 """Heading of each measure of `RunSummary` that is shown."""
+FIRST = ("load/max_violation_global", "load/dead_experts", "load/entropy")
+"""Curves that begin with the first step."""
+PARTS = {"train": "training", "load": "training", "val": "validation"}
 FRAMES = 16
 
 
@@ -169,26 +172,57 @@ def report_page(runs: Sequence[ReportedRun]) -> str:
     )
 
 
-def _charts(runs: Sequence[ReportedRun]) -> dict[str, str]:
+@dataclass(frozen=True)
+class Chart:
+    """A chart as SVG, and the colour and name of each of its lines; no names if they are those of the runs."""
+
+    svg: str
+    legend: list[tuple[int, str]]
+
+
+def _charts(runs: Sequence[ReportedRun]) -> dict[str, Chart]:
     curves = CURVES if len(runs) == 1 else {"Validation loss": ("val/loss",)} | CURVES
-    charts = {
-        title: line_chart(
-            [
-                Line(
-                    printable(f"{run.data.label} {tag}"),
-                    *run.data.scalars[tag],
-                    color=(place + shift) % COLORS,
-                )
-                for place, run in enumerate(runs)
-                for shift, tag in enumerate(tags)
-                if tag in run.data.scalars
-            ],
-            "optimizer step",
-        )
-        for title, tags in curves.items()
-        if len(runs) == 1 or len(tags) == 1
+    charts = {title: _chart(runs, tags) for title, tags in curves.items() if len(runs) == 1 or len(tags) == 1}
+    return {title: chart for title, chart in charts.items() if chart.svg}
+
+
+def _chart(runs: Sequence[ReportedRun], tags: Sequence[str]) -> Chart:
+    lines = {
+        (place + shift) % COLORS: (run.data, tag)
+        for place, run in enumerate(runs)
+        for shift, tag in enumerate(tags)
+        if tag in run.data.scalars
     }
-    return {title: chart for title, chart in charts.items() if chart}
+    svg = line_chart(
+        [
+            Line(printable(f"{data.label} {tag}"), *_from_first_step(data, tag), color)
+            for color, (data, tag) in lines.items()
+        ],
+        "optimizer step",
+    )
+    names = [(color, PARTS[tag.partition("/")[0]]) for color, (_, tag) in lines.items()]
+    return Chart(svg, names if len(tags) > 1 else [])
+
+
+def _from_first_step(run: RunData, tag: str) -> Series:
+    """Return a curve that begins with the load of the first step, which is logged as counts only."""
+    steps, values = run.scalars[tag]
+    first, tokens_LE = next(iter(run.counts.get("load", [])), (steps[0], np.empty(0)))
+    if tag not in FIRST or first >= steps[0]:
+        return steps, values
+    return [first, *steps], [_measures(tokens_LE)[tag], *values]
+
+
+def _measures(tokens_LE: np.ndarray) -> dict[str, float]:
+    """Return the measures of `FIRST` over all layers, of counts with -1 past the last expert of a layer."""
+    tokens = torch.from_numpy(np.asarray(tokens_LE)).long()
+    sizes_L, counts = (tokens >= 0).sum(-1), tokens.clamp(min=0)
+    all_layers = (
+        max_violation(counts, sizes_L).mean(),
+        dead_experts(counts, sizes_L).sum(),
+        load_entropy(counts, sizes_L).mean(),
+    )
+    return dict(zip(FIRST, map(float, all_layers), strict=True))
 
 
 def _scatter(runs: Sequence[ReportedRun]) -> str:
@@ -247,10 +281,9 @@ def _frame(title: str, tokens_LE: np.ndarray) -> Frame:
 
     tokens = torch.from_numpy(np.asarray(tokens_LE)).long()
     sizes_L = (tokens >= 0).sum(-1)
-    violation = max_violation(tokens.clamp(min=0), sizes_L).mean().item()
-    dead = int(dead_experts(tokens.clamp(min=0), sizes_L).sum())
+    violation, dead, _ = _measures(tokens_LE).values()
     file = io.BytesIO()
     Image.fromarray(load_colors(load_octaves(tokens, sizes_L))).save(file, format="PNG", optimize=True)
     picture = "data:image/png;base64," + base64.b64encode(file.getvalue()).decode()
-    numbers = f"MaxVio {violation:.2f}" + (f", {dead} dead" if dead else "")
+    numbers = f"MaxVio {violation:.2f}" + (f", {dead:.0f} dead" if dead else "")
     return Frame(title, picture, len(tokens), tokens.shape[1], numbers)

@@ -16,6 +16,7 @@ from moe_plugin.apps.report.cells import number_cell
 from moe_plugin.apps.report.summary import RunSummary
 from moe_plugin.callbacks.load_monitor import LoadMonitor
 from moe_plugin.metrics import LayerLoad, layer_loads
+from moe_plugin.metrics.router_names import short_names
 
 
 def run_report(summary: RunSummary, monitor: LoadMonitor) -> Group:
@@ -52,9 +53,10 @@ def balance_table(
     table.add_column("layer", overflow="fold")
     for heading in ("MaxVio", "entropy", "dead experts", "bias range"):
         table.add_column(heading, justify="right")
+    short = short_names(after)
     for name, last in after.items():
         table.add_row(
-            Text(printable(name)),
+            Text(printable(short[name])),
             *_changes([before[name]], [last]),
             number_cell(bias_ranges.get(name), ".4f"),
         )

@@ -96,13 +96,10 @@ class _Frame:
 
 def _svg(frame: _Frame, x_title: str, marks: Sequence[str]) -> str:
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img">']
-    for place in ticks(frame.y_from, frame.y_to):
-        value = 10**place if frame.is_log else place
+    for value in (log_ticks if frame.is_log else ticks)(frame.y_from, frame.y_to):
         y = frame.y(value)
         parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - 12}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(
-            f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:.3g}</text>'
-        )
+        parts.append(f'<text class="tick" x="{LEFT - 6}" y="{y + 4:.1f}" text-anchor="end">{value:g}</text>')
     for value in ticks(frame.x_from, frame.x_to):
         x = frame.x(value)
         parts.append(
@@ -125,6 +122,19 @@ def ticks(low: float, high: float) -> list[float]:
     step *= next((factor for factor in (5, 2) if (high - low) / (factor * step) >= 3), 1)
     first, last = math.ceil(low / step), math.floor(high / step)
     return [float(f"{place * step:.10g}") for place in range(first, last + 1)]
+
+
+def log_ticks(low: float, high: float) -> list[float]:
+    """Return 1, 2 and 5 times the powers of ten within a range, or the powers alone if it is wide.
+
+    Args:
+        low: The logarithm of its start, to the base 10.
+        high: The logarithm of its end.
+    """
+    factors = (1, 2, 5) if high - low < 3 else (1,)
+    powers = range(math.floor(low), math.ceil(high) + 1)
+    marks = [float(f"{factor}e{power}") for power in powers for factor in factors]
+    return [mark for mark in marks if low <= math.log10(mark) <= high]
 
 
 def _hover(line: Line) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from moe_plugin.apps.launch.command import FAILED, one_line_errors
 from moe_plugin.apps.launch.folder_lock import locked
+from moe_plugin.apps.launch.process_environment import limit_spinning
 from moe_plugin.apps.one_line_parser import one_line_
 from moe_plugin.apps.outputs import check_output_file, check_output_folder
 from moe_plugin.apps.study.arms import read_study
@@ -23,6 +24,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         SystemExit: With code 1 after all runs, if one of them failed.
     """
     options = _parser().parse_args(arguments)
+    limit_spinning()
     with one_line_errors(), ExitStack() as locks:
         studies = [read_study(name) for name in options.studies]
         check_output_file("--csv", options.csv)

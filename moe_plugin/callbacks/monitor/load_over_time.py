@@ -6,12 +6,16 @@ Shape legend: N windows of training steps, E experts, L layers.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from moe_plugin.callbacks.monitor.router_sample import Decisions
 from moe_plugin.metrics import LayerLoad
+from moe_plugin.metrics.router_names import short_names
 from moe_plugin.plots.over_time import bias_over_time, flips_over_time, load_over_time
 
 ROWS = 96
@@ -25,16 +29,29 @@ class LoadOverTime:
 
     Args:
         names: The routers, in the order of the layers.
+        state: Windows of an earlier part of the run, from `state_dict`; those of other routers are left out.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
-        """Start without any row."""
-        self._places = spread(len(names), LAYERS)
-        self._names = [names[place] for place in self._places]
+    def __init__(self, names: Sequence[str], state: Mapping[str, Any] = MappingProxyType({})) -> None:
+        """Start with the rows of the state."""
+        self._short = short_names(names)
+        self._names = [names[place] for place in spread(len(names), LAYERS)]
         self._steps: list[int] = []
         self._tokens: dict[str, list[np.ndarray]] = {name: [] for name in self._names}
         self._biases: dict[str, list[np.ndarray]] = {name: [] for name in self._names}
         self._flips: list[np.ndarray] = []
+        if state.get("names") == self._names and state["steps"]:
+            self._restore_(state)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return all windows as tensors and plain values."""
+        return {
+            "names": self._names,
+            "steps": list(self._steps),
+            "flips": _tensor(self._flips),
+            "tokens": {name: _tensor(rows) for name, rows in self._tokens.items()},
+            "biases": {name: _tensor(rows) for name, rows in self._biases.items()},
+        }
 
     def add_(
         self,
@@ -66,17 +83,27 @@ class LoadOverTime:
         for name in self._names if self._steps else ():
             tokens_NE, bias_NE = np.stack(self._tokens[name]), np.stack(self._biases[name])
             yield (
-                f"load_over_time/{name}",
-                load_over_time(tokens_NE, self._steps, f"load over ideal load, {name}"),
+                f"load_over_time/{self._short[name]}",
+                load_over_time(tokens_NE, self._steps),
             )
             if bias_NE.any():
                 yield (
-                    f"bias_over_time/{name}",
-                    bias_over_time(bias_NE, self._steps, f"selection bias, {name}"),
+                    f"bias_over_time/{self._short[name]}",
+                    bias_over_time(bias_NE, self._steps),
                 )
         if self._flips and np.nan_to_num(self._flips).any():
-            layers = [str(place) for place in self._places]
-            yield "flips_over_time/all", flips_over_time(np.stack(self._flips), self._steps, layers)
+            yield (
+                "flips_over_time/all",
+                flips_over_time(
+                    np.stack(self._flips), self._steps, [self._short[name] for name in self._names]
+                ),
+            )
+
+    def _restore_(self, state: Mapping[str, Any]) -> None:
+        self._steps, self._flips = list(state["steps"]), _rows(state["flips"])
+        for name in self._names:
+            self._tokens[name] = _rows(state["tokens"][name])
+            self._biases[name] = _rows(state["biases"][name])
 
     def _join_(self) -> None:
         self._steps, self._flips = self._steps[1::2], self._flips[1::2]
@@ -84,6 +111,14 @@ class LoadOverTime:
             rows = self._tokens[name]
             self._tokens[name] = [a + b for a, b in zip(rows[::2], rows[1::2], strict=True)]
             self._biases[name] = self._biases[name][1::2]
+
+
+def _tensor(rows: Sequence[np.ndarray]) -> Tensor:
+    return torch.from_numpy(np.stack(rows)) if rows else torch.empty(0)
+
+
+def _rows(tensor: Tensor) -> list[np.ndarray]:
+    return list(tensor.cpu().numpy())
 
 
 def spread(count: int, at_most: int) -> list[int]:

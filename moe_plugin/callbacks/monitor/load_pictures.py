@@ -40,6 +40,15 @@ class LoadPictures:
         self._last_step: int | None = None
         self._waiting: tuple[int, dict[str, Tensor], str] | None = None
 
+    def state_dict(self) -> dict[str, int | None]:
+        """Return which pictures were written, so a resumed run does not begin again with short intervals."""
+        return {"offered": self._offered, "first_step": self._first_step, "last_step": self._last_step}
+
+    def load_state_dict(self, state: Mapping[str, int | None]) -> None:
+        """Continue from what `state_dict` returned; an empty state begins."""
+        self._offered = state.get("offered") or 0
+        self._first_step, self._last_step = state.get("first_step"), state.get("last_step")
+
     def write_first(self, trainer: Trainer, step: int, loads: Mapping[str, LayerLoad]) -> None:
         """Write the load of the first step; see `offer`."""
         self._keep(trainer, step, loads)
@@ -78,7 +87,7 @@ class LoadPictures:
     def _keep(self, trainer: Trainer, step: int, loads: Mapping[str, LayerLoad]) -> None:
         violation = fmean(load.max_violation_global for load in loads.values())
         dead = sum(load.dead_experts for load in loads.values())
-        title = f"load over ideal load, step {trainer.global_step}: MaxVio {violation:.2f}, {dead} dead"
+        title = f"step {trainer.global_step}: MaxVio {violation:.2f}, {dead} dead"
         counts = {name: torch.tensor(load.tokens_per_expert) for name, load in loads.items()}
         self._waiting = (step, counts, title)
 

@@ -16,7 +16,7 @@ def first_rank_loggers(trainer: Trainer) -> list[Logger]:
 
 
 def tensorboard_writers(loggers: Iterable[Logger]) -> list[Any]:
-    """Return the TensorBoard writers among the loggers; they also take histograms, tensors and layouts."""
+    """Return the TensorBoard writers among the loggers; they also take text, tensors and layouts."""
     writers = [getattr(logger, "experiment", None) for logger in loggers]
     return [writer for writer in writers if hasattr(writer, "add_custom_scalars")]
 

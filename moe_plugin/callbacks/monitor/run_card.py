@@ -12,6 +12,7 @@ from lightning.pytorch import LightningModule, Trainer
 from moe_plugin.attach.balanced_model import BalancedModel
 from moe_plugin.attach.discovery.routed_experts import find_routed_experts
 from moe_plugin.errors import ConfigError
+from moe_plugin.metrics.router_names import short_names
 
 
 @dataclass(frozen=True)
@@ -70,5 +71,5 @@ def run_card(trainer: Trainer, pl_module: LightningModule, balanced: BalancedMod
         "machine": f"{platform.system()} {platform.machine()}, {trainer.strategy.root_device}",
     }
     lines = "\n".join(f"| {key} | {value} |" for key, value in rows.items())
-    names = "\n".join(f"| {place} | `{name}` |" for place, name in enumerate(balanced))
+    names = "\n".join(f"| {short} | `{name}` |" for name, short in short_names(balanced).items())
     return f"| | |\n|---|---|\n{lines}\n\n| layer | router |\n|---|---|\n{names}"

@@ -18,6 +18,7 @@ from moe_plugin.callbacks.monitor.expert_profiles import expert_profiles, profil
 from moe_plugin.callbacks.monitor.load_over_time import LAYERS, spread
 from moe_plugin.callbacks.monitor.token_kinds import NOTHING, TokenBatch, TokenKinds
 from moe_plugin.callbacks.monitor.typical_tokens import TOKENS, TypicalTokens
+from moe_plugin.metrics.router_names import short_names
 from moe_plugin.plots.lift import coactivation_heatmap, lift_heatmap
 
 KINDS = ("domain", "token class", "word")
@@ -51,7 +52,7 @@ class Specialisation:
         self._kinds, self.pairs = kinds, {}
         self.counts = {kind: {} for kind in KINDS if kind in kinds.names}
         self._last_first, self._first, self._is_first_batch = self._first, {}, True
-        names = list(sites)
+        names, self._short = list(sites), short_names(sites)
         self._typical = {
             names[place]: TypicalTokens(sites[names[place]].num_routed)
             for place in spread(len(names), LAYERS)
@@ -108,22 +109,21 @@ class Specialisation:
         """Yield the tag and picture of all counts."""
         for kind, tables in self.counts.items():
             if tables:
-                shown = {str(place): table.cpu().numpy() for place, table in enumerate(tables.values())}
-                title = f"how often an expert takes a {kind}, over chance"
+                shown = {name: table.cpu().numpy() for name, table in tables.items()}
                 yield (
                     f"experts_by_{kind.replace(' ', '_')}/lift",
-                    lift_heatmap(shown, self._kinds.names[kind], title),
+                    lift_heatmap(shown, self._kinds.names[kind], "choices over chance"),
                 )
         for place in spread(len(self.pairs), PAIRED_LAYERS):
             name, pairs_EE = list(self.pairs.items())[place]
             if len(pairs_EE) > 2:
-                title = f"experts chosen together, over chance, {name}"
-                yield f"coactivation/{name}", coactivation_heatmap(pairs_EE.cpu().long().numpy(), title)
+                picture = coactivation_heatmap(pairs_EE.cpu().long().numpy(), "chosen together, over chance")
+                yield f"coactivation/{self._short[name]}", picture
 
     def texts(self) -> Iterator[tuple[str, str]]:
         """Yield the tag and Markdown table of each layer's experts."""
         for layer in self.record():
-            yield f"experts/{layer['layer']}", profile_table(layer["experts"])
+            yield f"experts/{self._short[layer['layer']]}", profile_table(layer["experts"])
 
     def record(self) -> list[dict[str, Any]]:
         """Return what each expert of each layer takes, ready for JSON; empty if no kinds of tokens are known."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -20,6 +21,7 @@ from moe_plugin.callbacks.monitor.router_sample import RouterSample
 from moe_plugin.callbacks.monitor.run_card import active_parameters, run_card
 from moe_plugin.callbacks.monitor.token_clock import TokenClock
 from moe_plugin.metrics import LayerLoad, LoadWindow
+from moe_plugin.metrics.router_names import short_names, with_short_tags
 from moe_plugin.types import LoadRecord
 
 
@@ -54,6 +56,7 @@ class TrainingWatch:
         self._used = MeanExpertsPerToken()
         self._expert_share = 0.0
         self._constants: dict[str, float] = {}
+        self._over_time = LoadOverTime([])
 
     def start_(self, trainer: Trainer, pl_module: LightningModule, balanced: BalancedModel) -> None:
         """Lay out TensorBoard's custom scalars, and describe the run.
@@ -65,7 +68,8 @@ class TrainingWatch:
         """
         self._window = LoadWindow({name: site.num_routed for name, site in balanced.items()})
         self._last_record = balanced.record
-        self._over_time = LoadOverTime(list(balanced))
+        self._over_time = LoadOverTime(list(balanced), self._over_time.state_dict())
+        self._short = short_names(balanced)
         self._targets = {name: site.target_k for name, site in balanced.items() if site.target_k is not None}
         size = active_parameters(pl_module)
         if size is not None:
@@ -105,8 +109,21 @@ class TrainingWatch:
         step, record = logged_step(trainer) - 1, balanced.record
         if record is not None and self._window.batches:
             self._end_window(trainer, balanced, record, step)
-        if self._pictures.write_waiting(first_rank_loggers(trainer)) and record is not None:
-            self._draw_over_time(trainer, record, step)
+        if self._pictures.write_waiting(first_rank_loggers(trainer)):
+            self._draw_over_time(trainer, step)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return what a resumed run needs to continue the pictures, and the load of the first step."""
+        first = {} if self.first_record is None else {"first_record": vars(self.first_record)}
+        return first | {"pictures": self._pictures.state_dict(), "film": self._over_time.state_dict()}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Continue from what `state_dict` returned, or an older version of it."""
+        if "first_record" in state:
+            self.first_record = LoadRecord(**state["first_record"])
+        self._pictures.load_state_dict(state.get("pictures", {}))
+        film = state.get("film", {})
+        self._over_time = LoadOverTime(film.get("names", []), film)
 
     def _ends_window(self, trainer: Trainer, update: int) -> bool:
         every_n_steps = self._every_n_steps or trainer.log_every_n_steps  # pyright: ignore[reportAttributeAccessIssue]
@@ -118,7 +135,8 @@ class TrainingWatch:
         decisions = self._sample.take()
         scalars = training_scalars(self.load, self.bias_ranges, decisions, self._expert_share)
         used = self._used.take()
-        scalars |= self._constants | budget_scalars(used.experts_per_token, self._targets)
+        scalars |= budget_scalars(used.experts_per_token, self._targets)
+        scalars = with_short_tags(scalars, self._short) | self._constants
         scalars["load/tokens_per_second"] = self.clock.rate(used.tokens)
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=step)
@@ -126,20 +144,17 @@ class TrainingWatch:
         if loggers and self._draws:
             self._over_time.add_(step, self.load, record.bias, decisions)
             if self._pictures.offer(trainer, step, self.load):
-                self._draw_over_time(trainer, record, step)
+                self._draw_over_time(trainer, step)
         new = self._alarms.window_ends(
             balanced, self.load, self.bias_ranges, decisions, is_first_rank=trainer.is_global_zero
         )
         for writer in tensorboard_writers(loggers) if new else ():
             writer.add_text("alarms", "\n\n".join(map(str, new)), global_step=step)
 
-    def _draw_over_time(self, trainer: Trainer, record: LoadRecord, step: int) -> None:
+    def _draw_over_time(self, trainer: Trainer, step: int) -> None:
         loggers = first_rank_loggers(trainer)
         for tag, image in self._over_time.images():
             log_image(loggers, tag, image, step)
-        for writer in tensorboard_writers(loggers):
-            for name, bias_E in record.bias.items():
-                writer.add_histogram(f"bias/{name}", bias_E.float().cpu(), global_step=step, bins="auto")
 
 
 def _ranges(bias: Mapping[str, Tensor]) -> dict[str, float]:

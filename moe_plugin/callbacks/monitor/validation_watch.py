@@ -27,6 +27,7 @@ from moe_plugin.callbacks.monitor.specialisation import Specialisation
 from moe_plugin.callbacks.monitor.token_kinds import TokenKinds
 from moe_plugin.callbacks.monitor.validation_counts import ValidationCounts
 from moe_plugin.metrics import LayerLoad, LoadWindow
+from moe_plugin.metrics.router_names import short_names, with_short_tags
 from moe_plugin.plots.run_data import EXPERT_USE_FILE
 
 
@@ -40,6 +41,7 @@ class ValidationWatch:
         load: The load of each layer in the last validation run.
         specialisation: The kinds of tokens that each expert takes.
         used: How many experts tokens use.
+        pictures: The heatmaps of the load.
     """
 
     def __init__(self, image_every_n_steps: int | None) -> None:
@@ -47,7 +49,7 @@ class ValidationWatch:
         self.load: dict[str, LayerLoad] = {}
         self.specialisation = Specialisation()
         self.used = ExpertsUsedWatch()
-        self._pictures = LoadPictures("val", image_every_n_steps)
+        self.pictures = LoadPictures("val", image_every_n_steps)
         self._draws = image_every_n_steps != 0
         self._looks = False
         self._kinds = TokenKinds(None)
@@ -60,6 +62,7 @@ class ValidationWatch:
             balanced: The routers.
         """
         self._counts = ValidationCounts(balanced)
+        self._short = short_names(balanced)
         self._looks = bool(first_rank_loggers(trainer)) and self._draws and not trainer.sanity_checking
         if self._looks:
             self._kinds = TokenKinds(getattr(trainer, "datamodule", None))
@@ -106,20 +109,21 @@ class ValidationWatch:
 
     def write_waiting(self, trainer: Trainer) -> None:
         """Write the last picture."""
-        self._pictures.write_waiting(first_rank_loggers(trainer))
+        self.pictures.write_waiting(first_rank_loggers(trainer))
 
     def _show(self, trainer: Trainer) -> None:
         is_fitting = trainer.state.fn == TrainerFn.FITTING
         # After a fit the step is that of its last batch, counted from zero like all steps that are logged.
         step = logged_step(trainer) if is_fitting else max(trainer.global_step - 1, 0)
         loggers = first_rank_loggers(trainer)
-        is_drawn = self._draws and self._pictures.offer(trainer, step, self.load)
+        is_drawn = self._draws and self.pictures.offer(trainer, step, self.load)
         if not is_fitting:
-            is_drawn |= self._pictures.write_waiting(loggers)
+            is_drawn |= self.pictures.write_waiting(loggers)
         if not self._looks:
             return
         scalars = self.specialisation.scalars() if is_fitting else {}
         scalars |= self.used.scalars()
+        scalars = with_short_tags(scalars, self._short)
         for logger in loggers if scalars else ():
             logger.log_metrics(scalars, step=step)
         for tag, image in (*self.specialisation.images(), *self.used.images()) if is_drawn else ():

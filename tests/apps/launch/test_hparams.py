@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import math
-
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
@@ -38,4 +36,4 @@ def test_given_settings_and_measures_reach_the_hparams_tab(tmp_path):
     assert settings["experts"].number_value == 8
     assert settings["trainer.precision"].string_value == "None"
     assert {info.name.tag for info in content["_hparams_/experiment"].experiment.metric_infos} == set(METRICS)
-    assert all(math.isnan(read.Scalars(tag)[0].value) for tag in METRICS)
+    assert read.Tags()["scalars"] == []

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 
 import numpy as np
@@ -12,7 +13,7 @@ from moe_plugin.apps.report.__main__ import main
 from moe_plugin.apps.report.environment import describe_environment, read_environment, write_environment
 from moe_plugin.apps.report.expert_use import PROFILES, profiles
 from moe_plugin.apps.report.page import read_runs, report_page
-from moe_plugin.apps.report.svg_charts import Line, line_chart, ticks
+from moe_plugin.apps.report.svg_charts import Line, line_chart, log_ticks, ticks
 from moe_plugin.plots.run_data import EXPERT_USE_FILE
 from tests.apps.report.test_summary import SUMMARY
 
@@ -60,6 +61,25 @@ class TestPage:
     def test_film_shows_violation_and_dead_experts(self, sweep):
         page = report_page(read_runs([str(sweep / "0")]))
         assert "step 21<br>MaxVio 0.50, 1 dead" in page
+
+    def test_curves_begin_with_the_counts_of_the_first_step(self, tmp_path):
+        with SummaryWriter(str(tmp_path / "run")) as writer:
+            writer.add_tensor("load/tokens_per_expert", torch.tensor([[4.0, 4.0], [8.0, 0.0]]).double(), 0)
+            for step in (4, 9):
+                writer.add_scalar("load/dead_experts", 0, step)
+        page = report_page(read_runs([str(tmp_path / "run")]))
+        points = re.search(r'<polyline class="line c0" points="([^"]*)"', page).group(1).split()
+        heights = [float(point.split(",")[1]) for point in points]
+        assert len(heights) == 3
+        assert heights[0] < heights[1] == heights[2]  # one dead expert, then none; y runs downwards
+
+    def test_a_chart_of_two_measures_has_a_legend(self, tmp_path):
+        with SummaryWriter(str(tmp_path / "run")) as writer:
+            for step in (0, 1):
+                writer.add_scalar("train/loss", 3 - step, step)
+                writer.add_scalar("val/loss", 2 - step, step)
+        page = report_page(read_runs([str(tmp_path / "run")]))
+        assert re.search(r'key c0"></span>training.*key c1"></span>validation', page)
 
     def test_environment_is_what_each_run_wrote(self, sweep):
         (sweep / "0" / "environment.json").write_text('{"torch": "9.9", "machine": "m0"}')
@@ -189,3 +209,11 @@ class TestCharts:
 
     def test_nan_is_left_out(self):
         assert "nan" not in line_chart([Line("a", [0, 1, 2], [1.0, float("nan"), 2.0])], "step")
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "marks"),
+    [(0.08, 6, [0.1, 0.2, 0.5, 1, 2, 5]), (2, 20, [2, 5, 10, 20]), (0.5, 9e3, [1, 10, 100, 1000])],
+)
+def test_log_axis_has_round_ticks(low, high, marks):
+    assert log_ticks(math.log10(low), math.log10(high)) == marks

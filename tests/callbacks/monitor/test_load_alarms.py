@@ -16,7 +16,7 @@ from moe_plugin.callbacks.monitor.router_sample import RouterSample
 from moe_plugin.errors import ConfigError, LoadAlarmError, LoadAlarmWarning
 from moe_plugin.metrics import max_violation
 from moe_plugin.metrics.alarms import Limits
-from tests.callbacks.test_load_monitor import SIZES, fit, scalars
+from tests.callbacks.test_load_monitor import SHORT, SIZES, fit, scalars
 from tests.hosts import Host, OwningRouter, SoftmaxRouter
 
 pytestmark = [
@@ -168,7 +168,7 @@ class TestRouterSample:
             assert [batch[name].tolist() for batch in looked_at.chosen["train"]] == [
                 batch[name].tolist() for batch in chosen
             ]
-            by_step = scalars(tmp_path / "looked", f"load_layers/max_violation/{name}")
+            by_step = scalars(tmp_path / "looked", f"load_layers/max_violation/{SHORT[name]}")
             expected = {step: max_violation(batch[name]).item() for step, batch in enumerate(chosen)}
             assert by_step == pytest.approx(expected)
             summed_E = sum(batch[name] for batch in chosen)

@@ -17,7 +17,7 @@ def window(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 def rows_of(steps: range, monkeypatch: pytest.MonkeyPatch) -> dict[str, tuple]:
     """What is drawn after windows at these steps, by tag."""
     for name in ("load_over_time", "bias_over_time", "flips_over_time"):
-        monkeypatch.setattr(load_over_time, name, lambda rows, steps, title: (rows, steps))
+        monkeypatch.setattr(load_over_time, name, lambda rows, steps, *_: (rows, steps))
     over_time = LoadOverTime(["a"])
     for step in steps:
         tokens_E, bias_E = window(step)

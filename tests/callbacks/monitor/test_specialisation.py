@@ -14,6 +14,7 @@ from moe_plugin.callbacks.load_monitor import LoadMonitor
 from moe_plugin.callbacks.monitor.image_log import log_image
 from moe_plugin.callbacks.monitor.specialisation import Specialisation, _count_kinds, _kept
 from moe_plugin.callbacks.monitor.token_kinds import NOTHING, TokenKinds
+from moe_plugin.plots.grid import TOP
 from moe_plugin.plots.lift import coactivation_heatmap, lift, lift_heatmap
 from tests.callbacks.test_load_monitor import events, picture
 from tests.hosts import Host
@@ -78,7 +79,7 @@ class TestInARun:
         wanted = {
             "experts_by_domain/lift",
             "experts_by_token_class/lift",
-            "coactivation/model.layers.0.router",
+            "coactivation/layers.0",
         }
         assert wanted <= set(tags["images"])
         # Nothing was learnt between the two validations.
@@ -92,20 +93,19 @@ class TestInARun:
                 expected[batch["domain"][token // 6], ids_K] += 1
                 pairs_EE[ids_K[0], ids_K[1]] += 1
         assert torch.equal(table, expected)
-        name = "model.layers.0.router"
         drawn = coactivation_heatmap((pairs_EE + pairs_EE.T).numpy())
-        shown = picture(events(tmp_path), f"coactivation/{name}").transpose(2, 0, 1)
-        assert np.array_equal(shown[:, 26:], drawn[:, 26:])  # below the title
+        shown = picture(events(tmp_path), "coactivation/layers.0").transpose(2, 0, 1)
+        assert np.array_equal(shown[:, TOP:], drawn[:, TOP:])  # below the title
         tables = monitor.validation.specialisation.counts["domain"].values()
-        drawn = lift_heatmap({str(i): each.numpy() for i, each in enumerate(tables)}, Data.domains)
+        drawn = lift_heatmap({f"layers.{i}": each.numpy() for i, each in enumerate(tables)}, Data.domains)
         shown = picture(events(tmp_path), "experts_by_domain/lift").transpose(2, 0, 1)
-        assert np.array_equal(shown[:, 26:], drawn[:, 26:])
+        assert np.array_equal(shown[:, TOP:], drawn[:, TOP:])
 
     def test_project_without_kinds_still_gets_pairs(self, tmp_path):
         data = Data().train_dataloader()
         fit(LoadMonitor(), tmp_path, (data, data))
         tags = events(tmp_path).Tags()["images"]
-        assert "coactivation/model.layers.1.router" in tags
+        assert "coactivation/layers.1" in tags
         assert not any(tag.startswith("experts_by") for tag in tags)
 
     def test_no_logger_looks_at_nothing(self, tmp_path):
