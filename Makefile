@@ -12,7 +12,7 @@ help: ## this list
 # A stamp per kind of installation: pip runs again only when what is declared changes.
 $(VENV)/.base: pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) --editable .
+	$(INSTALL) --editable '.[plots]'
 	touch $@
 
 $(VENV)/.dev: pyproject.toml setup.py constraints.txt
