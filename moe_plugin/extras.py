@@ -34,5 +34,6 @@ def require(package: str, name: str) -> None:
         ConfigError: It is missing; the error names what to install.
     """
     if find_spec(package) is None:
-        wanted = f"'moe_plugin[{EXTRAS[package]}]'" if package in EXTRAS else package
-        raise ConfigError(name, f"needs the package {package!r}", fix=f"Run: pip install {wanted}")
+        distribution = package.rpartition(".")[2].replace("_", "-")
+        wanted = f"'moe_plugin[{EXTRAS[package]}]'" if package in EXTRAS else distribution
+        raise ConfigError(name, f"needs the package {distribution!r}", fix=f"Run: pip install {wanted}.")

@@ -38,7 +38,7 @@ def explain_composition(
         config_name: The file that is composed.
     """
     text = str(error)
-    if found := re.search(r"Could not find '(hydra/\w+/\w+)'", text):
+    if found := re.search(r"Could not (?:find|load) '(hydra/\w+/\w+)'", text):
         _require_plugin(found[1])
     found = re.match(r"Could not override '([^']+)'", text)
     if found and found[1] in {override.key_or_group for override in parse(overrides)}:
