@@ -13,7 +13,7 @@ help: ## this list
 # A stamp per kind of installation: pip runs again only when what is declared changes.
 $(VENV)/.base: pyproject.toml setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(INSTALL) --editable .
+	$(INSTALL) --editable '.[plots]'
 	touch $@
 
 $(VENV)/.dev: pyproject.toml setup.py constraints.txt
@@ -87,10 +87,11 @@ package: $(VENV)/.dev ## build the wheel and the source archive into dist/, and 
 	$(BIN)/check-wheel-contents dist/*.whl
 	$(BIN)/pyroma --min 9 --skip-tests AuthorEmail .  # the project has no address
 
-try-package: package ## install the wheel into an environment of its own, and train 20 steps with it
+try-package: package ## install the wheel without extras into an environment of its own, and train 20 steps
 	rm -rf build/try && $(PYTHON) -m venv build/try
 	build/try/bin/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt dist/*.whl
 	cd build/try && bin/moe-train experiment=smoke trainer.max_steps=20 data=stdlib
+	build/try/bin/python tests/missing_extras.py
 
 clean: ## remove the environment and caches; runs stay
 	rm -rf $(VENV) build dist *.egg-info .cache .pytest_cache .ruff_cache .hypothesis

@@ -19,6 +19,7 @@ GROUND = {
     "errors": set(),
     "types": set(),
     "number_checks": {"errors"},
+    "extras": {"errors"},
 }
 PLUGIN = {
     "routing": {"errors", "types", "number_checks"},
@@ -26,7 +27,7 @@ PLUGIN = {
     "metrics": {"errors"},
     "losses": {"types", "number_checks"},
     "experts": {"errors", "types", "number_checks", "routing"},
-    "plots": {"errors", "metrics"},
+    "plots": {"errors", "extras", "metrics"},
     "checkpoints": {"errors"},
     "attach": {"errors", "types", "balancing", "metrics", "experts", "checkpoints"},
     "sharding": {"errors", "attach", "experts"},
@@ -36,20 +37,20 @@ PLUGIN = {
 APPS = {
     "apps": set(),
     "apps.config_folder": set(),
-    "apps.one_line_parser": set(),
+    "apps.command_parser": {"errors", "extras", "__init__", "apps.received"},
     "apps.outputs": {"errors"},
     "apps.received": {"errors", "apps.config_folder"},
-    "apps.data": {"errors", "number_checks", "checkpoints"},
+    "apps.data": {"errors", "extras", "number_checks", "checkpoints"},
     "apps.models": {
-        *("errors", "types", "number_checks", "routing", "losses", "experts", "attach", "sharding"),
+        *("errors", "extras", "types", "number_checks", "routing", "losses", "experts", "attach", "sharding"),
     },
     "apps.report": {
-        *("errors", "metrics", "plots", "callbacks", "__init__"),
-        *("apps.one_line_parser", "apps.outputs", "apps.received"),
+        *("errors", "extras", "metrics", "plots", "callbacks", "__init__"),
+        *("apps.command_parser", "apps.outputs", "apps.received"),
     },
     "apps.launch": {
-        *("errors", "number_checks", "experts", "attach", "sharding", "callbacks", "checkpoints"),
-        *("apps.models", "apps.one_line_parser", "apps.outputs", "apps.report", "apps.config_folder"),
+        *("errors", "extras", "number_checks", "experts", "attach", "sharding", "callbacks", "checkpoints"),
+        *("apps.models", "apps.command_parser", "apps.outputs", "apps.report", "apps.config_folder"),
         "apps.received",
     },
     "apps.throughput": {"errors", "number_checks", "apps.data", "apps.models"},
@@ -58,15 +59,19 @@ APPS = {
     "apps.evaluate": {
         *("errors", "apps.received", "apps.evaluation", "apps.report", "apps.launch", "apps.throughput"),
     },
-    "apps.inspection": {"errors", "attach", "checkpoints", "apps.received", "apps.launch"},
+    "apps.inspection": {
+        *("errors", "attach", "checkpoints", "apps.command_parser", "apps.received", "apps.launch"),
+    },
     "apps.plan": {
         *("errors", "types", "number_checks", "routing", "balancing", "experts", "attach", "sharding"),
         *("apps.config_folder", "apps.launch", "apps.models", "apps.outputs"),
     },
-    "apps.simulate": {"errors", "number_checks", "routing", "balancing", "metrics", "plots", "apps.launch"},
+    "apps.simulate": {
+        *("errors", "extras", "number_checks", "routing", "balancing", "metrics", "plots", "apps.launch"),
+    },
     "apps.study": {
-        *("errors", "number_checks", "metrics", "attach", "plots", "checkpoints"),
-        *("apps.data", "apps.models", "apps.one_line_parser", "apps.outputs", "apps.received", "apps.report"),
+        *("errors", "extras", "number_checks", "metrics", "attach", "plots", "checkpoints"),
+        *("apps.data", "apps.models", "apps.command_parser", "apps.outputs", "apps.received", "apps.report"),
         *("apps.config_folder", "apps.launch", "apps.train"),
     },
 }

@@ -15,6 +15,7 @@ from omegaconf.errors import OmegaConfBaseException
 from moe_plugin.apps.evaluation.measures_file import measures_file
 from moe_plugin.apps.evaluation.stored_run import CONFIG_FILE, TRUST, evaluated_config
 from moe_plugin.apps.launch.command import one_line_errors
+from moe_plugin.apps.launch.command_line import read_command_line, refuse_switches, show
 from moe_plugin.apps.launch.explain_config_error import one_line
 from moe_plugin.apps.launch.overrides import parse
 from moe_plugin.apps.launch.signature import check_arguments, mismatch
@@ -47,12 +48,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     Args:
         arguments: Words after the program's name; by default the program's own.
     """
-    words = list(sys.argv[1:] if arguments is None else arguments)
-    if {"-h", "--help"} & set(words):
+    line = read_command_line(sys.argv[1:] if arguments is None else arguments, "config")
+    if line.args.help:
         print(HELP)
         return
+    if line.args.shell_completion:
+        show(line)  # the keys of a run's config.yaml are those of moe-train
+        return
     with one_line_errors():
-        changes = dict(map(_change, words))
+        refuse_switches(line)
+        changes = dict(map(_change, line.overrides))
         throughput, trusted = take_throughput_(changes), _take_switch_(changes, TRUST)
         with _explained():
             config = evaluated_config(changes, trusted=trusted)

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from moe_plugin.errors import ConfigError
+from moe_plugin.extras import require
 from moe_plugin.plots.picture import load_picture
 from moe_plugin.plots.run_data import named, read_run
 
@@ -28,6 +29,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _draw(runs: list[str], out: Path) -> Path:
+    require("matplotlib", "moe_plugin.plots")
     if not out.resolve().parent.is_dir():
         raise ConfigError("--out", "must be in an existing folder", str(out))
     return load_picture([read_run(*named(run)) for run in runs], out)

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from moe_plugin.apps.data.documents import Document
 from moe_plugin.apps.data.files import file_stamps, matching_files
 from moe_plugin.errors import ConfigError
+from moe_plugin.extras import require
 from moe_plugin.number_checks import check_integer
 
 _HERE = Path()
@@ -50,10 +50,7 @@ class HuggingFace:
             ConfigError: If `datasets` is missing, `max_bytes` is not positive, streaming has no limit, or a local
                 file is not there.
         """
-        if find_spec("datasets") is None:
-            raise ConfigError(
-                "source", "needs the package 'datasets'", fix="Run: pip install 'moe_plugin[hf]'."
-            )
+        require("datasets", "source")
         check_integer("source.max_bytes", max_bytes, or_none=True)
         if streaming and max_bytes is None:
             raise ConfigError("source.max_bytes", "must be given with source.streaming=true", max_bytes)

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import string
 from collections.abc import Callable, Iterable, Sequence
-from importlib.util import find_spec
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from moe_plugin.errors import ConfigError
+from moe_plugin.extras import require
 from moe_plugin.number_checks import check_integer
 
 SEPARATOR = 0
@@ -94,9 +93,7 @@ class BytePairs:
             ConfigError: If `vocab_size` is below 257 or `tokenizers` is missing.
         """
         check_integer("tokenizer.vocab_size", vocab_size, least=257)
-        if find_spec("tokenizers") is None:
-            fix = "Run: pip install 'moe_plugin[hf]'."
-            raise ConfigError("tokenizer", "needs the package 'tokenizers'", fix=fix)
+        require("tokenizers", "tokenizer")
         self.vocab_size = vocab_size
 
     def fingerprint(self) -> str:

@@ -10,23 +10,14 @@ if it returns (model, inputs); of transformers a small model with random weights
 
 from __future__ import annotations
 
-import argparse
 import sys
+from argparse import RawDescriptionHelpFormatter
 from collections.abc import Sequence
-from typing import NoReturn
 
+from moe_plugin.apps.command_parser import WRONG_USE, CommandParser
 from moe_plugin.apps.received.printable import printable
 
-WRONG_USE, NOTHING_TO_BALANCE, CHECK_FAILED = 2, 1, 1
-
-
-class _Parser(argparse.ArgumentParser):
-    """Reports a wrong word in one line."""
-
-    def error(self, message: str) -> NoReturn:
-        """End the program."""
-        print(f"error: {printable(message)}; see {self.prog} --help.", file=sys.stderr)
-        raise SystemExit(WRONG_USE)
+NOTHING_TO_BALANCE, CHECK_FAILED = 1, 1
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -34,8 +25,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     With ``--verify`` 0 means that no check failed.
     """
-    parser = _Parser(
-        prog="moe-inspect", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    parser = CommandParser(
+        prog="moe-inspect", description=__doc__, formatter_class=RawDescriptionHelpFormatter
     )
     parser.add_argument("what", metavar="WHAT")
     parser.add_argument("--every-layer", action="store_true", help="a line for each router, even if alike")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -24,6 +25,14 @@ HYDRA_VERSION = "1.3"
 def is_group(name: str) -> bool:
     """Return whether one of our config groups has this name."""
     return any((folder / name).is_dir() for folder in (conf_dir(), GROUPS))
+
+
+def quote_option(word: str) -> str:
+    """Put options that are numbers in quotes, as Hydra wants them: ``experts=8,16`` becomes ``experts="8","16"``."""
+    group, equals, options = word.partition("=")
+    if not equals or not re.fullmatch(r"\w+", group) or not is_group(group):
+        return word
+    return f"{group}=" + re.sub(r"(?<![^,])\d+(?![^,])", r'"\g<0>"', options)
 
 
 def compose_jobs(

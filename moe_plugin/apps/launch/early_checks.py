@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from importlib.util import find_spec
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
@@ -18,6 +17,7 @@ from moe_plugin.apps.launch.signature import check_arguments
 from moe_plugin.apps.launch.source_signature import parameters_in_source
 from moe_plugin.apps.outputs import check_output_folder
 from moe_plugin.errors import ConfigError
+from moe_plugin.extras import EXTRAS, require
 
 LAST = "last"
 _LOGGERS = {
@@ -26,7 +26,7 @@ _LOGGERS = {
     "CometLogger": "comet_ml",
     "NeptuneLogger": "neptune",
 }
-"""The package that each of Lightning's loggers needs."""
+"""The package that each of Lightning's loggers needs, which looks for it only when a run has its folder."""
 
 
 def check_early(config: DictConfig) -> None:
@@ -39,6 +39,7 @@ def check_early(config: DictConfig) -> None:
         ConfigError: A value is not allowed; it names the full key.
     """
     _check_settings(config)
+    _check_packages(config)
     check_nodes_in_source(config)
     if config.count_only:
         return
@@ -49,7 +50,6 @@ def check_early(config: DictConfig) -> None:
     _check_checkpoint(config.ckpt_path, trusted=config.trust)
     _check_metric(config.optimized_metric)
     check_monitored(config)
-    _check_loggers(config)
     _check_cache(config)
     check_run_folder(config)
 
@@ -97,13 +97,13 @@ def _check_checkpoint(path: str | None, *, trusted: bool) -> None:
         raise ConfigError("ckpt_path", f"must be an existing checkpoint or '{LAST}'", path)
 
 
-def _check_loggers(config: DictConfig) -> None:
-    """Check that the packages of Lightning's loggers are there, which look for them when a run has its folder."""
+def _check_packages(config: DictConfig) -> None:
+    """Check that the optional packages that the configuration uses are installed."""
     for key, node in nodes(config):
-        package = _LOGGERS.get(str(node._target_).rpartition(".")[2])
-        if package is not None and find_spec(package) is None:
-            fix = f"Run: pip install {package}"
-            raise ConfigError(f"{key}._target_", f"needs the package {package!r}", node._target_, fix)
+        target = str(node._target_)
+        package = _LOGGERS.get(target.rpartition(".")[2], target.partition(".")[0])
+        if package in {*EXTRAS, *_LOGGERS.values()}:
+            require(package, key)
 
 
 def _check_cache(config: DictConfig) -> None:

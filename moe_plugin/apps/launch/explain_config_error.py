@@ -15,6 +15,14 @@ from moe_plugin.apps.launch.overrides import parse
 from moe_plugin.apps.launch.signature import unknown_key
 from moe_plugin.apps.received.printable import printable
 from moe_plugin.errors import ConfigError, Value
+from moe_plugin.extras import require
+
+_PLUGINS = {
+    "hydra/launcher/submitit_slurm": "hydra_submitit_launcher",
+    "hydra/launcher/submitit_local": "hydra_submitit_launcher",
+    "hydra/launcher/joblib": "hydra_joblib_launcher",
+    "hydra/sweeper/optuna": "hydra_optuna_sweeper",
+}
 
 
 def explain_composition(
@@ -30,6 +38,8 @@ def explain_composition(
         config_name: The file that is composed.
     """
     text = str(error)
+    if found := re.search(r"Could not (?:find|load) '(hydra/\w+/\w+)'", text):
+        _require_plugin(found[1])
     found = re.match(r"Could not override '([^']+)'", text)
     if found and found[1] in {override.key_or_group for override in parse(overrides)}:
         return _explain_key(found[1], overrides, error, config_name)
@@ -44,6 +54,12 @@ def explain_composition(
     if found := re.search(r"Could not load '([^']+)/([^'/]+)'", text):
         return ConfigError(found[1], "must be one of the options that there are", found[2])
     return ConfigError(config_name, f"cannot be composed: {_reason(error)}")
+
+
+def _require_plugin(option: str) -> None:
+    """Check that the plugin which brings an option of Hydra's own groups is installed."""
+    if option in _PLUGINS:
+        require(f"hydra_plugins.{_PLUGINS[option]}", option.rpartition("/")[0])
 
 
 def _explain_key(key: str, overrides: Sequence[str], error: Exception, config_name: str) -> ConfigError:

@@ -39,9 +39,10 @@ from moe_plugin.apps.launch.stop_at_signal import StopAtSignal, told_when_stoppe
 from moe_plugin.apps.launch.training_speed import Throughput
 from moe_plugin.apps.models.size import fixed_experts_per_token, measure
 from moe_plugin.apps.received.printable import printable
-from moe_plugin.apps.report import RunSummary, run_report, tensorboard_command, write_summary
 from moe_plugin.apps.report.environment import describe_environment, write_environment
 from moe_plugin.apps.report.json_file import write_json
+from moe_plugin.apps.report.run_table import run_report, tensorboard_command
+from moe_plugin.apps.report.summary import RunSummary, write_summary
 from moe_plugin.callbacks.load_monitor import LoadMonitor
 
 _OF_LAUNCHERS = ("LOCAL_RANK", "NODE_RANK", "RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from moe_plugin.errors import ConfigError
+from moe_plugin.extras import require
 
 
 def deepseek_v3(**sizes: Any) -> nn.Module:
@@ -19,11 +20,9 @@ def deepseek_v3(**sizes: Any) -> nn.Module:
     Raises:
         ConfigError: transformers is not installed, or a key is unknown to it.
     """
-    try:
-        from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
-    except ImportError as error:
-        fix = "Install transformers: pip install 'moe_plugin[hf]'."
-        raise ConfigError("model", "must be one whose packages are installed", "deepseek_v3", fix) from error
+    require("transformers", "model")
+    from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
+
     unknown = sorted(set(sizes) - set(DeepseekV3Config().to_dict()))
     if unknown:
         raise ConfigError("model", "must have keys of transformers' DeepseekV3Config only", unknown)

@@ -14,30 +14,23 @@ from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 
 from moe_plugin.apps.config_folder import conf_dir
-from moe_plugin.apps.launch.command import one_line_errors, quote_option
+from moe_plugin.apps.launch.command import one_line_errors
+from moe_plugin.apps.launch.command_line import read_command_line, refuse_switches, show
 from moe_plugin.apps.launch.compose import HYDRA_VERSION
 from moe_plugin.apps.launch.explain_config_error import explain_composition
 from moe_plugin.apps.launch.overrides import parse
 from moe_plugin.apps.plan.settings import check_settings
 
-HELP = """moe-plan: memory, traffic and slowdown of a model's training step on a cluster. Nothing is trained.
-
-  moe-plan model=deepseek_v3_671b nodes=256 hardware=h800 expert_parallel=64
-  moe-plan model=small experts=64 hardware=cpu precision=32-true layouts=[ddp,fsdp]
-
-Models, routers, experts and data are the groups of moe-train. Its own keys:
-"""
-
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line."""
-    words = [quote_option(word) for word in (sys.argv[1:] if arguments is None else arguments)]
-    if {"-h", "--help"} & set(words):
-        lines = (conf_dir() / "plan.yaml").read_text().splitlines()
-        print(HELP + "\n".join(f"  {line}" for line in lines[lines.index("") + 1 :]))
-        return
+    line = read_command_line(sys.argv[1:] if arguments is None else arguments, "plan")
     with one_line_errors():
-        _run(_read_config(words))
+        if line.is_run:
+            refuse_switches(line)
+            _run(_read_config(line.overrides))
+        else:
+            show(line)
 
 
 def _read_config(words: Sequence[str]) -> DictConfig:

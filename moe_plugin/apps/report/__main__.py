@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from moe_plugin.apps.one_line_parser import WRONG_USE, one_line_
+from moe_plugin.apps.command_parser import WRONG_USE, CommandParser
 from moe_plugin.apps.outputs import check_output_file
 from moe_plugin.apps.received.printable import printable
 from moe_plugin.errors import ConfigError
+from moe_plugin.extras import require
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Write the page; return 0, or 2 after one line on stderr for a wrong word."""
-    parser = one_line_(argparse.ArgumentParser(prog="moe-report", description=__doc__))
+    parser = CommandParser(prog="moe-report", description=__doc__)
     parser.add_argument(
         "runs", nargs="+", metavar="RUN", help="folder of a run or of a sweep, or label=folder"
     )
@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _write(runs: Sequence[str], out: Path) -> None:
+    require("jinja2", "moe-report")
     if not out.resolve().parent.is_dir():
         raise ConfigError("--out", "must be in a folder that exists", str(out))
     check_output_file("--out", out)

@@ -14,6 +14,7 @@ from moe_plugin.apps.launch.early_checks import check_run_folder
 from moe_plugin.apps.launch.explain_config_error import locate
 from moe_plugin.apps.launch.rate_bounds import check_rates
 from moe_plugin.errors import ConfigError
+from moe_plugin.extras import require
 from moe_plugin.number_checks import check_integer
 
 PARTS = ("setting", "rules", "sources")
@@ -28,8 +29,9 @@ def check_trials(configs: Sequence[DictConfig]) -> None:
         configs: As composed.
 
     Raises:
-        ConfigError: A value is not allowed; it names the full key.
+        ConfigError: A value is not allowed (it names the full key), or the picture needs a package.
     """
+    require("matplotlib", "moe-simulate")
     for config in configs:
         _check_early(config)
     for config in configs:

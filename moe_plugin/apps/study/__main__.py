@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
+from moe_plugin.apps.command_parser import CommandParser
 from moe_plugin.apps.launch.command import FAILED, one_line_errors
 from moe_plugin.apps.launch.folder_lock import locked
 from moe_plugin.apps.launch.process_environment import limit_spinning
-from moe_plugin.apps.one_line_parser import one_line_
 from moe_plugin.apps.outputs import check_output_file, check_output_folder
 from moe_plugin.apps.study.arms import read_study
 from moe_plugin.apps.study.check_runs import check_runs
@@ -41,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         raise SystemExit(FAILED)
 
 
-def _parser() -> argparse.ArgumentParser:
-    words = one_line_(argparse.ArgumentParser(prog="moe-study", description=__doc__))
+def _parser() -> CommandParser:
+    words = CommandParser(prog="moe-study", description=__doc__)
     words.add_argument("studies", nargs="+", help="options of conf/study, or YAML files like them")
     words.add_argument("--folder", type=Path, default=Path("runs/study"), help="default: %(default)s")
     words.add_argument("--csv", type=Path, default=Path("runs/study/study.csv"), help="default: %(default)s")

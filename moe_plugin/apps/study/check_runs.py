@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from moe_plugin.apps.launch.check_jobs import check_jobs
-from moe_plugin.apps.launch.command import quote_option
-from moe_plugin.apps.launch.compose import compose_jobs
+from moe_plugin.apps.launch.compose import compose_jobs, quote_option
 from moe_plugin.apps.launch.overrides import parse
 from moe_plugin.apps.study.arms import Arm, Study
 from moe_plugin.errors import ConfigError

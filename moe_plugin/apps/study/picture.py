@@ -8,7 +8,9 @@ from pathlib import Path
 from statistics import fmean
 from typing import TYPE_CHECKING
 
+from moe_plugin.apps.launch.command import one_line_errors
 from moe_plugin.apps.study.results import Result, by_arm, read_csv
+from moe_plugin.extras import require
 from moe_plugin.plots.picture import FAINT, INK, RULE, STYLE
 
 if TYPE_CHECKING:
@@ -28,6 +30,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("study.png"), help="default: %(default)s")
     options = parser.parse_args(arguments)
+    with one_line_errors():
+        require("matplotlib", "moe_plugin.apps.study.picture")
     results = read_csv(options.csv)
     print(draw({name: results[name] for name in options.studies}, options.out))
 

@@ -83,7 +83,7 @@ class TestHuggingFace:
             HuggingFace("owner/name", streaming=True)
 
     def test_missing_package_names_the_extra(self, monkeypatch):
-        monkeypatch.setattr("moe_plugin.apps.data.hugging_face.find_spec", lambda name: None)
+        monkeypatch.setattr("moe_plugin.extras.find_spec", lambda name: None)
         message = r"'source' needs the package 'datasets'\. Run: pip install 'moe_plugin\[hf\]'"
         with pytest.raises(ConfigError, match=message):
             HuggingFace("owner/name")

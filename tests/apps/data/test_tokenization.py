@@ -28,7 +28,7 @@ class TestBytePairs:
             BytePairs(vocab_size=256)
 
     def test_missing_package_names_the_extra(self, monkeypatch):
-        monkeypatch.setattr("moe_plugin.apps.data.tokenization.find_spec", lambda name: None)
+        monkeypatch.setattr("moe_plugin.extras.find_spec", lambda name: None)
         message = r"'tokenizer' needs the package 'tokenizers'\. Run: pip install 'moe_plugin\[hf\]'"
         with pytest.raises(ConfigError, match=message):
             BytePairs()

@@ -6,10 +6,10 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from moe_plugin.apps.inspection import inspect_model
 from moe_plugin.apps.inspection.__main__ import main
 from moe_plugin.apps.inspection.inspect_source import inspect_source
 from moe_plugin.apps.inspection.saved_biases import saved_biases
+from moe_plugin.apps.inspection.sites import inspect_model
 from moe_plugin.apps.launch.build import build_model
 from moe_plugin.apps.launch.compose import compose_jobs, without_hydra
 from tests.hosts import Host, OwningRouter

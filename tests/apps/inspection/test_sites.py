@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from moe_plugin.apps.inspection import BiasStatistics, inspect_model
+from moe_plugin.apps.inspection.sites import BiasStatistics, inspect_model
 from moe_plugin.attach.balance import balance_
 from tests.attach.discovery.odd_styles import ExpertChoice
 from tests.hosts import GroupedRouter, Host, OwningRouter, SoftmaxRouter

@@ -16,8 +16,7 @@ from omegaconf import DictConfig, OmegaConf
 from torch import Tensor
 from torch.nn import functional
 
-from moe_plugin.apps.launch.command import quote_option
-from moe_plugin.apps.launch.compose import compose_jobs, without_hydra
+from moe_plugin.apps.launch.compose import compose_jobs, quote_option, without_hydra
 from moe_plugin.apps.models import LanguageModel
 from moe_plugin.errors import ConfigError
 

@@ -7,8 +7,7 @@ import pytest
 
 from moe_plugin.apps import train
 from moe_plugin.apps.launch.build import build_data
-from moe_plugin.apps.launch.command import quote_option
-from moe_plugin.apps.launch.compose import compose_jobs
+from moe_plugin.apps.launch.compose import compose_jobs, quote_option
 from moe_plugin.apps.launch.validate_config import check, check_data
 from moe_plugin.errors import ConfigError
 from tests.apps.launch.small_job import WORDS, configuration

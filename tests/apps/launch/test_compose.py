@@ -6,7 +6,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from hydra_plugins.moe_plugin_search_path import GROUPS
-from moe_plugin.apps.launch.compose import compose_jobs, conf_dir, is_group
+from moe_plugin.apps.launch.compose import compose_jobs, conf_dir, is_group, quote_option
 from moe_plugin.errors import ConfigError
 
 RENDERED_ELSEWHERE = {"hydra", "rule", "hardware", "source", "study"}
@@ -23,8 +23,6 @@ OPTIONS = sorted(
 
 def words(*arguments: str) -> list[str]:
     """Quotes numeric options as the command does."""
-    from moe_plugin.apps.launch.command import quote_option
-
     return [quote_option(word) for word in arguments]
 
 

@@ -6,7 +6,8 @@ import shlex
 import torch
 from rich.console import Console
 
-from moe_plugin.apps.report import RunSummary, balance_table, headline_table, run_report, tensorboard_command
+from moe_plugin.apps.report.run_table import balance_table, headline_table, run_report, tensorboard_command
+from moe_plugin.apps.report.summary import RunSummary
 from moe_plugin.callbacks.load_monitor import LoadMonitor
 from moe_plugin.metrics import layer_loads
 from moe_plugin.types import LoadRecord

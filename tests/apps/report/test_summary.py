@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 
-from moe_plugin.apps.report import RunSummary, read_summary, write_summary
+from moe_plugin.apps.report.summary import RunSummary, read_summary, write_summary
 
 SUMMARY = RunSummary(
     val_loss=2.2,

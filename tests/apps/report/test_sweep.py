@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 from rich.console import Console
 
-from moe_plugin.apps.report import RunSummary, gather_sweep, sweep_table, write_summary, write_sweep_summary
 from moe_plugin.apps.report.stopped import write_stopped
+from moe_plugin.apps.report.summary import RunSummary, write_summary
+from moe_plugin.apps.report.sweep import gather_sweep, sweep_table, write_sweep_summary
 from moe_plugin.errors import ConfigError
 
 SUMMARY = RunSummary(2.2, 9.0, 0.5, 0.25, 0, 12345.6, 100.5, 0, 3_000_000, 1_000_000)

@@ -2,8 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from moe_plugin.apps.launch.command import quote_option
-from moe_plugin.apps.launch.compose import compose_jobs
+from moe_plugin.apps.launch.compose import compose_jobs, quote_option
 from moe_plugin.apps.launch.validate_config import check
 from moe_plugin.apps.study.arms import read_study, study_folder
 from moe_plugin.errors import ConfigError

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from moe_plugin.apps.data import CorpusDataModule
-from moe_plugin.apps.report import write_summary
+from moe_plugin.apps.report.summary import write_summary
 from moe_plugin.apps.study import budget, difficulty, imbalance, straggler_cost
 from moe_plugin.apps.study.difficulty import spearman, within_positions
 from moe_plugin.apps.study.results import read_csv
