@@ -28,7 +28,7 @@ PLUGIN = {
     "experts": {"errors", "types", "number_checks", "routing"},
     "plots": {"errors", "metrics"},
     "checkpoints": {"errors"},
-    "attach": {"errors", "types", "balancing", "metrics", "experts", "checkpoints"},
+    "attach": {"errors", "types", "balancing", "metrics", "losses", "experts", "checkpoints"},
     "sharding": {"errors", "attach", "experts"},
     "callbacks": {"errors", "types", "number_checks", "balancing", "metrics", "attach", "plots"},
     "__init__": {"balancing", "attach", "sharding", "checkpoints", "callbacks"},

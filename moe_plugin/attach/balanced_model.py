@@ -24,6 +24,7 @@ from moe_plugin.balancing.counts import reject_if_
 from moe_plugin.balancing.reduce import all_reduce_
 from moe_plugin.balancing.rules import Memory, Rule
 from moe_plugin.errors import CheckpointError, EffectError
+from moe_plugin.losses.in_model import OwnLoss
 from moe_plugin.types import LoadRecord
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class BalancedModel(Mapping[str, Site]):
         process_group: The data-parallel ranks over which counts are summed.
         refused: Routers that cannot be balanced, by module name, and why.
         fused: The model's layers of experts that our kernels compute, by module name.
+        switched_off: The model's own load-balancing losses, if ``aux_loss='off'``.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class BalancedModel(Mapping[str, Site]):
         self.settings = settings
         self.refused: dict[str, str] = {}
         self.fused: dict[str, nn.Module] = {}
+        self.switched_off: list[OwnLoss] = []
         self._model = model
         self._sites = {site.name: site for site in sites}
         self._rules = {site.name: rule for site, rule in zip(sites, rules, strict=True)}
@@ -164,6 +167,8 @@ class BalancedModel(Mapping[str, Site]):
             site.token_mask.unwatch_()
         for experts in self.fused.values():
             unfuse_(experts)
+        for loss in self.switched_off:
+            loss.restore_()
         drop_biases_(self._model)
         del self._model.__dict__[_ATTRIBUTE]
 
