@@ -16,7 +16,7 @@ from moe_plugin.attach.site import Site
 from moe_plugin.callbacks.monitor.experts_used_watch import ExpertsUsedWatch
 from moe_plugin.callbacks.monitor.image_log import log_image
 from moe_plugin.callbacks.monitor.load_pictures import LoadPictures
-from moe_plugin.callbacks.monitor.load_tags import validation_scalars
+from moe_plugin.callbacks.monitor.load_tags import Detail, at_detail, validation_scalars
 from moe_plugin.callbacks.monitor.loggers import (
     first_rank_loggers,
     log_folder,
@@ -35,6 +35,7 @@ class ValidationWatch:
 
     Args:
         image_every_n_steps: See `LoadMonitor`.
+        detail: Which scalars are logged.
 
     Attributes:
         load: The load of each layer in the last validation run.
@@ -42,8 +43,9 @@ class ValidationWatch:
         used: How many experts tokens use.
     """
 
-    def __init__(self, image_every_n_steps: int | None) -> None:
+    def __init__(self, image_every_n_steps: int | None, detail: Detail = "full") -> None:
         """Start without a batch."""
+        self._detail: Detail = detail
         self.load: dict[str, LayerLoad] = {}
         self.specialisation = Specialisation()
         self.used = ExpertsUsedWatch()
@@ -119,7 +121,7 @@ class ValidationWatch:
         if not self._looks:
             return
         scalars = self.specialisation.scalars() if is_fitting else {}
-        scalars |= self.used.scalars()
+        scalars = at_detail(scalars | self.used.scalars(), self._detail)
         for logger in loggers if scalars else ():
             logger.log_metrics(scalars, step=step)
         for tag, image in (*self.specialisation.images(), *self.used.images()) if is_drawn else ():
