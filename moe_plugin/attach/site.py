@@ -40,7 +40,7 @@ class Site:
         is_verified: Whether it was proven that a bias moves the selection and nothing else, or that is not wanted.
         is_interpreted: Whether a forward that counted ran outside of compiled code.
         observer: Receives each selection instead of counting it; None counts as usual.
-        witness: Also receives each counted selection, unless the forward is compiled.
+        witnesses: Also receive each counted selection, unless the forward is compiled; by who asked for it.
     """
 
     def __init__(self, found: FoundRouter, bias_place: BiasPlace, token_mask: TokenMask) -> None:
@@ -59,7 +59,7 @@ class Site:
         self.is_verified = False
         self.is_interpreted = False
         self.observer: Observer | None = None
-        self.witness: Observer | None = None
+        self.witnesses: dict[object, Observer] = {}
         self._is_masked = token_mask.describes(found.name)
         self._allocates = isinstance(self.router, AllocatesExperts)  # to ask once: it takes microseconds
         given = self.allocation
@@ -147,8 +147,8 @@ class Site:
             return
         if not compiling:
             self.is_interpreted = True
-            if self.witness is not None:
-                self.witness(selection.detached(), valid_T)
+            for witness in self.witnesses.values():
+                witness(selection.detached(), valid_T)
         counters, scores_TE = self.counters, None
         # Compiled code measures in every step: a second graph for the steps between would cost more.
         if counters.measures_spread and training and (compiling or counters.looks_closely):

@@ -68,7 +68,7 @@ class ValidationWatch:
             self.specialisation.start_(balanced, self._kinds)
             self.used.start_(balanced, self._kinds)
             for name, site in balanced.items():
-                site.witness = partial(self._look, name, site)
+                site.witnesses[self] = partial(self._look, name, site)
 
     def batch_starts(self, batch: Any) -> None:
         """Expect the tokens of this batch."""
@@ -93,7 +93,7 @@ class ValidationWatch:
             balanced: Its routers.
         """
         for site in balanced.values():
-            site.witness = None
+            site.witnesses.pop(self, None)
         if trainer.sanity_checking:
             return
         window = LoadWindow({name: site.num_routed for name, site in balanced.items()})
