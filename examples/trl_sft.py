@@ -14,7 +14,7 @@ from datasets import Dataset
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from transformers import PreTrainedTokenizerFast, Qwen3MoeConfig, Qwen3MoeForCausalLM, set_seed
-from trl import SFTConfig, SFTTrainer  # pyright: ignore[reportMissingImports]
+from trl import SFTConfig, SFTTrainer  # pyright: ignore
 
 from moe_plugin.callbacks.hugging_face import LoadMonitorTrainerCallback, LossFreeTrainerCallback
 
@@ -42,10 +42,18 @@ def walks(size: int, seed: int) -> Dataset:
 
 
 def new_model() -> Qwen3MoeForCausalLM:
-    sizes = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 32, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 2}
     return Qwen3MoeForCausalLM(
-        Qwen3MoeConfig(vocab_size=VOCABULARY, num_experts=8, num_experts_per_tok=2, **sizes, **heads)
+        Qwen3MoeConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=32,
+            intermediate_size=32,
+            moe_intermediate_size=32,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            num_experts=8,
+            num_experts_per_tok=2,
+        )
     )
 
 

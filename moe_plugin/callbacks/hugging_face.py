@@ -93,14 +93,12 @@ class LossFreeTrainerCallback(TrainerAttachment):
         detail: Detail = "brief",
         resume_from: str | Path | None = None,
     ) -> None:
-        """Choose how to balance; other arguments as `moe_plugin.LossFreeBalancing` has them.
+        """Choose how to balance; arguments as `moe_plugin.LossFreeBalancing` has them.
 
         ``aux_loss='off'`` also switches off the loss that a trainer of TRL adds by itself, as it does by default.
-
-        Args:
-            detail: 'brief' logs scalars over all layers, 'full' also those of each layer.
-            resume_from: The checkpoint folder given to ``train(resume_from_checkpoint=...)``, which the Trainer does
-                not pass to its callbacks; it is needed only for a checkpoint outside the Trainer's output folder.
+        ``detail='full'`` logs scalars of each layer too. ``resume_from`` is the checkpoint folder given to
+        ``train(resume_from_checkpoint=...)``, which the Trainer does not pass to its callbacks; it is needed only for a
+        checkpoint outside the Trainer's own output folder.
 
         Raises:
             ConfigError: If there is no rule, or a setting has a value that is not allowed.

@@ -88,7 +88,9 @@ def _of_ours(name: str, module: nn.Module) -> Iterator[OwnLoss]:
     for attribute, value in vars(module).items():
         for loss in _parts(value):
             if isinstance(loss, (LoadBalancingLoss, GlobalBatchLoss)) and loss.coefficient:
-                yield OwnLoss(_joined(name, f"{attribute}.coefficient"), loss, "coefficient", loss.coefficient)
+                yield OwnLoss(
+                    _joined(name, f"{attribute}.coefficient"), loss, "coefficient", loss.coefficient
+                )
 
 
 def _parts(value: Any) -> Iterable[AuxiliaryLoss]:

@@ -338,7 +338,6 @@ class TestDashboard:
                 assert any(re.match(regex, tag) for regex in chart.multiline.tag for tag in tags), chart.title
 
 
-
 class TestDetail:
     def test_spread_over_layers_is_that_of_their_violations(self, tmp_path):
         model, _ = fit(LoadMonitor(), tmp_path)
@@ -347,7 +346,8 @@ class TestDetail:
         )
         low, high = violations
         logged = {
-            name: scalars(tmp_path, f"load/max_violation_{name}")[4] for name in ("p50", "p90", "p95", "worst")
+            name: scalars(tmp_path, f"load/max_violation_{name}")[4]
+            for name in ("p50", "p90", "p95", "worst")
         }
         expected = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "worst": 1}
         assert logged == pytest.approx({name: low + share * (high - low) for name, share in expected.items()})
@@ -367,7 +367,9 @@ class TestDetail:
         fit(monitor, tmp_path)
         stored = events(tmp_path).Tensors("load/extreme_experts/text_summary")[-1]
         text = tensor_util.make_ndarray(stored.tensor_proto).item().decode()
-        rows = {cells[1].strip(" `"): cells[3:5] for cells in (row.split("|") for row in text.splitlines()[2:])}
+        rows = {
+            cells[1].strip(" `"): cells[3:5] for cells in (row.split("|") for row in text.splitlines()[2:])
+        }
         assert rows.keys() == SIZES.keys()
         for name, (most, least) in rows.items():
             tokens = monitor.training_load[name].tokens_per_expert

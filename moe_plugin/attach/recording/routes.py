@@ -64,7 +64,9 @@ class Routes(Mapping[str, Tensor]):
                 f"Router {name!r} saw {len(ids_TK)} tokens, which are not whole positions of {self.batch_size} "
                 "sequences. Give the number of sequences of each forward as 'batch_size'; 1 if they are packed."
             )
-        self._seen.setdefault(name, []).append(ids_TK.to(torch.int16).view(self.batch_size, -1, ids_TK.shape[1]))
+        self._seen.setdefault(name, []).append(
+            ids_TK.to(torch.int16).view(self.batch_size, -1, ids_TK.shape[1])
+        )
 
     def check(self) -> None:
         """Check that all routers saw the same positions.
@@ -74,7 +76,9 @@ class Routes(Mapping[str, Tensor]):
         """
         lengths = {name: sum(ids.shape[1] for ids in seen) for name, seen in self._seen.items()}
         if not lengths:
-            raise EffectError("No router ran while routes were recorded. Run the model inside the 'with' block.")
+            raise EffectError(
+                "No router ran while routes were recorded. Run the model inside the 'with' block."
+            )
         if len(set(lengths.values())) != 1:
             raise EffectError(
                 f"Every router must see the same positions to record routes, but they saw {lengths}. Leave routers of "
