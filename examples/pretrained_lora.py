@@ -61,10 +61,10 @@ def main(balanced: bool = True, steps: int = 60, seed: int = 0) -> dict[str, flo
             optimizer.zero_grad()
             counts.append(torch.stack(list(experts.update().counts.values())))
         merged = model.merge_and_unload()  # pyright: ignore[reportCallIssue]
+        assert isinstance(merged, MixtralForCausalLM)
         merged.save_pretrained(folder)
-        experts.export(
-            merged, f"{folder}/bias.safetensors"
-        )  # Mixtral has no place for the bias: a file next to it
+        # Mixtral has no place for the bias, so it goes into a file next to the weights.
+        experts.export(merged, f"{folder}/bias.safetensors")
     return {
         "loss": loss.item(),
         "max_violation": max_violation(torch.stack(list(counts)).sum(0)).mean().item(),
