@@ -22,7 +22,7 @@ from transformers import (
     set_seed,
 )
 
-from moe_plugin.callbacks.hugging_face import LossFreeTrainerCallback
+from moe_plugin.callbacks.hugging_face import LoadMonitorTrainerCallback, LossFreeTrainerCallback
 from moe_plugin.metrics import max_violation
 
 VOCABULARY = 64
@@ -68,7 +68,7 @@ def new_model() -> Qwen3MoeForCausalLM:
 class LastLoads(TrainerCallback):
     """Keeps the load of the last 20 steps, for the comparison."""
 
-    def __init__(self, balancing: LossFreeTrainerCallback) -> None:
+    def __init__(self, balancing: LossFreeTrainerCallback | LoadMonitorTrainerCallback) -> None:
         self.balancing = balancing
         self.loads = deque(maxlen=20)
 
@@ -82,7 +82,7 @@ def main(balanced: bool = True, steps: int = 200, seed: int = 0) -> dict[str, fl
     """Train, and return the loss of the training, and MaxVio of the last 20 steps together."""
     set_seed(seed)
     # The one line; the control is only watched.
-    balancing = LossFreeTrainerCallback() if balanced else LossFreeTrainerCallback(rule=None)
+    balancing = LossFreeTrainerCallback() if balanced else LoadMonitorTrainerCallback()
     last = LastLoads(balancing)
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(

@@ -72,4 +72,4 @@ class LoadAlarmWarning(UserWarning):
 
 
 class BalanceWarning(UserWarning):
-    """Balancing has no effect where it should have one: biases are missing, or never move."""
+    """Balancing does not do what it should: biases are missing, never move, or a loss balances too."""

@@ -29,9 +29,9 @@ PLUGIN = {
     "experts": {"errors", "types", "number_checks", "routing"},
     "plots": {"errors", "extras", "metrics"},
     "checkpoints": {"errors"},
-    "attach": {"errors", "types", "balancing", "metrics", "experts", "checkpoints"},
+    "attach": {"errors", "types", "balancing", "metrics", "losses", "experts", "checkpoints"},
     "sharding": {"errors", "attach", "experts"},
-    "callbacks": {"errors", "types", "number_checks", "balancing", "metrics", "attach", "plots"},
+    "callbacks": {"errors", "types", "number_checks", "balancing", "metrics", "losses", "attach", "plots"},
     "__init__": {"balancing", "attach", "sharding", "checkpoints", "callbacks"},
 }
 APPS = {
@@ -88,7 +88,10 @@ MAY_NOT_IMPORT_FROM_OUTSIDE: dict[str, set[str]] = {
     "checkpoints": HYDRA | {"transformers", "matplotlib"},
 }
 # Files that are imported by the user of that framework only.
-FOR_USERS_OF = {"callbacks/hugging_face.py": {"transformers"}}
+FOR_USERS_OF = {
+    "callbacks/hugging_face.py": {"transformers"},
+    "callbacks/hugging_face_attachment.py": {"transformers"},
+}
 HEAVY = ("hydra", "omegaconf", "transformers", "matplotlib", "tensorboard", "datasets")
 FILES = sorted(PACKAGE.rglob("*.py"))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import warnings
 from collections.abc import Sequence
 from fnmatch import fnmatchcase
 
@@ -16,12 +17,21 @@ from moe_plugin.attach.discovery.survey import survey
 from moe_plugin.attach.frozen_routers import keeps_bias
 from moe_plugin.attach.fused.fusible import find_fusible
 from moe_plugin.attach.fused.host_forward import Fusion, fuse_
-from moe_plugin.attach.settings import DEFAULT_RULE, BalanceSettings, Experts, FrozenRouters, Rules, Sites
+from moe_plugin.attach.settings import (
+    DEFAULT_RULE,
+    AuxLoss,
+    BalanceSettings,
+    Experts,
+    FrozenRouters,
+    Rules,
+    Sites,
+)
 from moe_plugin.attach.steering.attach import attach_
 from moe_plugin.attach.steering.rehearsal import rehearse_
 from moe_plugin.attach.token_mask import TokenMask
 from moe_plugin.balancing.schedule import RateSchedule
-from moe_plugin.errors import AttachError
+from moe_plugin.errors import AttachError, BalanceWarning
+from moe_plugin.losses.in_model import OwnLoss, find_own_losses
 
 _LOG = logging.getLogger(__name__)
 
@@ -38,6 +48,7 @@ def balance_(
     experts: Experts = None,
     verify: bool = True,
     bias_in_state_dict: bool = False,
+    aux_loss: AuxLoss = "warn",
     process_group: dist.ProcessGroup | None = None,
 ) -> BalancedModel:
     """Balance the experts of ``model`` in place, without an auxiliary loss (arXiv 2408.15664).
@@ -61,6 +72,8 @@ def balance_(
             moves its selection and nothing else.
         bias_in_state_dict: Whether biases that the model does not own are in its ``state_dict``, as buffers
             ``moe_plugin_bias``: then every checkpoint has them, and only a balanced model loads it strictly.
+        aux_loss: What to do with a load-balancing loss that the model adds by itself: 'warn' that two things balance
+            it, switch it 'off' until ``remove()``, or 'keep' it.
         process_group: The data-parallel ranks; None is all ranks of the default group.
 
     Raises:
@@ -78,6 +91,7 @@ def balance_(
         experts=experts,
         verify=verify,
         bias_in_state_dict=bias_in_state_dict,
+        aux_loss=aux_loss,
     )
     return balance_as_set_(model, settings, process_group)
 
@@ -119,7 +133,29 @@ def balance_as_set_(
     for name, (layer, projections) in fusible.items():
         fuse_(layer, Fusion(projections, leaves_out_zeros=numbers_vary))
         balanced.fused[name] = layer
+    settle_own_losses_(balanced, find_own_losses(model))
     return balanced
+
+
+def settle_own_losses_(balanced: BalancedModel, losses: Sequence[OwnLoss]) -> None:
+    """Warn of load-balancing losses next to balancing, or switch them off until ``remove()``.
+
+    Args:
+        balanced: The model, whose settings say which.
+        losses: Its own losses, or those of its trainer.
+    """
+    if balanced.settings.aux_loss == "off":
+        for loss in losses:
+            loss.switch_off_()
+        balanced.switched_off += losses
+    active = [f"{loss.place}={loss.coefficient}" for loss in losses if loss.is_on]
+    if active and balanced.settings.aux_loss == "warn" and balanced.settings.rule is not None:
+        warnings.warn(
+            f"The model also adds a load-balancing loss ({', '.join(active)}), so two things balance its experts. "
+            "Switch it off with aux_loss='off', or keep both with aux_loss='keep'.",
+            BalanceWarning,
+            stacklevel=2,
+        )
 
 
 def _chosen(model: nn.Module, settings: BalanceSettings) -> Findings:

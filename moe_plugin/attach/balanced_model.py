@@ -6,6 +6,7 @@ Shape legend: E experts.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +25,13 @@ from moe_plugin.balancing.counts import reject_if_
 from moe_plugin.balancing.reduce import all_reduce_
 from moe_plugin.balancing.rules import Memory, Rule
 from moe_plugin.errors import CheckpointError, EffectError
+from moe_plugin.losses.in_model import OwnLoss
 from moe_plugin.types import LoadRecord
 
 if TYPE_CHECKING:
     from moe_plugin.attach.export import Export
+    from moe_plugin.attach.recording.router_scores import RouterScores
+    from moe_plugin.attach.recording.routes import Routes
     from moe_plugin.attach.warm_start import Batches, Violation
 
 _ATTRIBUTE = "_moe_balanced"
@@ -49,6 +53,7 @@ class BalancedModel(Mapping[str, Site]):
         process_group: The data-parallel ranks over which counts are summed.
         refused: Routers that cannot be balanced, by module name, and why.
         fused: The model's layers of experts that our kernels compute, by module name.
+        switched_off: The model's own load-balancing losses, if ``aux_loss='off'``.
     """
 
     def __init__(
@@ -74,6 +79,7 @@ class BalancedModel(Mapping[str, Site]):
         self.settings = settings
         self.refused: dict[str, str] = {}
         self.fused: dict[str, nn.Module] = {}
+        self.switched_off: list[OwnLoss] = []
         self._model = model
         self._sites = {site.name: site for site in sites}
         self._rules = {site.name: rule for site, rule in zip(sites, rules, strict=True)}
@@ -164,6 +170,8 @@ class BalancedModel(Mapping[str, Site]):
             site.token_mask.unwatch_()
         for experts in self.fused.values():
             unfuse_(experts)
+        for loss in self.switched_off:
+            loss.restore_()
         drop_biases_(self._model)
         del self._model.__dict__[_ATTRIBUTE]
 
@@ -226,6 +234,36 @@ class BalancedModel(Mapping[str, Site]):
         return warm_start(self._model, self, batches, **limits, process_group=self.process_group)
 
     calibrate = warm_start
+
+    def router_scores(self) -> AbstractContextManager[dict[str, RouterScores]]:
+        """Keep scores and choices of the last forward of every site, while a ``with`` block runs.
+
+        Example:
+            >>> with balanced.router_scores() as routers:  # doctest: +SKIP
+            ...     model(**batch)
+            >>> routers["model.layers.0.mlp.gate"].scores_TE  # doctest: +SKIP
+
+        Without the block nothing is kept and nothing costs more. Compiled code runs uncompiled inside.
+        """
+        from moe_plugin.attach.recording.router_scores import router_scores
+
+        return router_scores(self)
+
+    def recorded_routes(self, batch_size: int) -> AbstractContextManager[Routes]:
+        """Record which experts each token of each sequence chooses, while a ``with`` block runs.
+
+        A trainer can then replay the routing of a rollout. Compiled code runs uncompiled inside. Beam search, which
+        reorders its sequences, cannot be recorded.
+
+        Args:
+            batch_size: The sequences of each forward, batch first; 1 if they are packed.
+
+        Raises:
+            EffectError: At the end, if routers saw other tokens than those of the sequences.
+        """
+        from moe_plugin.attach.recording.routes import recorded_routes
+
+        return recorded_routes(self, batch_size)
 
     def export(self, model: nn.Module | None = None, path: str | Path | None = None) -> Export:
         """Describe how the trained biases reach inference, and write those that the model does not own.

@@ -18,6 +18,7 @@ Rules = Rule | Mapping[str, Rule] | None
 Sites = str | Sequence[str] | Callable[[str], bool] | None
 FrozenRouters = Literal["auto", "balance", "keep"]
 Experts = Literal["fused"] | None
+AuxLoss = Literal["warn", "off", "keep"]
 
 DEFAULT_RULE = Proportional()
 
@@ -32,8 +33,8 @@ class BalanceSettings:
     """How to balance a model; the attributes are arguments of `balance_`.
 
     Raises:
-        ConfigError: If 'frozen_routers' or 'experts' is not one of these, 'fused' has kernels that cannot run, or
-            'sites' is not a glob, globs or a predicate.
+        ConfigError: If 'frozen_routers', 'experts' or 'aux_loss' is not one of these, 'fused' has kernels that cannot
+            run, or 'sites' is not a glob, globs or a predicate.
     """
 
     rule: Rules = DEFAULT_RULE
@@ -46,6 +47,7 @@ class BalanceSettings:
     experts: Experts = None
     verify: bool = True
     bias_in_state_dict: bool = False
+    aux_loss: AuxLoss = "warn"
 
     def __post_init__(self) -> None:
         """Check the settings and bring them into one form."""
@@ -55,6 +57,10 @@ class BalanceSettings:
             raise ConfigError("experts", "must be 'fused' or None", self.experts)
         if self.experts == "fused":
             check_choice()
+        if self.aux_loss is False:  # how YAML reads off
+            object.__setattr__(self, "aux_loss", "off")
+        if self.aux_loss not in get_args(AuxLoss):
+            raise ConfigError("aux_loss", "must be 'warn', 'off' or 'keep'", self.aux_loss)
         self._check_sites()
         object.__setattr__(self, "schedule", self.schedule or RateSchedule())
         object.__setattr__(self, "adapters", tuple(self.adapters))

@@ -41,7 +41,7 @@ class Site:
         is_rehearsed: Whether a router of its kind was proven so on random inputs.
         is_interpreted: Whether a forward that counted ran outside of compiled code.
         observer: Receives each selection instead of counting it; None counts as usual.
-        witness: Also receives each counted selection, unless the forward is compiled.
+        witnesses: Also receive each counted selection, unless the forward is compiled; by who asked for it.
     """
 
     def __init__(self, found: FoundRouter, bias_place: BiasPlace, token_mask: TokenMask) -> None:
@@ -61,7 +61,7 @@ class Site:
         self.is_rehearsed = False
         self.is_interpreted = False
         self.observer: Observer | None = None
-        self.witness: Observer | None = None
+        self.witnesses: dict[object, Observer] = {}
         self._is_masked = token_mask.describes(found.name)
         self._allocates = isinstance(self.router, AllocatesExperts)  # to ask once: it takes microseconds
         given = self.allocation
@@ -149,8 +149,8 @@ class Site:
             return
         if not compiling:
             self.is_interpreted = True
-            if self.witness is not None:
-                self.witness(selection.detached(), valid_T)
+            for witness in self.witnesses.values():
+                witness(selection.detached(), valid_T)
         counters, scores_TE = self.counters, None
         # Compiled code measures in every step: a second graph for the steps between would cost more.
         if counters.measures_spread and training and (compiling or counters.looks_closely):

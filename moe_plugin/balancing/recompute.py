@@ -20,13 +20,18 @@ _TRACKER = ModuleTracker()
 _REENTRANT_FORWARD = CheckpointFunction.forward.__code__
 
 
+def is_recomputation() -> bool:
+    """Return whether autograd runs backward, so a forward repeats an earlier one."""
+    return _TRACKER.is_bw
+
+
 def is_training_forward(grad_enabled: bool) -> bool:
     """Return True in a forward pass that a backward will follow, once per pass whatever the checkpointing.
 
     Args:
         grad_enabled: The grad mode of the forward as written, which compiled code no longer shows.
     """
-    return not _TRACKER.is_bw and (grad_enabled or _in_reentrant_checkpoint())
+    return not is_recomputation() and (grad_enabled or _in_reentrant_checkpoint())
 
 
 def _in_reentrant_checkpoint() -> bool:

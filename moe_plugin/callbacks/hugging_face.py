@@ -1,4 +1,4 @@
-"""Auxiliary-loss-free balancing as one line in ``transformers.Trainer(callbacks=[...])``.
+"""Balancing, or watching the load, as one line in ``transformers.Trainer(callbacks=[...])``.
 
 Not imported by ``moe_plugin`` itself: this file needs transformers.
 """
@@ -9,27 +9,66 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-from torch.optim import Optimizer
-from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import TrainerControl, TrainerState, TrainingArguments
 
 from moe_plugin.attach.adapter import Adapter
-from moe_plugin.attach.balance import balance_as_set_
-from moe_plugin.attach.balanced_model import BalancedModel
-from moe_plugin.attach.settings import DEFAULT_RULE, BalanceSettings, Experts, FrozenRouters, Rules, Sites
+from moe_plugin.attach.settings import (
+    DEFAULT_RULE,
+    AuxLoss,
+    BalanceSettings,
+    Experts,
+    FrozenRouters,
+    Rules,
+    Sites,
+)
 from moe_plugin.attach.steering.carries_biases import warn_of_missing_biases
 from moe_plugin.balancing.schedule import RateSchedule
-from moe_plugin.errors import CheckpointError
+from moe_plugin.callbacks.hugging_face_attachment import TrainerAttachment
+from moe_plugin.callbacks.monitor.load_tags import Detail
+from moe_plugin.errors import CheckpointError, ConfigError
 
 SIDECAR = "moe_plugin.safetensors"
 """The file next to each checkpoint of the Trainer, with biases, rule states and the update counter."""
 
 
-class LossFreeTrainerCallback(TrainerCallback):
+class LoadMonitorTrainerCallback(TrainerAttachment):
+    """Adds the load over the experts to what a Hugging Face ``Trainer`` logs, and changes nothing.
+
+    Example:
+        >>> trainer = Trainer(model, callbacks=[LoadMonitorTrainerCallback()])  # doctest: +SKIP
+
+    Attributes:
+        balanced: The sites of the model, once training has begun.
+    """
+
+    def __init__(
+        self,
+        *,
+        sites: Sites = None,
+        mask: str | None = "attention_mask",
+        adapters: Sequence[Adapter] = (),
+        detail: Detail = "brief",
+    ) -> None:
+        """Choose what to watch.
+
+        Args:
+            sites: Which routers: glob, globs or predicate on the module name; None takes all.
+            mask: Forward argument that marks real tokens; padding does not count. None counts every token.
+            adapters: Adapters for blocks whose routing is not found automatically.
+            detail: 'brief' logs scalars over all layers, 'full' also those of each layer.
+
+        Raises:
+            ConfigError: If a setting has a value that is not allowed.
+        """
+        super().__init__(BalanceSettings(None, sites=sites, mask=mask, adapters=adapters), detail)
+
+
+class LossFreeTrainerCallback(TrainerAttachment):
     """Balances the experts of the model of a Hugging Face ``Trainer`` without an auxiliary loss (arXiv 2408.15664).
 
-    Moves the biases once per optimizer step that took place, and writes them next to each checkpoint. Turn the model's
-    own auxiliary loss off (``output_router_logits=False``, the default). Counts are summed over all ranks.
+    Moves the biases once per optimizer step that took place, and writes them next to each checkpoint. Counts are summed
+    over all ranks. The load is in what the Trainer logs, as ``load/*``: in every tool of ``report_to`` and in
+    ``trainer.state.log_history``. Works in the trainers of TRL too.
 
     Examples:
         >>> trainer = Trainer(model, callbacks=[LossFreeTrainerCallback()])  # doctest: +SKIP
@@ -37,8 +76,6 @@ class LossFreeTrainerCallback(TrainerCallback):
     Attributes:
         balanced: The sites of the model, once training has begun.
     """
-
-    balanced: BalancedModel
 
     def __init__(
         self,
@@ -52,18 +89,24 @@ class LossFreeTrainerCallback(TrainerCallback):
         experts: Experts = None,
         verify: bool = True,
         bias_in_state_dict: bool = False,
+        aux_loss: AuxLoss = "warn",
+        detail: Detail = "brief",
         resume_from: str | Path | None = None,
     ) -> None:
         """Choose how to balance; arguments as `moe_plugin.LossFreeBalancing` has them.
 
-        With ``rule=None`` it only watches the load, in ``balanced.record``. ``resume_from`` is the checkpoint folder
-        given to ``train(resume_from_checkpoint=...)``, which the Trainer does not pass to its callbacks; it is needed
-        only for a checkpoint outside the Trainer's own output folder.
+        ``aux_loss='off'`` also switches off the loss that a trainer of TRL adds by itself, as it does by default.
+        ``detail='full'`` logs scalars of each layer too. ``resume_from`` is the checkpoint folder given to
+        ``train(resume_from_checkpoint=...)``, which the Trainer does not pass to its callbacks; it is needed only for a
+        checkpoint outside the Trainer's own output folder.
 
         Raises:
-            ConfigError: If a setting has a value that is not allowed.
+            ConfigError: If there is no rule, or a setting has a value that is not allowed.
         """
-        self._settings = BalanceSettings(
+        if rule is None:
+            fix = "To only watch the load use LoadMonitorTrainerCallback()."
+            raise ConfigError("rule", "must be an update rule", None, fix)
+        settings = BalanceSettings(
             rule,
             sites=sites,
             schedule=schedule,
@@ -73,7 +116,9 @@ class LossFreeTrainerCallback(TrainerCallback):
             experts=experts,
             verify=verify,
             bias_in_state_dict=bias_in_state_dict,
+            aux_loss=aux_loss,
         )
+        super().__init__(settings, detail)
         self._resume_from = resume_from
 
     def on_train_begin(
@@ -85,25 +130,13 @@ class LossFreeTrainerCallback(TrainerCallback):
             AttachError: If no router is found, or experts are to be fused and some cannot.
             CheckpointError: If the folder that training resumes from is not known.
         """
-        model: nn.Module = kwargs["model"]
-        self.balanced = balance_as_set_(model, self._settings)
-        self.balanced.discard_counts_()
+        super().on_train_begin(args, state, control, **kwargs)
         if state.global_step:
             sidecar = self._checkpoint(args, state) / SIDECAR
             if sidecar.exists():
                 self.balanced.load(sidecar)
-            elif self._settings.rule is not None:
+            else:
                 warn_of_missing_biases(self.balanced, f"The checkpoint {str(sidecar.parent)!r}")
-
-    def on_optimizer_step(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        """Move the biases, unless the gradient scaler skipped the step."""
-        optimizer: Optimizer = kwargs["optimizer"]
-        if getattr(optimizer, "step_was_skipped", False):
-            self.balanced.discard_counts_()
-        else:
-            self.balanced.update()
 
     def on_save(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any

@@ -13,6 +13,7 @@ from moe_plugin.attach.settings import BalanceSettings
 from moe_plugin.callbacks.attachment import Attachment
 from moe_plugin.callbacks.loss_free import LossFreeBalancing
 from moe_plugin.callbacks.monitor.load_alarms import AlarmWatch, OnAlarm
+from moe_plugin.callbacks.monitor.load_tags import Detail, check_detail
 from moe_plugin.callbacks.monitor.training_watch import TrainingWatch
 from moe_plugin.callbacks.monitor.validation_watch import ValidationWatch
 from moe_plugin.errors import AttachError
@@ -27,7 +28,8 @@ class LoadMonitor(Callback):
 
     Training: every `every_n_steps` optimizer steps the load of the steps since then goes to every logger as
     scalars (`load/*` over all layers, `load_layers/*` by layer), and now and then as pictures to loggers that take
-    images: layer x expert load, and load and bias over time by layer. Validation: MaxVio (arXiv 2408.15664),
+    images: layer x expert load, and load and bias over time by layer. TensorBoard's text tab then names the experts
+    with most and fewest tokens. Validation: MaxVio (arXiv 2408.15664),
     entropy and dead experts over the validation set are logged as `val/*`, for checkpoints and sweepers, and pictures
     show which domains and token classes experts take, and which work together. If tokens use different numbers of
     experts, pictures show which tokens use how many.
@@ -44,13 +46,15 @@ class LoadMonitor(Callback):
         on_alarm: 'warn' with a `LoadAlarmWarning`, 'raise' a `LoadAlarmError`, or call a function with the `Alarm` on
             the first rank; None turns alarms off.
         alarm_limits: How long a problem must last before it is an alarm.
+        detail: 'full' logs scalars over all layers and those of each layer; 'brief' leaves out those of each layer,
+            which are hundreds in a model of 60. Pictures and alarms show single layers in any case.
 
     Attributes:
         training: What was seen in training.
         validation: What was seen in the last validation run.
 
     Raises:
-        ConfigError: If a setting is negative, `every_n_steps` is 0, or 'on_alarm' is not one of these.
+        ConfigError: If a setting is negative, `every_n_steps` is 0, or 'on_alarm' or 'detail' is not one of these.
     """
 
     def __init__(
@@ -59,14 +63,16 @@ class LoadMonitor(Callback):
         image_every_n_steps: int | None = None,
         on_alarm: OnAlarm = "warn",
         alarm_limits: Limits = Limits(),  # noqa: B008 (frozen)
+        detail: Detail = "full",
     ) -> None:
         """Check the settings."""
+        check_detail(detail)
         check_integer("every_n_steps", every_n_steps, or_none=True)
         check_integer("image_every_n_steps", image_every_n_steps, least=0, or_none=True)
         self._watch = AlarmWatch(on_alarm, alarm_limits)
         self._observer = Callback()  # does nothing if something else counts
-        self.training = TrainingWatch(every_n_steps, image_every_n_steps, self._watch)
-        self.validation = ValidationWatch(image_every_n_steps)
+        self.training = TrainingWatch(every_n_steps, image_every_n_steps, self._watch, detail)
+        self.validation = ValidationWatch(image_every_n_steps, detail)
 
     @property
     def alarms(self) -> list[Alarm]:

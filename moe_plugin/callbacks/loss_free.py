@@ -11,7 +11,15 @@ from lightning.pytorch.utilities import rank_zero_warn
 
 from moe_plugin.attach.adapter import Adapter
 from moe_plugin.attach.balanced_model import find_balanced
-from moe_plugin.attach.settings import DEFAULT_RULE, BalanceSettings, Experts, FrozenRouters, Rules, Sites
+from moe_plugin.attach.settings import (
+    DEFAULT_RULE,
+    AuxLoss,
+    BalanceSettings,
+    Experts,
+    FrozenRouters,
+    Rules,
+    Sites,
+)
 from moe_plugin.attach.steering.carries_biases import KEY, saved_biases
 from moe_plugin.attach.warm_start import check_solvable
 from moe_plugin.balancing.rules import AnyRule
@@ -47,6 +55,7 @@ class LossFreeBalancing(Attachment):
         experts: Experts = None,
         verify: bool = True,
         bias_in_state_dict: bool = False,
+        aux_loss: AuxLoss = "warn",
         calibration: Calibration | None = None,
     ) -> None:
         """Choose how to balance; the defaults suit most models.
@@ -65,6 +74,8 @@ class LossFreeBalancing(Attachment):
                 bias moves its selection and nothing else.
             bias_in_state_dict: Whether biases that the model does not own are in its ``state_dict`` too; Lightning's
                 checkpoints, also those of weights only, hold them in any case.
+            aux_loss: What to do with a load-balancing loss that the model adds by itself: 'warn' that two things
+                balance it, switch it 'off' until ``balanced.remove()``, or 'keep' it.
             calibration: Solves for the biases once more in the last step of training; None does not.
 
         Raises:
@@ -85,6 +96,7 @@ class LossFreeBalancing(Attachment):
                 experts=experts,
                 verify=verify,
                 bias_in_state_dict=bias_in_state_dict,
+                aux_loss=aux_loss,
             )
         )
         self._calibration = calibration

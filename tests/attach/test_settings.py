@@ -11,7 +11,7 @@ from moe_plugin.attach.settings import BalanceSettings, rule_or_default
 from moe_plugin.errors import AttachError, ConfigError
 from tests.hosts import Host
 
-OWN = {"model", "process_group", "calibration", "resume_from"}
+OWN = {"model", "process_group", "calibration", "resume_from", "detail"}
 
 
 def trainer_callback() -> Callable[..., object]:

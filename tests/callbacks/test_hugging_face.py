@@ -7,12 +7,17 @@ import torch
 
 from moe_plugin.attach.balanced_model import find_balanced
 from moe_plugin.balancing.rules import Sign
-from moe_plugin.errors import AttachError, BalanceWarning, CheckpointError
+from moe_plugin.errors import AttachError, BalanceWarning, CheckpointError, ConfigError
+from moe_plugin.metrics import max_violation
 from tests.hosts import Host, OwningRouter, SoftmaxRouter
 from tests.stacked_hosts import StackedHost
 
 transformers = pytest.importorskip("transformers")
-from moe_plugin.callbacks.hugging_face import SIDECAR, LossFreeTrainerCallback  # noqa: E402
+from moe_plugin.callbacks.hugging_face import (  # noqa: E402
+    SIDECAR,
+    LoadMonitorTrainerCallback,
+    LossFreeTrainerCallback,
+)
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*'pin_memory' argument is set as true.*")
 RATE = 0.125
@@ -105,11 +110,9 @@ class TestLossFreeTrainerCallback:
         assert callback.balanced.step == 0
         assert callback.balanced["model.layers.0.router"].counts.sum() == 0
 
-    def test_without_rule_it_only_watches(self, tmp_path):
-        callback = LossFreeTrainerCallback(rule=None)
-        model = trained(tmp_path, callback)
-        assert callback.balanced.record.step == 6
-        assert biases(model) == [[0.0] * 4] * 2
+    def test_without_rule_it_refers_to_the_monitor(self):
+        with pytest.raises(ConfigError, match=r"'rule' .* use LoadMonitorTrainerCallback\(\)"):
+            LossFreeTrainerCallback(rule=None)
 
     def test_model_without_router_is_an_error(self, tmp_path):
         model = Project()
@@ -143,3 +146,93 @@ class TestBestModel:
         arguments.load_best_model_at_end = is_loaded
         callback.on_train_end(arguments, state, None, model=model)
         assert biases(model) == (best if is_loaded else [[1.0] * 4] * 2)
+
+
+class Seen(transformers.TrainerCallback):
+    """Keeps the counts of each step and what a callback of the Trainer's own list is given to write."""
+
+    def __init__(self, callback):
+        self.callback, self.counts, self.logs = callback, [], []
+
+    def on_step_end(self, args, state, control, **kwargs):
+        record = self.callback.balanced.record
+        self.counts.append({name: counts.clone() for name, counts in record.counts.items()})
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        self.logs.append(dict(logs))
+
+
+def logged(folder, callback):
+    """What a run logs in windows of 3 steps: the counts, the history, and what an earlier callback was given."""
+    transformers.set_seed(0)
+    model, seen = Project(), Seen(callback)
+    arguments = transformers.TrainingArguments(
+        output_dir=str(folder),
+        report_to="none",
+        disable_tqdm=True,
+        use_cpu=True,
+        logging_steps=3,
+        save_strategy="no",
+        max_steps=6,
+        per_device_train_batch_size=4,
+    )
+    trainer = transformers.Trainer(model, arguments, train_dataset=rows(), callbacks=[seen, callback])
+    trainer.train()
+    return model, seen, trainer.state.log_history
+
+
+@pytest.mark.parametrize("kind", [LossFreeTrainerCallback, LoadMonitorTrainerCallback])
+class TestLogs:
+    def test_history_and_earlier_callbacks_get_the_load_of_each_window(self, tmp_path, kind):
+        _, seen, history = logged(tmp_path, kind(detail="full"))
+        assert [entry["step"] for entry in history] == [3, 6, 6]
+        for window, (entry, given) in enumerate(zip(history[:2], seen.logs, strict=False)):
+            steps = seen.counts[3 * window : 3 * window + 3]
+            violations = [max_violation(sum(step[name] for step in steps)).item() for name in steps[0]]
+            assert entry["load/max_violation_worst"] == pytest.approx(max(violations))
+            assert entry["load/max_violation_global"] == pytest.approx(sum(violations) / 2)
+            layers = [entry[f"load_layers/max_violation/model.layers.{layer}.router"] for layer in (0, 1)]
+            assert layers == pytest.approx(violations)
+            assert given == {name: value for name, value in entry.items() if name != "step"}
+        assert not [name for name in history[2] if name.startswith("load")]
+
+    def test_brief_has_no_scalar_of_a_layer(self, tmp_path, kind):
+        _, _, history = logged(tmp_path, kind())
+        names = [name for name in history[0] if name.startswith("load")]
+        assert names
+        assert not [name for name in names if name.startswith("load_layers")]
+
+
+class TestLoadMonitorTrainerCallback:
+    def test_it_changes_nothing(self, tmp_path):
+        weights = {}
+        for callback in (LoadMonitorTrainerCallback(), transformers.TrainerCallback()):
+            weights[type(callback)] = trained(tmp_path, callback)
+        watched, plain = weights.values()
+        assert biases(watched) == [[0.0] * 4] * 2
+        states = [{name: t for name, t in model.state_dict().items()} for model in (watched, plain)]
+        torch.testing.assert_close(states[0], states[1], atol=0, rtol=0)
+
+
+class TestAuxLoss:
+    def test_loss_of_a_trainer_is_switched_off_and_restored(self, tmp_path):
+        class OwnLossTrainer(transformers.Trainer):
+            def __init__(self, *args, **kwargs):
+                super().__init__(*args, **kwargs)
+                self.router_aux_loss_coef, self.aux_loss_enabled = 0.25, True
+
+        def run(aux_loss):
+            callback = LossFreeTrainerCallback(aux_loss=aux_loss)
+            arguments = transformers.TrainingArguments(
+                output_dir=str(tmp_path), report_to="none", disable_tqdm=True, use_cpu=True, max_steps=1
+            )
+            trainer = OwnLossTrainer(Project(), arguments, train_dataset=rows(8), callbacks=[callback])
+            trainer.train()
+            return trainer, callback
+
+        with pytest.warns(BalanceWarning, match=r"OwnLossTrainer.router_aux_loss_coef=0.25"):
+            assert run("warn")[0].router_aux_loss_coef == 0.25
+        trainer, callback = run("off")
+        assert trainer.router_aux_loss_coef == 0.0
+        callback.balanced.remove()
+        assert trainer.router_aux_loss_coef == 0.25

@@ -368,6 +368,50 @@ class TestDashboard:
                 assert any(re.match(regex, tag) for regex in chart.multiline.tag for tag in tags), chart.title
 
 
+class TestDetail:
+    def test_spread_over_layers_is_that_of_their_violations(self, tmp_path):
+        model, _ = fit(LoadMonitor(), tmp_path)
+        violations = sorted(
+            max_violation(sum(chosen[name] for chosen in model.chosen["train"][:5])).item() for name in SIZES
+        )
+        low, high = violations
+        logged = {
+            name: scalars(tmp_path, f"load/max_violation_{name}")[4]
+            for name in ("p50", "p90", "p95", "worst")
+        }
+        expected = {"p50": 0.5, "p90": 0.9, "p95": 0.95, "worst": 1}
+        assert logged == pytest.approx({name: low + share * (high - low) for name, share in expected.items()})
+
+    def test_brief_writes_no_scalar_of_a_layer_and_all_others(self, tmp_path):
+        for detail in ("brief", "full"):
+            fit(LoadMonitor(detail=detail), tmp_path / detail)
+        brief, full = (set(events(tmp_path / detail).Tags()["scalars"]) for detail in ("brief", "full"))
+        assert brief == {tag for tag in full if "_layers/" not in tag}
+        assert len(full - brief) >= 2 * 5
+        (stored,) = events(tmp_path / "brief").Tensors("custom_scalars__config__")
+        layout = layout_pb2.Layout.FromString(tensor_util.make_ndarray(stored.tensor_proto).item())
+        assert [category.title for category in layout.category] == ["Overview"]
+
+    def test_text_names_the_experts_with_most_and_fewest_tokens(self, tmp_path):
+        monitor = LoadMonitor()
+        fit(monitor, tmp_path)
+        stored = events(tmp_path).Tensors("load/extreme_experts/text_summary")[-1]
+        text = tensor_util.make_ndarray(stored.tensor_proto).item().decode()
+        rows = {
+            cells[1].strip(" `"): cells[3:5] for cells in (row.split("|") for row in text.splitlines()[2:])
+        }
+        assert rows.keys() == SIZES.keys()
+        for name, (most, least) in rows.items():
+            tokens = monitor.training_load[name].tokens_per_expert
+            mean = sum(tokens) / len(tokens)
+            by_load = sorted(tokens, reverse=True)
+            half = min(4, len(tokens) // 2)
+            for shown, loads in ((most, by_load[:half]), (least, by_load[::-1][:half])):
+                pairs = [each.split() for each in shown.split("·")]
+                assert [f"({load / mean:.2f})" for load in loads] == [share for _, share in pairs]
+                assert [tokens[int(expert)] for expert, _ in pairs] == loads
+
+
 class TestValidation:
     def test_metrics_equal_what_the_routers_chose(self, tmp_path):
         monitor = LoadMonitor()
@@ -459,6 +503,10 @@ class TestSettings:
         (name, value), *_ = settings.items()
         with pytest.raises(ConfigError, match=rf"'{name}' must be .* got {value}"):
             LoadMonitor(**settings)
+
+    def test_other_detail_is_an_error(self):
+        with pytest.raises(ConfigError, match="'detail' must be 'brief' or 'full', got 'short'"):
+            LoadMonitor(detail="short")
 
     def test_model_without_routers_is_refused(self, tmp_path):
         class Dense(Model):

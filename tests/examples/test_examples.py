@@ -5,10 +5,15 @@ from __future__ import annotations
 import importlib.util
 import sys
 from pathlib import Path
+from statistics import fmean
 from types import ModuleType
+from typing import Any
 
+import lightning
 import pytest
+from hydra import compose, initialize_config_dir
 
+from moe_plugin import LoadMonitor
 from moe_plugin.attach.balanced_model import find_balanced
 from moe_plugin.attach.settings import DEFAULT_RULE
 from moe_plugin.balancing.rules import Proportional, Sign
@@ -20,7 +25,11 @@ NEEDS = {
     "hugging_face_trainer": "transformers",
     "old_namespace": "pytorch_lightning",
     "litgpt_moe": "litgpt.model",
+    "fused_experts": "transformers",
+    "pretrained_lora": "peft",
+    "trl_sft": "trl",
 }
+SLOW = ("fused_experts", "pretrained_lora", "trl_sft")
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),
@@ -29,12 +38,13 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:\\s*By default only one JsonargparseDeprecationWarning"),
     pytest.mark.filterwarnings("ignore:\\s*.* was deprecated in v4.* removed in v5"),
     pytest.mark.filterwarnings("ignore:.*'pin_memory' argument is set as true.*"),
+    pytest.mark.filterwarnings("ignore:.*is deprecated and will be removed in v6:FutureWarning"),
 ]
 
 
 def load(name: str) -> ModuleType:
     if name in NEEDS:
-        pytest.importorskip(NEEDS[name])
+        pytest.importorskip(NEEDS[name], reason=f"needs {NEEDS[name]}")
     spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
@@ -44,7 +54,12 @@ def load(name: str) -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in EXAMPLES.glob("*.py")))
+def scripts() -> list[Any]:
+    names = sorted(path.stem for path in EXAMPLES.glob("*.py"))
+    return [pytest.param(name, marks=[pytest.mark.slow] if name in SLOW else []) for name in names]
+
+
+@pytest.mark.parametrize("name", scripts())
 class TestExample:
     def test_balanced_run_violates_less_than_a_quarter_of_its_control(self, name, monkeypatch):
         monkeypatch.setattr(sys, "argv", [name])  # LightningCLI warns of pytest's own words
@@ -52,6 +67,41 @@ class TestExample:
         balanced, control = example.main(balanced=True), example.main(balanced=False)
         assert balanced["max_violation"] < control["max_violation"] / 4
         assert balanced["loss"] < 1.05 * control["loss"]
+
+
+class TestHydraApp:
+    """The app as its own command runs it: callbacks and rules come from moe_plugin's groups."""
+
+    @staticmethod
+    def train(monkeypatch: pytest.MonkeyPatch, *words: str) -> lightning.Trainer:
+        pytest.importorskip("transformers")
+        folder = EXAMPLES / "hydra_app"
+        monkeypatch.syspath_prepend(str(folder))
+        with initialize_config_dir(str(folder / "configs"), version_base="1.3"):
+            config = compose("train", list(words))
+        return load("hydra_app/train").train(config)
+
+    @pytest.mark.slow
+    def test_word_on_the_command_line_balances(self, monkeypatch):
+        violations, losses = [], []
+        for callbacks in ("callbacks=[default,loss_free]", "callbacks=default"):
+            trainer = self.train(monkeypatch, callbacks)
+            (monitor,) = [each for each in trainer.callbacks if isinstance(each, LoadMonitor)]
+            violations.append(fmean(load.max_violation_global for load in monitor.training_load.values()))
+            losses.append(trainer.callback_metrics["train/loss"].item())
+        assert violations[0] < violations[1] / 4
+        assert losses[0] < 1.05 * losses[1]
+
+    @pytest.mark.parametrize(
+        ("words", "rule"),
+        [
+            (["+balancing=loss_free", "+rule=sign", "rule.rate=0.01"], Sign(rate=0.01)),
+            (["experiment=balanced"], DEFAULT_RULE),
+        ],
+    )
+    def test_other_words_of_its_page_choose_the_rule(self, words, rule, monkeypatch):
+        trainer = self.train(monkeypatch, *words, "trainer.max_steps=1")
+        assert find_balanced(trainer.lightning_module).settings.rule == rule
 
 
 class TestRulesOfLightningCLI:

@@ -59,7 +59,7 @@ class ExpertsUsedWatch:
         self._batch, self._seen = batch, {}
 
     def look(self, name: str, site: Site, selection: Selection, valid_T: Tensor | None) -> None:
-        """Count what a site selected; see `Site.witness`."""
+        """Count what a site selected; see `Site.witnesses`."""
         if self.counts is None or name not in self._targets or selection.used_TK is None:
             return
         used_T = selection.used_TK.flatten(0, -2).sum(-1)

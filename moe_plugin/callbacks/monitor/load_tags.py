@@ -4,14 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from statistics import fmean
+from typing import Literal, get_args
+
+import numpy as np
 
 from moe_plugin.callbacks.monitor.router_sample import Decisions
+from moe_plugin.errors import ConfigError
 from moe_plugin.metrics import LayerLoad
 
+Detail = Literal["brief", "full"]
+"""Which scalars are logged: those over all layers, or also those of each."""
+
+_PERCENTILES = (50, 90, 95)
 _DASHBOARD = {
     "Overview": {
         "loss": [r"((train|val)[/_])?loss(_step|_epoch)?$"],
         "MaxVio: (max load - mean load) / mean load": [r"(load|val)/max_violation_(batch|global)$"],
+        "MaxVio over layers: median, p90, p95, worst": [r"load/max_violation_(p\d+|worst)$"],
         "dead experts": [r"(load|val)/dead_experts$"],
         "entropy of the load (1 = even)": [r"load/entropy$", r"val/load_entropy$"],
         "step time over ideal, by ranks of expert parallelism": [r"load/slowdown_ep\d+$"],
@@ -45,17 +54,33 @@ _EXPERTS_PER_TOKEN = {
 }
 
 
-def dashboard(*, experts_vary: bool) -> dict[str, dict[str, list]]:
+def check_detail(detail: str) -> None:
+    """Check which scalars are asked for.
+
+    Raises:
+        ConfigError: If it is neither 'brief' nor 'full'.
+    """
+    if detail not in get_args(Detail):
+        raise ConfigError("detail", "must be 'brief' or 'full'", detail)
+
+
+def dashboard(*, experts_vary: bool, detail: Detail) -> dict[str, dict[str, list]]:
     """Return the layout for `SummaryWriter.add_custom_scalars`: charts of tags by regular expression.
 
     Args:
         experts_vary: Whether tokens use different numbers of experts.
+        detail: Which scalars are logged; charts of others are left out.
     """
     charts = _DASHBOARD | (_EXPERTS_PER_TOKEN if experts_vary else {})
-    return {
-        category: {title: ["Multiline", tags] for title, tags in titles.items()}
+    layout = {
+        category: {title: ["Multiline", tags] for title, tags in titles.items() if _is_at(detail, tags[0])}
         for category, titles in charts.items()
     }
+    return {category: titles for category, titles in layout.items() if titles}
+
+
+def _is_at(detail: Detail, tag: str) -> bool:
+    return detail == "full" or not tag.partition("/")[0].endswith("_layers")
 
 
 def training_scalars(
@@ -66,8 +91,9 @@ def training_scalars(
 ) -> dict[str, float]:
     """Return the scalars of a window of training steps.
 
-    `load/*` is the mean over layers, except for dead experts (the sum) and the bias range (the largest);
-    `load_layers/*/<site>` is one layer, with the violation of the window's summed counts.
+    `load/*` is the mean over layers, except for dead experts (the sum), the bias range (the largest), and
+    `load/max_violation_*` (percentiles over layers and the worst one); `load_layers/*/<site>` is one layer. Both have
+    the violation of the window's summed counts.
 
     Args:
         loads: The load of each layer.
@@ -76,6 +102,7 @@ def training_scalars(
         expert_share: The share of a balanced step that the experts take.
     """
     scalars = {f"load/{name}": value for name, value in _over_layers(loads).items()}
+    scalars |= _spread_over_layers(loads)
     scalars["load/bias_range"] = max(bias_ranges.values())
     scalars |= _slowdowns(loads, expert_share)
     for name, load in loads.items():
@@ -91,12 +118,31 @@ def training_scalars(
     return scalars
 
 
+def at_detail(scalars: Mapping[str, float], detail: Detail) -> dict[str, float]:
+    """Return the scalars that are logged.
+
+    Args:
+        scalars: All of them.
+        detail: 'brief' leaves out those of single layers.
+    """
+    return {tag: value for tag, value in scalars.items() if _is_at(detail, tag)}
+
+
+def _spread_over_layers(loads: Mapping[str, LayerLoad]) -> dict[str, float]:
+    violations = [load.max_violation_global for load in loads.values()]
+    percentiles = zip(_PERCENTILES, np.percentile(violations, _PERCENTILES).tolist(), strict=True)
+    scalars = {f"load/max_violation_p{percent}": value for percent, value in percentiles}
+    return scalars | {"load/max_violation_worst": max(violations)}
+
+
 def _slowdowns(loads: Mapping[str, LayerLoad], expert_share: float) -> dict[str, float]:
     """Return the step time over that of an even load, if the experts were spread over 8, 16 or 64 ranks.
 
     It is `1 + f * MaxVio` with the MaxVio of a step's tokens per rank, mean over layers: all ranks wait for the
-    fullest. Numbers of ranks that divide no layer's experts are left out.
+    fullest. Numbers of ranks that divide no layer's experts are left out, and all of them if f is not known (0).
     """
+    if not expert_share:
+        return {}
     by_ranks: dict[int, list[float]] = {}
     for load in loads.values():
         for ranks, violation in load.rank_violations.items():

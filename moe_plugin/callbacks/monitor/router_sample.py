@@ -50,12 +50,12 @@ class RouterSample:
     def start_(self, sites: Mapping[str, Site]) -> None:
         """Look at the next forward of each router that was not seen yet."""
         for name, site in sites.items():
-            site.witness = partial(self._look, name, site)
+            site.witnesses[self] = partial(self._look, name, site)
 
     def stop_(self, sites: Mapping[str, Site]) -> None:
         """Stop looking."""
         for site in sites.values():
-            site.witness = None
+            site.witnesses.pop(self, None)
 
     def take(self) -> dict[str, Decisions]:
         """Return what was seen since the last call, by router."""

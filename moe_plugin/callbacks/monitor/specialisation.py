@@ -67,7 +67,7 @@ class Specialisation:
         self._is_first_batch = False
 
     def look(self, name: str, site: Site, selection: Selection, valid_T: Tensor | None) -> None:
-        """Count what a site selected; see `Site.witness`."""
+        """Count what a site selected; see `Site.witnesses`."""
         if name not in self._typical:
             return
         ids_TK = selection.expert_ids_TK.flatten(0, -2)

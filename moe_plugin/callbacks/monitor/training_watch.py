@@ -10,11 +10,18 @@ from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor
 
 from moe_plugin.attach.balanced_model import BalancedModel
+from moe_plugin.callbacks.monitor.extreme_experts import extreme_experts
 from moe_plugin.callbacks.monitor.image_log import log_image
 from moe_plugin.callbacks.monitor.load_alarms import AlarmWatch
 from moe_plugin.callbacks.monitor.load_over_time import LoadOverTime
 from moe_plugin.callbacks.monitor.load_pictures import LoadPictures
-from moe_plugin.callbacks.monitor.load_tags import budget_scalars, dashboard, training_scalars
+from moe_plugin.callbacks.monitor.load_tags import (
+    Detail,
+    at_detail,
+    budget_scalars,
+    dashboard,
+    training_scalars,
+)
 from moe_plugin.callbacks.monitor.loggers import first_rank_loggers, logged_step, tensorboard_writers
 from moe_plugin.callbacks.monitor.mean_experts_per_token import MeanExpertsPerToken
 from moe_plugin.callbacks.monitor.router_sample import RouterSample
@@ -32,6 +39,7 @@ class TrainingWatch:
         every_n_steps: Optimizer steps in a window; None for the trainer's `log_every_n_steps`.
         image_every_n_steps: See `LoadMonitor`.
         alarms: The watch that raises alarms.
+        detail: Which scalars are logged.
 
     Attributes:
         first_record: The load of the first optimizer step, on the host.
@@ -41,7 +49,11 @@ class TrainingWatch:
     """
 
     def __init__(
-        self, every_n_steps: int | None, image_every_n_steps: int | None, alarms: AlarmWatch
+        self,
+        every_n_steps: int | None,
+        image_every_n_steps: int | None,
+        alarms: AlarmWatch,
+        detail: Detail = "full",
     ) -> None:
         """Start without a step."""
         self.first_record: LoadRecord | None = None
@@ -51,6 +63,7 @@ class TrainingWatch:
         self._every_n_steps = every_n_steps
         self._draws = image_every_n_steps != 0
         self._alarms = alarms
+        self._detail: Detail = detail
         self._pictures = LoadPictures("load", image_every_n_steps)
         self._sample = RouterSample()
         self._used = MeanExpertsPerToken()
@@ -76,7 +89,7 @@ class TrainingWatch:
             self._expert_share = size.expert_share
             self._constants = {"load/active_parameters": float(size.active)}
         for writer in tensorboard_writers(first_rank_loggers(trainer)):
-            writer.add_custom_scalars(dashboard(experts_vary=bool(self._targets)))
+            writer.add_custom_scalars(dashboard(experts_vary=bool(self._targets), detail=self._detail))
             writer.add_text("run", run_card(trainer, pl_module, balanced), global_step=0)
         self.clock.go()
 
@@ -130,7 +143,7 @@ class TrainingWatch:
         return bool(every_n_steps) and update % every_n_steps == 0
 
     def _end_window(self, trainer: Trainer, balanced: BalancedModel, record: LoadRecord, step: int) -> None:
-        self.load, self.bias_ranges = self._window.layer_loads(), _ranges(record.bias)
+        self.load, self.bias_ranges = self._window.layer_loads(), bias_ranges(record.bias)
         self._window.reset_()
         decisions = self._sample.take()
         scalars = training_scalars(self.load, self.bias_ranges, decisions, self._expert_share)
@@ -139,7 +152,7 @@ class TrainingWatch:
         scalars = with_short_tags(scalars, self._short) | self._constants
         scalars["load/tokens_per_second"] = self.clock.rate(used.tokens)
         for logger in trainer.loggers:
-            logger.log_metrics(scalars, step=step)
+            logger.log_metrics(at_detail(scalars, self._detail), step=step)
         loggers = first_rank_loggers(trainer)
         if loggers and self._draws:
             self._over_time.add_(step, self.load, record.bias, decisions)
@@ -155,9 +168,11 @@ class TrainingWatch:
         loggers = first_rank_loggers(trainer)
         for tag, image in self._over_time.images():
             log_image(loggers, tag, image, step)
+        for writer in tensorboard_writers(loggers) if self.load else ():
+            writer.add_text("load/extreme_experts", extreme_experts(self.load), global_step=step)
 
 
-def _ranges(bias: Mapping[str, Tensor]) -> dict[str, float]:
+def bias_ranges(bias: Mapping[str, Tensor]) -> dict[str, float]:
     """Return the largest minus the smallest bias of each site, with one wait for the device."""
     ranges_L = torch.stack([bias_E.max() - bias_E.min() for bias_E in bias.values()])
     return dict(zip(bias, ranges_L.tolist(), strict=True))

@@ -16,7 +16,7 @@ from moe_plugin.attach.site import Site
 from moe_plugin.callbacks.monitor.experts_used_watch import ExpertsUsedWatch
 from moe_plugin.callbacks.monitor.image_log import log_image
 from moe_plugin.callbacks.monitor.load_pictures import LoadPictures
-from moe_plugin.callbacks.monitor.load_tags import validation_scalars
+from moe_plugin.callbacks.monitor.load_tags import Detail, at_detail, validation_scalars
 from moe_plugin.callbacks.monitor.loggers import (
     first_rank_loggers,
     log_folder,
@@ -36,6 +36,7 @@ class ValidationWatch:
 
     Args:
         image_every_n_steps: See `LoadMonitor`.
+        detail: Which scalars are logged.
 
     Attributes:
         load: The load of each layer in the last validation run.
@@ -44,8 +45,9 @@ class ValidationWatch:
         pictures: The heatmaps of the load.
     """
 
-    def __init__(self, image_every_n_steps: int | None) -> None:
+    def __init__(self, image_every_n_steps: int | None, detail: Detail = "full") -> None:
         """Start without a batch."""
+        self._detail: Detail = detail
         self.load: dict[str, LayerLoad] = {}
         self.specialisation = Specialisation()
         self.used = ExpertsUsedWatch()
@@ -69,7 +71,7 @@ class ValidationWatch:
             self.specialisation.start_(balanced, self._kinds)
             self.used.start_(balanced, self._kinds)
             for name, site in balanced.items():
-                site.witness = partial(self._look, name, site)
+                site.witnesses[self] = partial(self._look, name, site)
 
     def batch_starts(self, batch: Any) -> None:
         """Expect the tokens of this batch."""
@@ -94,7 +96,7 @@ class ValidationWatch:
             balanced: Its routers.
         """
         for site in balanced.values():
-            site.witness = None
+            site.witnesses.pop(self, None)
         if trainer.sanity_checking:
             return
         window = LoadWindow({name: site.num_routed for name, site in balanced.items()})
@@ -123,7 +125,7 @@ class ValidationWatch:
             return
         scalars = self.specialisation.scalars() if is_fitting else {}
         scalars |= self.used.scalars()
-        scalars = with_short_tags(scalars, self._short)
+        scalars = at_detail(with_short_tags(scalars, self._short), self._detail)
         for logger in loggers if scalars else ():
             logger.log_metrics(scalars, step=step)
         for tag, image in (*self.specialisation.images(), *self.used.images()) if is_drawn else ():

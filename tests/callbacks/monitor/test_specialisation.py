@@ -138,7 +138,7 @@ class TestCounting:
                 site.bias.copy_(biases)
             seen.start_(balanced, TokenKinds(None))
             for name, site in balanced.items():
-                site.witness = partial(seen.look, name, site)
+                site.witnesses[seen] = partial(seen.look, name, site)
             model(tokens_BS)
         scalars = seen.scalars()
         # The second run chose experts 0 and 1 for every token.
