@@ -132,7 +132,9 @@ class TestStrangers:
         balanced = attached(stranger, model)
         biased_(balanced, size)
         layer, site, seen = model.layers[0], next(iter(balanced.values())), []
-        site.witnesses["test"] = lambda selection, _: seen.append(selection.expert_ids_TK.reshape(T, -1).clone())
+        site.witnesses["test"] = lambda selection, _: seen.append(
+            selection.expert_ids_TK.reshape(T, -1).clone()
+        )
         counts_E = torch.zeros(E, dtype=torch.int64)
         for seed in (1, 2):  # the first forward proves, the second does not
             output = run(stranger, model, x, seed)
