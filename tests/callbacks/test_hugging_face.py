@@ -191,7 +191,7 @@ class TestLogs:
             violations = [max_violation(sum(step[name] for step in steps)).item() for name in steps[0]]
             assert entry["load/max_violation_worst"] == pytest.approx(max(violations))
             assert entry["load/max_violation_global"] == pytest.approx(sum(violations) / 2)
-            layers = [entry[f"load_layers/max_violation/model.layers.{layer}.router"] for layer in (0, 1)]
+            layers = [entry[f"load_layers/max_violation/layers.{layer}"] for layer in (0, 1)]
             assert layers == pytest.approx(violations)
             assert given == {name: value for name, value in entry.items() if name != "step"}
         assert not [name for name in history[2] if name.startswith("load")]

@@ -400,9 +400,9 @@ class TestDetail:
         rows = {
             cells[1].strip(" `"): cells[3:5] for cells in (row.split("|") for row in text.splitlines()[2:])
         }
-        assert rows.keys() == SIZES.keys()
+        assert rows.keys() == {name.removesuffix(".router") for name in SIZES}
         for name, (most, least) in rows.items():
-            tokens = monitor.training_load[name].tokens_per_expert
+            tokens = monitor.training_load[f"{name}.router"].tokens_per_expert
             mean = sum(tokens) / len(tokens)
             by_load = sorted(tokens, reverse=True)
             half = min(4, len(tokens) // 2)

@@ -12,8 +12,7 @@ from pathlib import Path
 import pytest
 
 from docs.generate.commands import COMMANDS
-from moe_plugin.apps.launch.command import quote_option
-from moe_plugin.apps.launch.compose import compose_jobs
+from moe_plugin.apps.launch.compose import compose_jobs, quote_option
 from moe_plugin.apps.launch.overrides import parse
 from tests.docs.pages import PAGES, ROOT, command_lines
 
