@@ -152,12 +152,12 @@ class TokenModel(lightning.LightningModule):
         return logits_BSV.flatten(0, 1).float(), auxiliary
 
     def _log_step(self, name: str, value: Tensor) -> None:
-        # `sync_dist=True` would make all ranks wait for one another in every step. Between the steps that are logged
-        # the progress bar shows this rank's own value.
+        # `sync_dist=True` would make all ranks wait for one another in every step, `prog_bar=True` each for its device.
+        # Between the steps that are logged the progress bar shows this rank's own value.
         value = value.detach()
         if self.trainer._logger_connector.should_update_logs:
             value = self.trainer.strategy.reduce(value, reduce_op="mean")
-        self.log(name, value, prog_bar=True)
+        self.log(name, value)
 
     def _log_token_mean(self, name: str, value: Tensor, batch: Batch) -> None:
         # Lightning weighs by batch size, over batches and over ranks: with the number of tokens as batch size the
