@@ -112,7 +112,8 @@ def _configs(module: nn.Module) -> Iterator[Any]:
 
 
 def _names_in_forward(kind: type[nn.Module]) -> set[str]:
-    code = getattr(inspect.unwrap(kind.forward), "__code__", None)
+    forward = inspect.getattr_static(kind, "forward", None)  # TorchScript's cannot be asked for on the class
+    code = getattr(inspect.unwrap(forward), "__code__", None)  # pyright: ignore[reportArgumentType]
     return set() if code is None else set(code.co_names)
 
 

@@ -148,8 +148,7 @@ class TestTrain:
         assert {path.name for path in Path().iterdir()} == {"texts"}
 
     def test_help_shows_examples_and_groups(self, capsys: pytest.CaptureFixture[str]) -> None:
-        with pytest.raises(SystemExit, match="0"):
-            train.main(["--help"])
+        train.main(["--help"])
         out = capsys.readouterr().out
         assert "moe-train experiment=demo" in out
         assert "router: deepseek_v3, expert_choice" in out

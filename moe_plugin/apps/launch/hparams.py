@@ -7,6 +7,7 @@ from pathlib import Path
 
 import yaml
 from lightning.pytorch.loggers import Logger, TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
 from torch.utils.tensorboard.summary import hparams
 
 from moe_plugin.apps.launch.build import LOSS_FREE
@@ -17,8 +18,9 @@ GROUPS = ("experiment", "model", "router", "experts", "balancing", "rule", "data
 """The settings that are compared; the others say where files are and what is shown."""
 
 
+@rank_zero_only
 def log_hyperparameters(loggers: Iterable[Logger], folder: Path, seed: int) -> None:
-    """Write the seed and the given settings, and name the measures: the last scalars of these names.
+    """Write the seed and the given settings on the first rank, and name the measures: the last scalars of these names.
 
     A setting that is a default and not swept over is left out: a column of equal values shows nothing, and the run's
     `config.yaml` has them all. An option of a group is one value, such as `router: top_p`.

@@ -44,5 +44,7 @@ class TestDeepseekV3:
 
     def test_without_transformers_names_the_extra(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "transformers", None)
-        with pytest.raises(ConfigError, match=r"got 'deepseek_v3'\. .* pip install 'moe_plugin\[hf\]'"):
+        with pytest.raises(
+            ConfigError, match=r"needs the package 'transformers'\. Run: pip install 'moe_plugin\[hf\]'"
+        ):
             deepseek_v3()
