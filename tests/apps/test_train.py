@@ -165,6 +165,7 @@ class TestSweep:
 
 
 class TestRules:
+    @pytest.mark.slow
     def test_sweep_over_all_rules_trains_with_each(self) -> None:
         rules = sorted(path.stem for path in (GROUPS / "rule").glob("*.yaml"))
         train.main([*SMALL, "-m", f"rule={','.join(rules)}", "trainer.max_steps=1"])
@@ -186,6 +187,7 @@ class TestRules:
 
 
 class TestBaselines:
+    @pytest.mark.slow
     def test_sweep_over_all_balancings_trains_with_each(self) -> None:
         options = sorted(path.stem for path in (conf_dir() / "balancing").glob("*.yaml"))
         train.main([*SMALL, "-m", f"balancing={','.join(options)}", "trainer.max_steps=1"])
@@ -395,7 +397,7 @@ class TestStrategies:
             train.main([*SMALL, "experts=16", f"ckpt_path={checkpoint}"])
         assert "layers.0.feed_forward: 8 in the checkpoint, 16 in the model" in capsys.readouterr().err
 
-    @pytest.mark.parametrize("strategy", ["fsdp", "fsdp_ep"])
+    @pytest.mark.parametrize("strategy", ["fsdp", pytest.param("fsdp_ep", marks=pytest.mark.slow)])
     def test_switches_change_nothing_from_strategy_to_strategy(self, strategy: str) -> None:
         train.main([*SMALL, *SWITCHED[:1], "name=one"])
         train.main([*SMALL, *SWITCHED, f"strategy={strategy}", "name=two"])

@@ -29,7 +29,10 @@ NEEDS = {
     "pretrained_lora": "peft",
     "trl_sft": "trl",
 }
-SLOW = ("fused_experts", "pretrained_lora", "trl_sft")
+SLOW = (
+    *("fused_experts", "hugging_face_trainer", "lightning_cli", "old_namespace", "pretrained_lora"),
+    "trl_sft",
+)
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*does not have many workers.*"),

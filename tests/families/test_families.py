@@ -17,10 +17,21 @@ from tests.families.survey import surveyed
 TABLE = Path(__file__).parents[2] / "docs" / "models.md"
 
 
-# Many modules around routers of other families: 12 to 53 s each, five minutes together.
+# Many modules around routers of other families: 8 to 53 s each, eight minutes together.
 LARGE = (
     *("deepseek_ocr2", "diffusion_gemma", "ernie4_5_vl_moe", "glm4v_moe", "glm5_next", "hy_v4_vl", "inkling"),
     *("inkling2_loop", "mistral_large4", "muse_spark", "nemotron3_5_transcribe", "qwen3_omni_moe"),
+    *(
+        "axk2",
+        "deepseek_v32",
+        "dots3_note",
+        "hy_v4",
+        "inkling2",
+        "qwen3_5_moe",
+        "qwen3_vl_moe",
+        "qwen4_exp",
+        "step3p7",
+    ),
     "unlimited_ocr",
 )
 

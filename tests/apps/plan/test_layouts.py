@@ -92,7 +92,9 @@ def measure_on_rank(rank, results, kind):
         }
 
 
-@pytest.mark.parametrize("kind", ["ddp", "fsdp", "ep"])
+@pytest.mark.parametrize(
+    "kind", [*(pytest.param(kind, marks=pytest.mark.slow) for kind in ("ddp", "fsdp")), "ep"]
+)
 class TestLayouts:
     def test_memory_is_within_a_tenth_of_that_of_real_ranks(self, on_ranks, kind):
         results = on_ranks(2, measure_on_rank, kind)

@@ -115,7 +115,9 @@ class TestComputation:
 
 class TestCompile:
     @KINDS
-    @pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=NEEDS_COMPILER)])
+    @pytest.mark.parametrize(
+        "backend", ["aot_eager", pytest.param("inductor", marks=[NEEDS_COMPILER, pytest.mark.slow])]
+    )
     @pytest.mark.filterwarnings("ignore:.*Function'> should not be instantiated.*:DeprecationWarning")
     @pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
     def test_a_block_is_one_graph_that_gives_the_same(self, kind, backend):
