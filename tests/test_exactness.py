@@ -101,7 +101,8 @@ def fit_rank(rank, results, kinds, checkpointing, accumulation):
 
 class TestRanks:
     @pytest.mark.parametrize(
-        ("checkpointing", "accumulation"), [(None, 1), (None, 2), ("non_reentrant", 1), ("composable", 1)]
+        ("checkpointing", "accumulation"),
+        [(None, 1), (None, 2), ("non_reentrant", 1), pytest.param("composable", 1, marks=pytest.mark.slow)],
     )
     def test_two_ranks_count_and_balance_as_one_does(self, checkpointing, accumulation, on_ranks):
         alone = fit(Micro(), token_batches())

@@ -118,7 +118,10 @@ def assert_same_weights(actual, expected, tolerance):
 
 
 class TestFit:
-    @pytest.mark.parametrize(("make", "ranks"), [(ours, 2), (mixtral, 2), (deepseek_v3, 2), (ours, 4)])
+    @pytest.mark.parametrize(
+        ("make", "ranks"),
+        [(ours, 2), (mixtral, 2), (deepseek_v3, 2), pytest.param(ours, 4, marks=pytest.mark.slow)],
+    )
     def test_fifty_steps_have_the_counts_biases_and_losses_of_one_process(self, on_ranks, make, ranks):
         alone = fit(0, make, "single")
         results = on_ranks(ranks, fit_on_rank, make, "fsdp", 2)

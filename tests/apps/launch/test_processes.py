@@ -38,6 +38,7 @@ def free_port() -> int:
 
 
 class TestSignals:
+    @pytest.mark.slow
     def test_signal_to_the_parent_alone_saves_and_says_where(self) -> None:
         words = [*WORDS, NOISY, "strategy=ddp", "hydra.run.dir=runs/here"]
         job = start(

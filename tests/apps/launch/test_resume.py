@@ -117,9 +117,16 @@ class TestResume:
         ("words", "stop", "ranks"),
         [
             ((), "SIGTERM@train:2", "0,1"),
-            (("trainer.accumulate_grad_batches=2",), "SIGTERM@train:4", "1"),
+            pytest.param(
+                ("trainer.accumulate_grad_batches=2",), "SIGTERM@train:4", "1", marks=pytest.mark.slow
+            ),
             (("trainer.val_check_interval=4", CALIBRATED), "SIGINT@val:1", "0"),
-            (("trainer.val_check_interval=3", "strategy=fsdp"), "SIGTERM@val:1", "1"),
+            pytest.param(
+                ("trainer.val_check_interval=3", "strategy=fsdp"),
+                "SIGTERM@val:1",
+                "1",
+                marks=pytest.mark.slow,
+            ),
         ],
     )
     def test_two_ranks_stop_together_whichever_gets_the_signal_and_go_on_exactly(

@@ -51,6 +51,7 @@ class TestGrid:
 # What optuna 2.10 imports is deprecated.
 @pytest.mark.filterwarnings("ignore:.*declarative_base")
 class TestOptuna:
+    @pytest.mark.slow
     def test_unseeded_sampler_gives_both_ranks_the_same_values(self) -> None:
         pytest.importorskip("hydra_plugins.hydra_optuna_sweeper")
         train.main(

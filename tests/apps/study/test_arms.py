@@ -11,6 +11,7 @@ NAMES = sorted(path.stem for path in study_folder().glob("*.yaml"))
 
 
 class TestReadStudy:
+    @pytest.mark.slow
     @pytest.mark.parametrize("name", NAMES)
     def test_arms_of_ours_are_configurations_that_could_run(self, name):
         study = read_study(name)
