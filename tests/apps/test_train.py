@@ -397,7 +397,8 @@ class TestStrategies:
             train.main([*SMALL, "experts=16", f"ckpt_path={checkpoint}"])
         assert "layers.0.feed_forward: 8 in the checkpoint, 16 in the model" in capsys.readouterr().err
 
-    @pytest.mark.parametrize("strategy", ["fsdp", pytest.param("fsdp_ep", marks=pytest.mark.slow)])
+    @pytest.mark.slow
+    @pytest.mark.parametrize("strategy", ["fsdp", "fsdp_ep"])
     def test_switches_change_nothing_from_strategy_to_strategy(self, strategy: str) -> None:
         train.main([*SMALL, *SWITCHED[:1], "name=one"])
         train.main([*SMALL, *SWITCHED, f"strategy={strategy}", "name=two"])

@@ -25,13 +25,13 @@ LARGE = (
         "axk2",
         "deepseek_v32",
         "dots3_note",
+        "glm_moe_dsa",
         "hy_v4",
         "inkling2",
-        "qwen3_5_moe",
-        "qwen3_vl_moe",
-        "qwen4_exp",
-        "step3p7",
+        "minimax_m3_vl",
+        "openai_privacy_filter",
     ),
+    *("qwen3_5_moe", "qwen3_vl_moe", "qwen4_exp", "step3p7"),
     "unlimited_ocr",
 )
 

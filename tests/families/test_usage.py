@@ -39,6 +39,7 @@ class TestGeneration:
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.slow
 class TestCompile:
     @pytest.mark.parametrize("family", ["mixtral", "deepseek_v3", "gpt_oss", "llama4"])
     def test_routers_compile_whole_and_not_again_when_the_bias_moves(self, family):
