@@ -26,11 +26,11 @@ from moe_plugin.attach.settings import (
     Rules,
     Sites,
 )
-from moe_plugin.attach.steering.attach import attach_
+from moe_plugin.attach.steering.attach import attach_, detach_
 from moe_plugin.attach.steering.rehearsal import rehearse_
 from moe_plugin.attach.token_mask import TokenMask
 from moe_plugin.balancing.schedule import RateSchedule
-from moe_plugin.errors import AttachError, BalanceWarning
+from moe_plugin.errors import AttachError, BalanceWarning, EffectError
 from moe_plugin.losses.in_model import OwnLoss, find_own_losses
 
 _LOG = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ def balance_(
         AttachError: If no router is found or matches, the model is balanced with other settings already, or some of
             its experts cannot be fused.
         ConfigError: If a setting has a value that is not allowed.
+        EffectError: If a router changes a large parameter in its forward.
     """
     settings = BalanceSettings(
         rule,
@@ -108,6 +109,7 @@ def balance_as_set_(
 
     Raises:
         AttachError: As for `balance_`.
+        EffectError: As for `balance_`.
     """
     existing = find_balanced(model)
     if existing is not None:
@@ -122,7 +124,13 @@ def balance_as_set_(
     token_mask = TokenMask(settings.mask or "")
     token_mask.watch_(model)
     sites = [attach_(router, token_mask, settings) for router in found]
-    rehearse_(sites)
+    try:
+        rehearse_(sites)
+    except EffectError:
+        token_mask.unwatch_()
+        for site in sites:
+            detach_(site)
+        raise
     moved = [
         None if keeps_bias(site, settings.frozen_routers) else rule
         for site, rule in zip(sites, rules, strict=True)

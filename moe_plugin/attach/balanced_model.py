@@ -238,7 +238,7 @@ class BalancedModel(Mapping[str, Site]):
     def router_scores(self) -> AbstractContextManager[dict[str, RouterScores]]:
         """Keep scores and choices of the last forward of every site, while a ``with`` block runs.
 
-        Example:
+        Examples:
             >>> with balanced.router_scores() as routers:  # doctest: +SKIP
             ...     model(**batch)
             >>> routers["model.layers.0.mlp.gate"].scores_TE  # doctest: +SKIP

@@ -34,7 +34,7 @@ SIDECAR = "moe_plugin.safetensors"
 class LoadMonitorTrainerCallback(TrainerAttachment):
     """Adds the load over the experts to what a Hugging Face ``Trainer`` logs, and changes nothing.
 
-    Example:
+    Examples:
         >>> trainer = Trainer(model, callbacks=[LoadMonitorTrainerCallback()])  # doctest: +SKIP
 
     Attributes:

@@ -11,16 +11,8 @@ from pathlib import Path
 import pytest
 
 import moe_plugin
+from docs.generate.commands import COMMANDS
 
-COMMANDS = {
-    "moe-train": "moe_plugin.apps.train",
-    "moe-eval": "moe_plugin.apps.evaluate",
-    "moe-inspect": "moe_plugin.apps.inspection.__main__",
-    "moe-report": "moe_plugin.apps.report.__main__",
-    "moe-plan": "moe_plugin.apps.plan.command",
-    "moe-simulate": "moe_plugin.apps.simulate.__main__",
-    "moe-study": "moe_plugin.apps.study.__main__",
-}
 VERSIONS = f"""
 import sys
 from importlib import import_module

@@ -17,7 +17,7 @@ def clip_gradients_(parameters: Iterable[nn.Parameter], max_norm: float) -> Tens
 
     `torch.nn.utils.clip_grad_norm_` does the same, but refuses gradients of different meshes. In your LightningModule:
 
-    Example:
+    Examples:
         >>> def configure_gradient_clipping(self, optimizer, gradient_clip_val, gradient_clip_algorithm):
         ...     clip_gradients_(self.parameters(), gradient_clip_val)  # doctest: +SKIP
 

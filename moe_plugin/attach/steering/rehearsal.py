@@ -36,9 +36,9 @@ def rehearse_(sites: Sequence[Site]) -> None:
 
 
 def _passes(site: Site) -> bool:
-    example, router = site.style.example, site.router
+    example, router, plan = site.style.example, site.router, site.style.plans[True]
     tensors = [*router.parameters(), *router.buffers()]
-    if not site.style.plans[True].certain or example is None:
+    if not plan.certain or example is None:
         return False
     if any(tensor.is_meta or isinstance(tensor, DTensor) for tensor in tensors):
         return False
@@ -51,8 +51,7 @@ def _passes(site: Site) -> bool:
 
     try:
         trial = Trial(site, in_training, *example.filled())
-        plan = learn(trial)
-        return plan is not None and plan == site.style.plans[True] and prove(trial, plan) == ""
+        return learn(trial) == plan and prove(trial, plan) == ""
     except ChangedParameterError:
         raise
     except WRONG_CALL:

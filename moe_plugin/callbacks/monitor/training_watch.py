@@ -151,8 +151,9 @@ class TrainingWatch:
         scalars |= budget_scalars(used.experts_per_token, self._targets)
         scalars = with_short_tags(scalars, self._short) | self._constants
         scalars["load/tokens_per_second"] = self.clock.rate(used.tokens)
+        scalars = at_detail(scalars, self._detail)
         for logger in trainer.loggers:
-            logger.log_metrics(at_detail(scalars, self._detail), step=step)
+            logger.log_metrics(scalars, step=step)
         loggers = first_rank_loggers(trainer)
         if loggers and self._draws:
             self._over_time.add_(step, self.load, record.bias, decisions)

@@ -9,6 +9,8 @@ import pytest
 import torch
 
 from moe_plugin.attach.balance import balance_
+from moe_plugin.attach.balanced_model import find_balanced
+from moe_plugin.attach.discovery.probing import restored
 from moe_plugin.attach.steering import intercept, rehearsal
 from moe_plugin.errors import EffectError
 from tests.attach.steering.compiled_hosts import D, Model, RanksTwice, Whole
@@ -23,6 +25,17 @@ class CountsItsForwards(Whole):
     def forward(self, x_TD):
         self.calls += 1
         self.modes.append(self.training)
+        return super().forward(x_TD)
+
+
+class ChangesATable(Whole):
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Parameter(torch.zeros(1000))
+
+    def forward(self, x_TD):
+        with torch.no_grad():
+            self.table += 1
         return super().forward(x_TD)
 
 
@@ -73,6 +86,15 @@ class TestRehearsal:
         layer = model.layers[0]
         assert torch.equal(torch.get_rng_state(), before)
         assert (layer.calls.item(), layer.modes, layer.training) == (0, [], False)
+
+    def test_change_that_cannot_be_undone_is_an_error_and_nothing_is_attached(self, monkeypatch):
+        monkeypatch.setattr(restored, "_MOST_ENTRIES", 999)
+        model = Model(ChangesATable)
+        with pytest.raises(EffectError, match="changes a large parameter"):
+            balance_(model)
+        assert find_balanced(model) is None
+        assert all(type(layer) is ChangesATable and "_moe_site" not in vars(layer) for layer in model.layers)
+        assert [name for name, _ in model.named_buffers()] == []
 
 
 class TestCompiledFirst:

@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map_only
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 from moe_plugin.attach.discovery.probing.saved_parts import PLAIN
 
@@ -46,8 +46,7 @@ def example_of(args: tuple, kwargs: dict[str, Any]) -> Example | None:
         args: Its arguments.
         kwargs: Its named arguments.
     """
-    leaves, _ = tree_flatten((args, kwargs))
-    if not all(isinstance(leaf, Tensor) or type(leaf) in PLAIN for leaf in leaves):
+    if not all(isinstance(leaf, Tensor) or type(leaf) in PLAIN for leaf in tree_leaves((args, kwargs))):
         return None
     shaped = tree_map_only(
         Tensor, lambda given: Shape(tuple(given.shape), given.dtype, given.device), (args, kwargs)
