@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import nn
 
 from moe_plugin.attach.balanced_model import BalancedModel
-from moe_plugin.callbacks.monitor.load_tags import Detail, at_detail, check_detail, training_scalars
+from moe_plugin.callbacks.monitor.load_tags import Detail, check_detail, shown, training_scalars
 from moe_plugin.callbacks.monitor.run_card import active_parameters
 from moe_plugin.callbacks.monitor.training_watch import bias_ranges
 from moe_plugin.metrics import LoadWindow
-from moe_plugin.metrics.router_names import short_names, with_short_tags
+from moe_plugin.metrics.router_names import short_names
 from moe_plugin.types import LoadRecord
 
 
@@ -54,4 +54,4 @@ class LoadLog:
         loads = self._window.layer_loads()
         self._window.reset_()
         scalars = training_scalars(loads, ranges, {}, self._expert_share)
-        return at_detail(with_short_tags(scalars, self._short), self._detail)
+        return shown(scalars, self._short, self._detail)

@@ -11,6 +11,7 @@ import numpy as np
 from moe_plugin.callbacks.monitor.router_sample import Decisions
 from moe_plugin.errors import ConfigError
 from moe_plugin.metrics import LayerLoad
+from moe_plugin.metrics.router_names import with_short_tags
 
 Detail = Literal["brief", "full"]
 """Which scalars are logged: those over all layers, or also those of each."""
@@ -118,14 +119,15 @@ def training_scalars(
     return scalars
 
 
-def at_detail(scalars: Mapping[str, float], detail: Detail) -> dict[str, float]:
-    """Return the scalars that are logged.
+def shown(scalars: Mapping[str, float], short: Mapping[str, str], detail: Detail) -> dict[str, float]:
+    """Return the scalars that are logged, under short names of routers.
 
     Args:
         scalars: All of them.
+        short: See `short_names`.
         detail: 'brief' leaves out those of single layers.
     """
-    return {tag: value for tag, value in scalars.items() if _is_at(detail, tag)}
+    return {tag: value for tag, value in with_short_tags(scalars, short).items() if _is_at(detail, tag)}
 
 
 def _spread_over_layers(loads: Mapping[str, LayerLoad]) -> dict[str, float]:

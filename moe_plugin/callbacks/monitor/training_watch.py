@@ -17,9 +17,9 @@ from moe_plugin.callbacks.monitor.load_over_time import LoadOverTime
 from moe_plugin.callbacks.monitor.load_pictures import LoadPictures
 from moe_plugin.callbacks.monitor.load_tags import (
     Detail,
-    at_detail,
     budget_scalars,
     dashboard,
+    shown,
     training_scalars,
 )
 from moe_plugin.callbacks.monitor.loggers import first_rank_loggers, logged_step, tensorboard_writers
@@ -28,7 +28,7 @@ from moe_plugin.callbacks.monitor.router_sample import RouterSample
 from moe_plugin.callbacks.monitor.run_card import active_parameters, run_card
 from moe_plugin.callbacks.monitor.token_clock import TokenClock
 from moe_plugin.metrics import LayerLoad, LoadWindow
-from moe_plugin.metrics.router_names import short_names, with_short_tags
+from moe_plugin.metrics.router_names import short_names
 from moe_plugin.types import LoadRecord
 
 
@@ -148,10 +148,9 @@ class TrainingWatch:
         decisions = self._sample.take()
         scalars = training_scalars(self.load, self.bias_ranges, decisions, self._expert_share)
         used = self._used.take()
-        scalars |= budget_scalars(used.experts_per_token, self._targets)
-        scalars = with_short_tags(scalars, self._short) | self._constants
+        scalars |= self._constants | budget_scalars(used.experts_per_token, self._targets)
         scalars["load/tokens_per_second"] = self.clock.rate(used.tokens)
-        scalars = at_detail(scalars, self._detail)
+        scalars = shown(scalars, self._short, self._detail)
         for logger in trainer.loggers:
             logger.log_metrics(scalars, step=step)
         loggers = first_rank_loggers(trainer)

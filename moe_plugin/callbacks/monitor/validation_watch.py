@@ -16,7 +16,7 @@ from moe_plugin.attach.site import Site
 from moe_plugin.callbacks.monitor.experts_used_watch import ExpertsUsedWatch
 from moe_plugin.callbacks.monitor.image_log import log_image
 from moe_plugin.callbacks.monitor.load_pictures import LoadPictures
-from moe_plugin.callbacks.monitor.load_tags import Detail, at_detail, validation_scalars
+from moe_plugin.callbacks.monitor.load_tags import Detail, shown, validation_scalars
 from moe_plugin.callbacks.monitor.loggers import (
     first_rank_loggers,
     log_folder,
@@ -27,7 +27,7 @@ from moe_plugin.callbacks.monitor.specialisation import Specialisation
 from moe_plugin.callbacks.monitor.token_kinds import TokenKinds
 from moe_plugin.callbacks.monitor.validation_counts import ValidationCounts
 from moe_plugin.metrics import LayerLoad, LoadWindow
-from moe_plugin.metrics.router_names import short_names, with_short_tags
+from moe_plugin.metrics.router_names import short_names
 from moe_plugin.plots.run_data import EXPERT_USE_FILE
 
 
@@ -124,8 +124,7 @@ class ValidationWatch:
         if not self._looks:
             return
         scalars = self.specialisation.scalars() if is_fitting else {}
-        scalars |= self.used.scalars()
-        scalars = at_detail(with_short_tags(scalars, self._short), self._detail)
+        scalars = shown(scalars | self.used.scalars(), self._short, self._detail)
         for logger in loggers if scalars else ():
             logger.log_metrics(scalars, step=step)
         for tag, image in (*self.specialisation.images(), *self.used.images()) if is_drawn else ():
