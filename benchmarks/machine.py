@@ -28,7 +28,7 @@ def describe() -> dict[str, Any]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "system": platform.platform(),
         "python": platform.python_version(),
-        **{name: _version(name) for name in ("torch", "lightning", "transformers")},
+        **{name: version_of(name) for name in ("torch", "lightning", "transformers")},
     }
 
 
@@ -37,7 +37,8 @@ def load() -> float:
     return os.getloadavg()[0]
 
 
-def _version(package: str) -> str | None:
+def version_of(package: str) -> str | None:
+    """Return the version of an installed package; None if it is absent."""
     try:
         return version(package)
     except PackageNotFoundError:

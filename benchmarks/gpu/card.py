@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 import torch
 
 from benchmarks.gpu.place import Place
-from benchmarks.machine import describe
+from benchmarks.machine import describe, version_of
 
 PACKAGES = ("triton", "hydra-core")
 
@@ -20,7 +19,7 @@ def describe_here(place: Place) -> dict[str, Any]:
     Args:
         place: A rehearsal has no card.
     """
-    machine = describe() | {name: _version(name) for name in PACKAGES} | {"gpu": None}
+    machine = describe() | {name: version_of(name) for name in PACKAGES} | {"gpu": None}
     if place.dry:
         return machine
     properties = torch.cuda.get_device_properties()
@@ -32,13 +31,6 @@ def describe_here(place: Place) -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "driver": _driver(),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _driver() -> str | None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import subprocess
@@ -15,6 +14,7 @@ from typing import Any
 
 from benchmarks.gpu.part_run import PartRun
 from benchmarks.gpu.part_table import Part
+from moe_plugin.apps.report.json_file import write_json
 
 ROOT = Path(__file__).parents[2]
 PRELOADED = [
@@ -55,7 +55,7 @@ def run_parts(parts: Sequence[Part], out: Path, minutes: float, dry: bool) -> di
         def tell(run: PartRun = run) -> None:
             result["parts"][-1] = run.result
             result["machine"] |= run.machine
-            _write(out / "gpu.json", result)
+            write_json(out / "gpu.json", result)
 
         print(f"{part.name} ...", flush=True)
         run.run(context, tell)
@@ -85,10 +85,3 @@ def _commit() -> str | None:
     except OSError:
         return None
     return done.stdout.strip() or None
-
-
-def _write(target: Path, result: dict[str, Any]) -> None:
-    """Write to another file first: a run that is ended meanwhile leaves the one before."""
-    draft = target.with_suffix(".draft")
-    draft.write_text(json.dumps(result, indent=1) + "\n")
-    draft.replace(target)
