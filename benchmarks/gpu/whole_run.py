@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from typing import Any
 
 from benchmarks.gpu.part_run import PartRun
 from benchmarks.gpu.part_table import Part
+from moe_plugin.apps.report.code_commit import code_commit
 from moe_plugin.apps.report.json_file import write_json
 
 ROOT = Path(__file__).parents[2]
@@ -41,7 +41,7 @@ def run_parts(parts: Sequence[Part], out: Path, minutes: float, dry: bool) -> di
         "time": datetime.now().astimezone().isoformat(timespec="seconds"),
         "command": " ".join(["python -m benchmarks.gpu", *sys.argv[1:]]),
         "minutes": minutes,
-        "commit": _commit(),
+        "commit": code_commit(),
         "machine": {},
         "parts": [],
     }
@@ -77,11 +77,3 @@ def _context(dry: bool) -> Any:
 def _python_path() -> list[str]:
     given = os.environ.get("PYTHONPATH")
     return [given] if given else []
-
-
-def _commit() -> str | None:
-    try:
-        done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() or None

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import multiprocessing
 import os
-import subprocess
 from collections.abc import Sequence
 from pathlib import Path
 
 from moe_plugin.apps.launch.lifeline import end_with_parent
+from moe_plugin.apps.report.code_commit import code_commit
 from moe_plugin.apps.report.summary import SUMMARY_FILE
 from moe_plugin.apps.train import main as train
 
@@ -36,22 +36,13 @@ def run_in_child(words: Sequence[str], folder: Path) -> bool:
     import moe_plugin.apps.launch.train_job  # noqa: F401 (for the child, which finds torch and Lightning imported)
 
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / COMMIT_FILE).write_text(_commit() + "\n")
+    (folder / COMMIT_FILE).write_text(code_commit() + "\n")
     child = multiprocessing.get_context("fork").Process(
         target=_train, args=([*words, f"hydra.run.dir={folder}"], folder, os.getpid())
     )
     child.start()
     child.join()
     return child.exitcode == 0 and is_finished(folder)
-
-
-def _commit() -> str:
-    """Return the commit of the code that runs, with a + if files differ from it; empty without a repository."""
-    words = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty=+", "--exclude=*"]
-    try:
-        return subprocess.run(words, capture_output=True, text=True, check=True).stdout.strip()
-    except (OSError, subprocess.CalledProcessError):
-        return ""
 
 
 def _train(words: list[str], folder: Path, parent: int) -> None:
